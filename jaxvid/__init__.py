@@ -1,0 +1,1 @@
+"""jaxvid: causal video generation in JAX."""
