@@ -1,0 +1,1 @@
+"""Diffusion arithmetic without networks: noise schedules, timesteps per frame, frame schedulers."""
