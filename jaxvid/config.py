@@ -41,13 +41,9 @@ _BOUNDS = {
     "data.workers": (0, None),
     "data.threads": (1, None),
     "data.text_tokens": (0, None),
-    "optim.lr": (0.0, None),
     "optim.warmup": (0, None),
-    "optim.b1": (0.0, 1.0),
-    "optim.b2": (0.0, 1.0),
     "optim.weight_decay": (0.0, None),
     "optim.clip": (0.0, None),
-    "optim.ema": (0.0, 1.0),
     "optim.accumulate": (1, None),
     "optim.skip_nonfinite": (0, None),
     "checkpoint.every": (1, None),
@@ -145,7 +141,7 @@ def _tuples(value):
 def validate(config: ConfigDict) -> None:
     """Checks the fields that all tasks share; raises UserError naming field, value and remedy.
 
-    What only the task, the data source or the mesh can judge is checked by them.
+    What only the task, the data source, the optimiser or the mesh can judge is checked by them.
     """
     fields = flatten(config)
     for name, (low, high) in _BOUNDS.items():
@@ -155,9 +151,6 @@ def validate(config: ConfigDict) -> None:
         if not (low <= value and (high is None or value <= high)):
             bounds = f"at least {low}" if high is None else f"between {low} and {high}"
             raise UserError(f"{name}={value}: must be {bounds}")
-    for name, value in config.mesh.items():
-        if value < 1 and value != -1:
-            raise UserError(f"mesh.{name}={value}: must be a number of devices, or -1 for the rest")
     check_batch(config, shards=1)
 
 

@@ -12,8 +12,8 @@ PSNR_CEILING = 100.0
 def psnr(a_BTHWC, b_BTHWC):
     """Peak signal-to-noise ratio per frame, 10 log10(2^2 / mse) -> dB, float32 [B, T].
 
-    Float frames in [-1, 1], whose peak is 2. Equal frames give PSNR_CEILING dB instead of infinity, so that a mean
-    over frames stays finite.
+    Float frames in [-1, 1], whose peak is 2. Equal frames give PSNR_CEILING dB instead of infinity,
+    so that a mean over frames stays finite.
     """
     error_BT = jnp.square(_float(a_BTHWC) - _float(b_BTHWC)).mean((-3, -2, -1))
     return 10 * jnp.log10(4 / jnp.maximum(error_BT, 4 * 10 ** (-PSNR_CEILING / 10)))
