@@ -1,0 +1,349 @@
+"""Sprites: an embedded video set that needs no download and knows the truth about every clip.
+
+One to three coloured shapes move over a ground, turn, bounce off the walls and pass behind each
+other. A clip is a pure function of (split, index) and lives in the unit square: `size` only sets
+how finely it is looked at, and a longer clip continues a shorter one. `describe` reads the caption
+back from pixels alone, so that samples can be scored against their text without a network.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxvid.data import transforms
+from jaxvid.errors import UserError
+
+# Saturated hues 60 degrees apart: the oracle tells them from any near-grey ground by hue alone.
+COLOURS = {
+    "red": (0.90, 0.15, 0.15),
+    "yellow": (0.90, 0.90, 0.15),
+    "green": (0.15, 0.85, 0.15),
+    "cyan": (0.15, 0.90, 0.90),
+    "blue": (0.20, 0.20, 0.95),
+    "magenta": (0.90, 0.15, 0.90),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
+# Range of the radius of the disc of equal area, in units of the picture's side.
+SIZES = {"large": (0.165, 0.180), "": (0.125, 0.135), "small": (0.090, 0.100)}
+NUM_CLASSES = len(SHAPES) * len(COLOURS)
+VALIDATION_CLIPS = 1024
+FREE_RUN = 6.0  # frames for which a sprite keeps its direction before its first bounce
+
+SPLITS = ("train", "validation")
+
+
+class Attributes(NamedTuple):
+    """What a caption says of one sprite; `direction` is the way it sets out, "" if it stays."""
+
+    size: str
+    colour: str
+    shape: str
+    direction: str
+
+    def __str__(self):
+        noun = " ".join(word for word in (self.size, self.colour, self.shape) if word)
+        return f"a {noun} moves {self.direction}" if self.direction else f"a {noun} stays"
+
+
+class Description(NamedTuple):
+    """Sprites in order of size, the largest first, and the caption that names them."""
+
+    caption: str
+    sprites: tuple[Attributes, ...]
+
+
+def caption(sprites):
+    """Attributes, in order -> "a red square moves left, a small blue circle moves up"."""
+    return ", ".join(str(sprite) for sprite in sprites)
+
+
+def label(sprite):
+    """Class in [0, NUM_CLASSES) of a sprite: its shape and its colour."""
+    return SHAPES.index(sprite.shape) * len(COLOURS) + list(COLOURS).index(sprite.colour)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sprite:
+    """One moving shape; lengths in units of the picture's side, x to the right and y down."""
+
+    attributes: Attributes
+    radius: float  # of the disc of equal area
+    start: np.ndarray  # [2]
+    velocity: np.ndarray  # [2], per frame
+    angle: float
+    spin: float  # radians per frame
+
+    @property
+    def reach(self):
+        """Radius of the circumscribed circle, which the walls stop."""
+        return REACH[self.attributes.shape] * self.radius
+
+    def centre(self, time_T):
+        """Centre [T, 2] at times in frames: a triangle wave between the walls."""
+        span = 1.0 - 2.0 * self.reach
+        phase_T2 = (self.start - self.reach + time_T[:, None] * self.velocity) / span
+        return self.reach + span * np.abs(phase_T2 - 2.0 * np.round(phase_T2 / 2.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """Sprites in order of size, their order of painting, and the ground's random numbers."""
+
+    sprites: tuple[Sprite, ...]
+    painting: tuple[int, ...]
+    grey: float
+    waves: np.ndarray  # [G, 6]: frequencies x y (cycles per picture), phase, amplitudes r g b
+
+    @property
+    def description(self):
+        sprites = tuple(sprite.attributes for sprite in self.sprites)
+        return Description(caption(sprites), sprites)
+
+
+def scene(index, split="train"):
+    """The scene of clip `index` of a split; the splits share no random stream."""
+    rng = np.random.default_rng((SPLITS.index(split), index))
+    count = int(rng.integers(1, 4))
+    sizes = [list(SIZES)[i] for i in sorted(rng.permutation(len(SIZES))[:count])]
+    colours = rng.permutation(len(COLOURS))[:count]
+    shapes = rng.integers(0, len(SHAPES), count)
+    sprites = tuple(
+        _sprite(rng, size, list(COLOURS)[colour], SHAPES[shape])
+        for size, colour, shape in zip(sizes, colours, shapes)
+    )
+    painting = tuple(int(i) for i in rng.permutation(count))
+    return Scene(sprites, painting, float(rng.uniform(0.05, 0.95)), _waves(rng))
+
+
+def _sprite(rng, size, colour, shape):
+    direction = list(DIRECTIONS)[rng.integers(len(DIRECTIONS))]
+    radius = rng.uniform(*SIZES[size])
+    reach = REACH[shape] * radius
+    span = 1.0 - 2.0 * reach
+    speed = rng.uniform(0.03, 0.06)
+    tilt = rng.uniform(-0.2, 0.2)
+    heading = np.array(DIRECTIONS[direction])
+    velocity = speed * (np.cos(tilt) * heading + np.sin(tilt) * heading[::-1])
+    # Room for a free run ahead of it along its direction, anywhere across.
+    run = min(FREE_RUN * speed, span)
+    along = rng.uniform(0.0, span - run)
+    across = rng.uniform(0.0, span)
+    start = np.where(heading < 0, reach + run + along, reach + along)
+    start = np.where(heading == 0, reach + across, start)
+    turns = rng.random() < 0.5
+    angle = rng.uniform(0.0, 2 * np.pi) if turns else 0.0
+    spin = rng.choice((-1.0, 1.0)) * rng.uniform(0.05, 0.15) if turns else 0.0
+    attributes = Attributes(size, colour, shape, direction)
+    return Sprite(attributes, radius, start, velocity, angle, spin)
+
+
+def _waves(rng):
+    """Four gratings, grey but for a hint of tint: chroma is the sprites' alone."""
+    count = 4
+    frequency = rng.uniform(-6.0, 6.0, (count, 2))
+    phase = rng.uniform(0.0, 2 * np.pi, (count, 1))
+    amplitude = rng.uniform(0.03, 0.09, (count, 1)) + rng.uniform(-0.012, 0.012, (count, 3))
+    return np.concatenate([frequency, phase, amplitude], axis=1)
+
+
+# Each shape has the area of the unit disc. `scale` below is its half side, inradius or arm.
+_SQUARE = np.sqrt(np.pi) / 2
+_TRIANGLE = np.sqrt(np.pi / np.sqrt(27))
+_ARM = 0.36  # half width of the cross's arms in units of their length
+_CROSS = np.sqrt(np.pi / (8 * _ARM - 4 * _ARM**2))
+REACH = {
+    "circle": 1.0,
+    "square": _SQUARE * np.sqrt(2),
+    "triangle": 2 * _TRIANGLE,
+    "cross": _CROSS * np.hypot(1, _ARM),
+}
+
+
+def _distance(shape, x, y, radius):
+    """Signed distance to the shape's edge, negative inside (exact but near outer corners)."""
+    if shape == "circle":
+        return np.sqrt(x * x + y * y) - radius
+    if shape == "triangle":
+        sides = np.maximum(np.abs(x) * np.float32(np.sqrt(3) / 2) - y * np.float32(0.5), y)
+        return sides - np.float32(_TRIANGLE * radius)
+    x, y = np.abs(x), np.abs(y)
+    if shape == "square":
+        return np.maximum(x, y) - np.float32(_SQUARE * radius)
+    arm, width = np.float32(_CROSS * radius), np.float32(_CROSS * _ARM * radius)
+    return np.maximum(np.maximum(x, y) - arm, np.minimum(x, y) - width)
+
+
+def _coverage(sprite, time_T, size):
+    """Fraction [T, H, W] of each pixel that the sprite covers, from distances at pixel centres."""
+    centre_T2 = sprite.centre(time_T)
+    pixel = (np.arange(size) + 0.5) / size
+    x_TW = (pixel - centre_T2[:, :1]).astype(np.float32)
+    y_TH = (pixel - centre_T2[:, 1:]).astype(np.float32)
+    angle_T = sprite.angle + sprite.spin * time_T
+    cos_T1 = np.cos(angle_T).astype(np.float32)[:, None]
+    sin_T1 = np.sin(angle_T).astype(np.float32)[:, None]
+    x_THW = (cos_T1 * x_TW)[:, None, :] + (sin_T1 * y_TH)[:, :, None]
+    y_THW = (cos_T1 * y_TH)[:, :, None] - (sin_T1 * x_TW)[:, None, :]
+    distance_THW = _distance(sprite.attributes.shape, x_THW, y_THW, np.float32(sprite.radius))
+    return np.clip(np.float32(0.5) - np.float32(size) * distance_THW, 0.0, 1.0)
+
+
+def _ground(view, size, difficulty):
+    """Ground [H, W, 3] in [0, 1]: one grey, to which `difficulty` adds the gratings."""
+    pixel = (np.arange(size) + 0.5) / size
+    ground_HWC = np.full((size, size, 3), view.grey, np.float32)
+    if difficulty > 0:
+        for fx, fy, phase, *amplitude in view.waves:
+            wave_HW = np.sin(2 * np.pi * (fx * pixel[None, :] + fy * pixel[:, None]) + phase)
+            ground_HWC += np.float32(difficulty) * wave_HW[..., None] * np.float32(amplitude)
+    return np.clip(ground_HWC, 0.0, 1.0)
+
+
+def render(view, frames, size, *, stride=1, difficulty=0.0):
+    """Scene -> video uint8 [T, H, W, 3]; `stride` is the time between frames."""
+    time_T = np.arange(frames, dtype=np.float64) * stride
+    video_CTHW = np.empty((3, frames, size, size), np.float32)
+    video_CTHW[:] = 255.0 * _ground(view, size, difficulty).transpose(2, 0, 1)[:, None]
+    for position in view.painting:
+        sprite = view.sprites[position]
+        cover_THW = _coverage(sprite, time_T, size)
+        for channel_THW, colour in zip(video_CTHW, COLOURS[sprite.attributes.colour]):
+            channel_THW += cover_THW * (np.float32(255.0 * colour) - channel_THW)
+    video_THWC = np.empty((frames, size, size, 3), np.uint8)
+    video_THWC[...] = np.rint(video_CTHW, out=video_CTHW).transpose(1, 2, 3, 0)
+    return video_THWC
+
+
+class Source:
+    """Sprite clips of one split; see `jaxvid.data.make_source`."""
+
+    num_classes = NUM_CLASSES
+    captions = True
+
+    def __init__(self, config, split):
+        if config.flip:
+            raise UserError(
+                "data.flip=True: a mirrored sprite would belie its caption; set data.flip=False"
+            )
+        if not 0.0 <= config.difficulty <= 1.0:
+            raise UserError(f"data.difficulty={config.difficulty}: must lie in [0, 1]")
+        self._split = split
+        self._config = transforms.Window.of(config)
+        self._difficulty = float(config.difficulty)
+        self._count = config.num_clips if split == "train" else VALIDATION_CLIPS
+
+    def __len__(self):
+        return self._count
+
+    def name(self, index):
+        return f"sprites-{self._split}-{index}"
+
+    def __getitem__(self, index):
+        return self.read(index)
+
+    def read(self, index, rng=None):
+        """Clip `index`, always the same: `rng` has nothing to choose here."""
+        del rng
+        view, window = scene(index, self._split), self._config
+        video_THWC = render(
+            view, window.frames, window.size, stride=window.stride, difficulty=self._difficulty
+        )
+        description = view.description
+        return {
+            "video": video_THWC,
+            "label": label(description.sprites[0]),
+            "caption": description.caption,
+            "attributes": description.sprites,
+        }
+
+
+def describe(video_THWC):
+    """Read size, colour, shape and direction back from uint8 [T, H, W, 3] -> Description.
+
+    Colour is a hue, shape a set of moments that no rotation changes, direction the displacement
+    before the first turn. Works from about 32 pixels on; hidden frames are left out.
+    """
+    chroma_THW = _chroma(np.asarray(video_THWC, np.float32) / 255.0)
+    hues = {name: _chroma(np.array(rgb, np.float32)) for name, rgb in COLOURS.items()}
+    reference_V = np.array(list(hues.values()))
+    alignment_VTHW = (chroma_THW * np.conj(reference_V)[:, None, None, None]).real
+    alignment_VTHW /= np.abs(reference_V)[:, None, None, None] ** 2
+    nearest_THW = np.argmax(alignment_VTHW, axis=0)
+    seen = []
+    for i, colour in enumerate(COLOURS):
+        cover_THW = np.where(nearest_THW == i, np.clip(alignment_VTHW[i], 0.0, 1.0), 0.0)
+        found = _read_sprite(np.where(cover_THW > 0.2, cover_THW, 0.0), colour)
+        if found is not None:
+            seen.append(found)
+    seen.sort(key=lambda pair: -pair[0])
+    sprites = tuple(attributes for _, attributes in seen)
+    return Description(caption(sprites), sprites)
+
+
+def _chroma(rgb):
+    """Colour without its grey part, as one complex number whose angle is the hue."""
+    thirds = np.exp(2j * np.pi * np.arange(3) / 3).astype(np.complex64)
+    return rgb @ thirds
+
+
+def _read_sprite(cover_THW, colour):
+    """Coverage of one colour -> (radius, Attributes), or None where there is no such sprite."""
+    area_T = cover_THW.mean((1, 2))
+    full = np.quantile(area_T, 0.9)
+    radius = float(np.sqrt(full / np.pi))
+    if radius < 0.8 * min(low for low, _ in SIZES.values()):
+        return None
+    size = min(SIZES, key=lambda name: abs(np.mean(SIZES[name]) - radius))
+    shown_T = np.flatnonzero(area_T > 0.5 * full)  # what is half hidden still tells the way
+    cover_THW, clear_T = cover_THW[shown_T], area_T[shown_T] > 0.96 * full
+    z_THW, centre_T2 = _centred(cover_THW)
+    moments = np.median(_moments(cover_THW[clear_T], z_THW[clear_T]), axis=0)
+    if moments[2] > 2.0:  # scattered pixels, no shape
+        return None
+    shape = min(SHAPES, key=lambda name: np.abs(moments - _PROTOTYPES[name]).sum())
+    return radius, Attributes(size, colour, shape, _read_direction(shown_T, centre_T2))
+
+
+def _centred(cover_THW):
+    """Pixel positions from the centroid as complex [T, H, W], and the centroids [T, 2]."""
+    H, W = cover_THW.shape[1:]
+    x_W, y_H = (np.arange(W) + 0.5) / W, (np.arange(H) + 0.5) / H
+    mass_T = cover_THW.sum((1, 2))
+    x_T, y_T = cover_THW.sum(1) @ x_W / mass_T, cover_THW.sum(2) @ y_H / mass_T
+    z_THW = (x_W - x_T[:, None])[:, None, :] + 1j * (y_H - y_T[:, None])[:, :, None]
+    return z_THW, np.stack([x_T, y_T], axis=1)
+
+
+# (third harmonic, fourth harmonic, spread) of the ideal shapes; see _moments.
+_PROTOTYPES = {
+    "circle": (0.0, 0.0, 1.0),
+    "square": (0.0, 0.4286, 1.0472),
+    "triangle": (0.6589, 0.0, 1.2092),
+    "cross": (0.0, 0.5114, 1.1713),
+}
+
+
+def _moments(cover_THW, z_THW):
+    """Moments [T, 3] that neither rotation, place nor scale change.
+
+    |sum w z^n| / sum w |z|^n for n = 3, 4, and 2 pi sum w |z|^2 / (sum w)^2 (1 for a disc).
+    """
+
+    def total(values_THW):
+        return (cover_THW * values_THW).mean((1, 2))
+
+    r_THW = np.abs(z_THW)
+    third_T, fourth_T = (np.abs(total(z_THW**n)) / total(r_THW**n) for n in (3, 4))
+    return np.stack([third_T, fourth_T, 2 * np.pi * total(r_THW**2) / total(1.0) ** 2], axis=1)
+
+
+def _read_direction(frame_T, centre_T2):
+    """The way a track [T, 2] sets out: its displacement within the free run; "" if it stays."""
+    early = np.searchsorted(frame_T, frame_T[0] + FREE_RUN, side="right")
+    run = centre_T2[: max(early, 2)][-1] - centre_T2[0]
+    axis = int(np.argmax(np.abs(run)))
+    if abs(run[axis]) < 0.01:
+        return ""
+    return ("left", "right", "up", "down")[2 * axis + int(run[axis] > 0)]

@@ -1,0 +1,113 @@
+"""Sprites are a pure function of (split, index), and the oracle reads their captions back."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from jaxvid.data import sprites
+
+
+def test_clips_are_repeatable_distinct_and_split():
+    first = sprites.render(sprites.scene(5), 4, 32)
+    np.testing.assert_array_equal(first, sprites.render(sprites.scene(5), 4, 32))
+    assert (first != sprites.render(sprites.scene(6), 4, 32)).any()
+    assert (first != sprites.render(sprites.scene(5, "validation"), 4, 32)).any()
+
+
+def test_longer_clip_continues_the_shorter_and_stride_skips():
+    view = sprites.scene(1)
+    long = sprites.render(view, 13, 32, difficulty=1.0)
+    np.testing.assert_array_equal(sprites.render(view, 5, 32, difficulty=1.0), long[:5])
+    np.testing.assert_array_equal(sprites.render(view, 5, 32, stride=3, difficulty=1.0), long[::3])
+
+
+def test_coverage_is_the_area_of_the_shape():
+    for shape in sprites.SHAPES:
+        attributes = sprites.Attributes("", "red", shape, "up")
+        still = np.zeros(2)
+        sprite = sprites.Sprite(attributes, 0.15, np.array([0.5, 0.45]), still, 0.3, 0.1)
+        area = sprites._coverage(sprite, np.arange(3.0), 64).mean((1, 2))
+        np.testing.assert_allclose(area, np.pi * 0.15**2, rtol=0.01)
+
+
+def test_sprites_stay_inside_and_run_free_before_they_bounce():
+    time = np.arange(0, 200, 0.5)
+    for index in range(100):
+        for sprite in sprites.scene(index).sprites:
+            centre = sprite.centre(time)
+            assert (centre >= sprite.reach - 1e-6).all()
+            assert (centre <= 1 - sprite.reach + 1e-6).all()
+            along = centre @ np.array(sprites.DIRECTIONS[sprite.attributes.direction])
+            assert (np.diff(along[:9]) > 0).all()
+
+
+def test_difficulty_leaves_the_ground_plain_or_textures_it():
+    view = sprites.scene(0)
+    assert np.ptp(sprites._ground(view, 32, 0.0)) == 0
+    assert sprites._ground(view, 32, 1.0).std() > 0.02
+
+
+def test_sprites_of_a_clip_differ():
+    counts = set()
+    for index in range(200):
+        attributes = [sprite.attributes for sprite in sprites.scene(index).sprites]
+        counts.add(len(attributes))
+        assert len({a.colour for a in attributes}) == len(attributes)
+        assert len({a.size for a in attributes}) == len(attributes)
+    assert counts == {1, 2, 3}
+
+
+def test_caption_and_label():
+    pair = (
+        sprites.Attributes("", "red", "square", "left"),
+        sprites.Attributes("small", "blue", "circle", "up"),
+    )
+    assert sprites.caption(pair) == "a red square moves left, a small blue circle moves up"
+    every = itertools.product(sprites.SHAPES, sprites.COLOURS)
+    labels = [sprites.label(sprites.Attributes("", c, s, "up")) for s, c in every]
+    assert sorted(labels) == list(range(sprites.NUM_CLASSES))
+
+
+def hidden_share(view, frames):
+    """Largest share of any sprite that the ones painted after it hide, on average over time."""
+    time, size = np.arange(frames, dtype=float), 32
+    covers = [sprites._coverage(view.sprites[i], time, size) for i in view.painting]
+    shares = [0.0]
+    for i, cover in enumerate(covers[:-1]):
+        over = np.max(covers[i + 1 :], axis=0)
+        shares.append((cover * over).sum() / cover.sum())
+    return max(shares)
+
+
+@pytest.mark.parametrize(("size", "difficulty"), [(64, 0.0), (64, 1.0), (32, 1.0)])
+def test_oracle_reads_the_caption_from_pixels(size, difficulty):
+    right = []
+    for index in range(120):
+        view = sprites.scene(index, "validation")
+        if hidden_share(view, 16) < 0.25:
+            video = sprites.render(view, 16, size, difficulty=difficulty)
+            right.append(sprites.describe(video) == view.description)
+    assert len(right) > 80
+    assert np.mean(right) >= 0.95
+
+
+def test_oracle_sees_the_mirrored_and_the_reversed_clip():
+    mirror = {"left": "right", "right": "left", "up": "up", "down": "down"}
+    singles = [i for i in range(60) if len(sprites.scene(i).sprites) == 1]
+    for index in singles:
+        view = sprites.scene(index)
+        [truth] = view.description.sprites
+        video = sprites.render(view, 7, 64)
+        [seen] = sprites.describe(video[:, :, ::-1]).sprites
+        assert seen == truth._replace(direction=mirror[truth.direction])
+        [seen] = sprites.describe(video[::-1]).sprites
+        assert seen.direction != truth.direction
+
+
+def test_oracle_finds_nothing_in_noise_or_on_bare_ground():
+    noise = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    assert len(sprites.describe(np.full((8, 32, 32, 3), 90, np.uint8)).sprites) == 0
+    still = sprites.render(sprites.scene(2), 1, 64).repeat(4, axis=0)
+    assert all(sprite.direction == "" for sprite in sprites.describe(still).sprites)
+    assert sprites.describe(noise).caption == ""
