@@ -1,0 +1,83 @@
+"""How much arithmetic a program is, and how much a device could do: the two halves of MFU."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+# Dense matrix FLOP/s of one device in bfloat16, from the makers' data sheets, by `device_kind`.
+_PEAK_BFLOAT16 = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 2307e12,
+}
+
+
+def count(function, *args):
+    """FLOPs of the matrix products and convolutions in function(*args), from shapes alone.
+
+    A scan counts as often as it runs, which the compiler's own cost analysis leaves out; of a
+    `cond` the dearest branch counts, and a `while` counts once. What remat repeats counts again.
+    `args` may be arrays or ShapeDtypeStructs.
+    """
+    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def peak(device, dtype):
+    """FLOP/s that the maker of the device promises for matrices of `dtype`; None where unknown.
+
+    float32 is promised at half the rate of bfloat16 (TF32) by NVIDIA and not at all by Google.
+    """
+    promised = [
+        rate for kind, rate in _PEAK_BFLOAT16.items() if device.device_kind.startswith(kind)
+    ]
+    if not promised:
+        return None
+    if jnp.dtype(dtype) == jnp.bfloat16:
+        return promised[0]
+    return promised[0] / 2 if device.platform == "gpu" else None
+
+
+def _count(jaxpr):
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            total += _dot(eqn)
+        elif eqn.primitive.name == "conv_general_dilated":
+            total += _convolution(eqn)
+        else:
+            inner = [_count(body) for body in _bodies(eqn)]
+            if inner:
+                total += max(inner) if eqn.primitive.name == "cond" else _runs(eqn) * sum(inner)
+    return total
+
+
+def _dot(eqn):
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+    return 2 * depth * eqn.outvars[0].aval.size
+
+
+def _convolution(eqn):
+    kernel = eqn.invars[1].aval
+    outputs = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+    return 2 * (kernel.size // outputs) * eqn.outvars[0].aval.size
+
+
+def _runs(eqn):
+    return eqn.params["length"] if eqn.primitive.name == "scan" else 1
+
+
+def _bodies(eqn):
+    """The jaxprs among the parameters of an equation, closed or open, single or in a tuple."""
+    for value in eqn.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            item = getattr(item, "jaxpr", item)
+            if hasattr(item, "eqns"):
+                yield item

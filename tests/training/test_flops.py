@@ -1,0 +1,73 @@
+"""Counted FLOPs against arithmetic done by hand."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxvid.training import flops
+
+x = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+w = jax.ShapeDtypeStruct((8, 16), jnp.float32)
+PRODUCT = 2 * 4 * 8 * 16
+
+
+def test_products():
+    assert flops.count(jnp.matmul, x, w) == PRODUCT
+    batched = [jax.ShapeDtypeStruct((5, *a.shape), jnp.bfloat16) for a in (x, w)]
+    assert flops.count(lambda a, b: jnp.einsum("bij,bjk->bki", a, b), *batched) == 5 * PRODUCT
+
+
+def test_convolutions():
+    image, kernel = jnp.zeros((2, 9, 9, 6)), jnp.zeros((3, 3, 3, 10))
+
+    def conv(image, kernel):
+        return jax.lax.conv_general_dilated(
+            image,
+            kernel,
+            (2, 2),
+            "VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=2,
+        )
+
+    assert flops.count(conv, image, kernel) == 2 * (2 * 4 * 4 * 10) * (3 * 3 * 3)
+
+
+def test_control_flow():
+    def scanned(x, w):
+        return jax.lax.scan(lambda y, _: (jax.jit(jnp.matmul)(y, w @ w.T), None), x, None, length=7)
+
+    assert flops.count(scanned, x, w) == 7 * (2 * 8 * 16 * 8 + 2 * 4 * 8 * 8)
+
+    def either(x, w):
+        return jax.lax.cond(x[0, 0] > 0, lambda: (x @ w).sum(), lambda: x.sum())
+
+    assert flops.count(either, x, w) == PRODUCT
+
+
+@pytest.mark.parametrize("remat, products", [(False, 3), (True, 4)])
+def test_a_backward_pass_is_two_forward_passes(remat, products):
+    """... and three under remat, when both gradients are wanted and the product is repeated."""
+
+    def layer(x, w):
+        return jnp.tanh(x @ w)
+
+    def loss(x, w):
+        return (jax.checkpoint(layer) if remat else layer)(x, w).sum()
+
+    assert flops.count(jax.grad(loss, argnums=(0, 1)), x, w) == products * PRODUCT
+
+
+def test_peak():
+    def device(kind, platform="gpu"):
+        return SimpleNamespace(device_kind=kind, platform=platform)
+
+    assert flops.peak(device("NVIDIA H100 80GB HBM3"), "bfloat16") == 989e12
+    assert flops.peak(device("NVIDIA H100 PCIe"), jnp.bfloat16) == 756e12
+    assert flops.peak(device("NVIDIA H200"), "float32") == 989e12 / 2
+    assert flops.peak(device("TPU v5 lite", "tpu"), "bfloat16") == 197e12
+    assert flops.peak(device("TPU v5p", "tpu"), "bfloat16") == 459e12
+    assert flops.peak(device("TPU v5 lite", "tpu"), "float32") is None
+    assert flops.peak(device("cpu", "cpu"), "float32") is None
