@@ -1,0 +1,34 @@
+"""The device mesh: three axes, named for what they split."""
+
+import math
+
+import jax
+from jax.sharding import AxisType
+
+from jaxvid.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(sizes, devices=None):
+    """Mesh over all `devices` with axes data, fsdp and tensor; one size may be -1, the rest.
+
+    `sizes` maps axis name to size. Axis types are Auto: the compiler places what is not annotated.
+    Raises UserError when the product of the sizes is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = [int(sizes[axis]) for axis in AXES]
+    named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape))
+    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
+        raise UserError(
+            f"mesh={{{named}}}: sizes must be positive; one of them may be -1, the rest"
+        )
+    if -1 in shape:
+        known = math.prod(size for size in shape if size != -1)
+        shape[shape.index(-1)] = len(devices) // known
+    if math.prod(shape) != len(devices):
+        raise UserError(
+            f"mesh={{{named}}}: does not match the {len(devices)} devices present; "
+            "the product of the sizes must equal it (use -1 for one axis to take the rest)"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

@@ -1,0 +1,77 @@
+"""Many processes, one program: start-up, and global arrays from each host's part."""
+
+import logging
+import os
+
+import jax
+import portpicker
+
+# A process alone has nobody to miss its heartbeat: Ctrl-Z or a sleeping laptop must not kill it.
+_ALONE_HEARTBEAT_SECONDS = 7 * 24 * 3600
+
+
+def initialize(coordinator=None, num_processes=None, process_id=None):
+    """Join the other processes; call before anything touches a device. Safe to call again.
+
+    Without arguments and without JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID the
+    cluster is detected (Cloud TPU, Kubernetes, SLURM, Open MPI); where there is none this process
+    is a cluster of one, because only jax.distributed turns SIGTERM into a save.
+    """
+    if jax.distributed.is_initialized():
+        return
+    given = {
+        "coordinator_address": coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        "num_processes": _integer(num_processes, "JAX_NUM_PROCESSES"),
+        "process_id": _integer(process_id, "JAX_PROCESS_ID"),
+    }
+    try:
+        if any(value is not None for value in given.values()):
+            jax.distributed.initialize(**given)
+        else:
+            _detect_or_alone()
+    except RuntimeError as error:
+        if "must be called before" not in str(error):
+            raise
+        logging.warning("jax was in use before jaxvid started: SIGTERM will stop without a save")
+
+
+def _integer(value, variable):
+    if value is None and variable in os.environ:
+        value = os.environ[variable]
+    return None if value is None else int(value)
+
+
+def _detect_or_alone():
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:  # what jax raises where it finds no cluster
+        if "should be defined" not in str(error):
+            raise
+        address = f"localhost:{portpicker.pick_unused_port()}"
+        jax.distributed.initialize(
+            address,
+            num_processes=1,
+            process_id=0,
+            coordinator_bind_address=address,
+            cluster_detection_method="deactivate",
+            heartbeat_timeout_seconds=_ALONE_HEARTBEAT_SECONDS,
+        )
+
+
+def batch_share(mesh):
+    """(index, count): this process feeds share `index` of `count` equal parts of every batch.
+
+    Processes that hold the same rows (tensor parallelism across hosts) feed the same share.
+    """
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    blocks = {}
+    for block, devices in enumerate(mesh.devices.reshape(rows, -1)):
+        for device in devices:
+            blocks.setdefault(device.process_index, set()).add(block)
+    shares = sorted({tuple(sorted(held)) for held in blocks.values()})
+    return shares.index(tuple(sorted(blocks[jax.process_index()]))), len(shares)
+
+
+def to_global(batch, sharding):
+    """Global arrays [B, ...] from this process's rows (numpy), sent without waiting."""
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)

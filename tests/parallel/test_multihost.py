@@ -1,0 +1,52 @@
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from jaxvid.parallel import multihost
+from jaxvid.parallel.mesh import make_mesh
+from jaxvid.parallel.sharding import batch_sharding
+
+
+def fake_mesh(processes, data, fsdp, tensor):
+    """A mesh whose devices belong to the given processes, in order."""
+    devices = np.array([SimpleNamespace(process_index=process) for process in processes])
+    return SimpleNamespace(
+        devices=devices.reshape(data, fsdp, tensor),
+        shape={"data": data, "fsdp": fsdp, "tensor": tensor},
+    )
+
+
+@pytest.mark.parametrize(
+    "processes, axes, shares",
+    [
+        ([0, 0, 1, 1], (4, 1, 1), [(0, 2), (1, 2)]),
+        ([0, 0, 1, 1], (1, 4, 1), [(0, 2), (1, 2)]),
+        ([0, 0, 1, 1], (1, 1, 4), [(0, 1), (0, 1)]),  # tensor across hosts: all feed all rows
+        ([0, 1, 0, 1], (2, 1, 2), [(0, 1), (0, 1)]),
+        ([0, 1, 1, 0], (4, 1, 1), [(0, 2), (1, 2)]),  # a TPU ring: hosts not in a row
+        ([0, 0, 1, 1, 2, 2, 3, 3], (2, 1, 4), [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    ],
+)
+def test_share_of_the_batch(monkeypatch, processes, axes, shares):
+    mesh = fake_mesh(processes, *axes)
+    for process, share in enumerate(shares):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert multihost.batch_share(mesh) == share
+
+
+def test_to_global_keeps_every_row():
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    batch = {"video": np.arange(24, dtype=np.uint8).reshape(8, 3), "id": np.arange(8)}
+    placed = multihost.to_global(batch, batch_sharding(mesh))
+    assert placed["video"].dtype == np.uint8
+    np.testing.assert_array_equal(placed["video"], batch["video"])
+    assert placed["id"].addressable_shards[0].data.shape == (2,)
+
+
+def test_initialize_after_jax_was_used_goes_on(monkeypatch, caplog):
+    jax.devices()
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
+    multihost.initialize()
+    assert "SIGTERM" in caplog.text
