@@ -1,0 +1,55 @@
+"""Everything that a step changes, in one tree."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxvid.parallel.sharding import shard_params
+
+# Random streams beside the steps' own, numbered from the far end where no step can be.
+INIT, EVALUATE, SAMPLE = 2**32 - 1, 2**32 - 2, 2**32 - 3
+
+
+def stream(seed, index):
+    """The rng of step `index`, or of INIT, EVALUATE, SAMPLE: a function of the seed alone."""
+    return jax.random.fold_in(jax.random.key(seed), index)
+
+
+@flax.struct.dataclass
+class TrainState:
+    """step int32 [] (updates tried); skipped int32 [] (of them not finite); trees of float32.
+
+    `ema` is {} when no average is kept. `extra` persists but is not trained by gradient.
+    """
+
+    step: jax.Array
+    skipped: jax.Array
+    params: Any
+    opt_state: Any
+    ema: Any
+    extra: Any
+
+    @property
+    def weights(self):
+        """What is evaluated and sampled: the average, or the parameters where none is kept."""
+        return self.ema or self.params
+
+
+def make_init(task, tx, batch, config, mesh):
+    """(init, shardings): `init()` makes the TrainState, sharded, without a copy on one device.
+
+    `batch` gives shapes only; its values are never read.
+    """
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+
+    def create():
+        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        params, extra = task.init(stream(config.seed, INIT), blank)
+        zero = jnp.zeros((), jnp.int32)
+        ema = jax.tree.map(jnp.copy, params) if config.optim.ema else {}
+        return TrainState(zero, zero, params, tx.init(params), ema, extra)
+
+    shardings = shard_params(jax.eval_shape(create), mesh, task.sharding_rules)
+    return jax.jit(create, out_shardings=shardings), shardings

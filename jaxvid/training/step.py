@@ -1,0 +1,90 @@
+"""One update, as one compiled program."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxvid.parallel.sharding import replicated
+from jaxvid.training.state import stream
+
+
+def make_step(task, tx, schedule, config, mesh, shardings):
+    """The jitted step: (state, frozen, batch) -> (state, metrics of float32 scalars).
+
+    `state` is donated. Randomness is a function of seed and step alone, so a resumed run repeats
+    an uninterrupted one bit for bit. When the loss, the gradients or what they made of `extra` are
+    not finite, nothing but the counters changes: the average and the optimiser never see it.
+    """
+    optim = config.optim
+
+    def step(state, frozen, batch):
+        rng = stream(config.seed, state.step)
+        updates_done = state.step - state.skipped
+        grads, metrics, extra = gradients(task, state, frozen, batch, rng, optim.accumulate)
+        grad_norm = optax.tree.norm(grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = average(state.ema, params, optim.ema, updates_done)
+
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm) & all_finite(extra)
+        tried = state.replace(params=params, opt_state=opt_state, ema=ema, extra=extra)
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), tried, state)
+        state = state.replace(step=state.step + 1, skipped=state.skipped + ~finite)
+
+        metrics |= {"grad_norm": grad_norm, "lr": schedule(updates_done)}
+        metrics["skipped"] = state.skipped
+        return state, jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), metrics)
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+
+
+def gradients(task, state, frozen, batch, rng, count):
+    """(mean gradients, mean metrics with the loss, extra) over `count` microbatches in turn."""
+
+    def loss(params, batch, rng, extra):
+        value, (metrics, extra) = task.loss(
+            params, batch, rng, step=state.step, frozen=frozen, extra=extra
+        )
+        return value, ({"loss": value, **metrics}, extra)
+
+    gradient = jax.grad(loss, has_aux=True)
+    if count == 1:
+        grads, (metrics, extra) = gradient(state.params, batch, rng, state.extra)
+        return grads, metrics, extra
+
+    def body(carry, index_and_batch):
+        total, extra = carry
+        index, batch = index_and_batch
+        grads, (metrics, extra) = gradient(
+            state.params, batch, jax.random.fold_in(rng, index), extra
+        )
+        return (jax.tree.map(jnp.add, total, grads), extra), metrics
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    (total, extra), metrics = jax.lax.scan(
+        body, (zeros, state.extra), (jnp.arange(count), microbatches(batch, count))
+    )
+    mean = jax.tree.map(lambda leaf: leaf / count, total)
+    return mean, jax.tree.map(lambda leaf: leaf.mean(0), metrics), extra
+
+
+def microbatches(batch, count):
+    """[B, ...] -> [count, B / count, ...], dealt out in turn: each device keeps its own rows."""
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def average(ema, params, decay, k):
+    """Exponential moving average with decay min(decay, (1 + k) / (10 + k)) at update k from 0.
+
+    The ramp forgets the random start quickly. An empty `ema` stays empty.
+    """
+    if not ema:
+        return ema
+    decay = jnp.minimum(decay, (1 + k) / (10 + k))
+    return jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params)
+
+
+def all_finite(tree):
+    """Whether every floating-point leaf is finite, bool []."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in floats] or [True]))

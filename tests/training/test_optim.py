@@ -1,0 +1,54 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from jaxvid.errors import UserError
+from jaxvid.training.optim import decayed, make_optimizer, make_schedule
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("lr", 0.0), ("lr", -1.0), ("b1", 1.0), ("b2", -0.1), ("ema", 1.0), ("schedule", "cosin")],
+)
+def test_bad_values_are_one_line_naming_the_field(field, value):
+    config = toy.config(**{f"optim__{field}": value})
+    with pytest.raises(UserError, match=f"optim.{field}={value}") as error:
+        make_optimizer(config.optim, config.steps)
+    assert "\n" not in str(error.value)
+
+
+def test_schedules():
+    config = toy.config(optim__lr=1.0, optim__warmup=4).optim
+    rates = [float(make_schedule(config, 12)(k)) for k in range(12)]
+    np.testing.assert_allclose(rates, [0.25, 0.5, 0.75] + [1.0] * 9)
+    config.schedule = "cosine"
+    rates = np.array([float(make_schedule(config, 12)(k)) for k in range(13)])
+    np.testing.assert_allclose(rates[:4], [0.25, 0.5, 0.75, 1.0])
+    expected = (1 + np.cos(np.pi * np.arange(9) / 8)) / 2
+    np.testing.assert_allclose(rates[3:12], expected[:9], atol=1e-6)
+    config.warmup = 0
+    assert make_schedule(config, 12)(0) == 1.0
+    config.warmup = 1000  # longer than the run: it only rises
+    assert float(make_schedule(config, 12)(11)) == pytest.approx(12 / 1000, rel=1e-4)
+
+
+def test_decay_spares_biases_norms_and_vectors():
+    params = {
+        "dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+        "stacked_norm": {"scale": jnp.ones((3, 2)), "bias": jnp.ones((3, 2))},
+        "token": jnp.ones(4),
+    }
+    mask = decayed(params)
+    assert jax.tree.leaves_with_path(mask) and mask == {
+        "dense": {"kernel": True, "bias": False},
+        "stacked_norm": {"scale": False, "bias": False},
+        "token": False,
+    }
+    config = toy.config(optim__weight_decay=0.1, optim__warmup=0, optim__lr=1.0).optim
+    tx, _ = make_optimizer(config, 10)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zeros, tx.init(params), params)
+    np.testing.assert_allclose(updates["dense"]["kernel"], -0.1, rtol=1e-6)
+    assert not updates["stacked_norm"]["scale"].any() and not updates["dense"]["bias"].any()

@@ -1,0 +1,134 @@
+"""A task and a data source small enough to train in a second, for tests of the trainer."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxvid import data
+from jaxvid.parallel.sharding import shard
+
+
+class Task:
+    """Two-layer regression of the last frame from the first; optional noise, NaN and state."""
+
+    sharding_rules = (
+        (r"hidden/kernel$", ("fsdp", "tensor")),
+        (r"hidden/bias$", ("tensor",)),
+        (r"out/kernel$", ("tensor", "fsdp")),
+    )
+
+    def __init__(self, width=16, noise=0.1, nan_from=-1, nan_until=10**9, sleep=0.0):
+        self.width, self.noise, self.sleep = width, noise, sleep
+        self.nan_from, self.nan_until = nan_from, nan_until
+
+    def init(self, rng, batch):
+        size = batch["video"][0, 0].size
+        hidden, out = jax.random.split(rng)
+        params = {
+            "hidden": {
+                "kernel": jax.random.normal(hidden, (size, self.width)) / size**0.5,
+                "bias": jnp.zeros(self.width),
+            },
+            "out": {"kernel": jax.random.normal(out, (self.width, size)) / self.width**0.5},
+        }
+        return params, {"seen": jnp.zeros(())}
+
+    def frozen(self):
+        return {"scale": jnp.full((), 2.0)}
+
+    def predict(self, params, batch, frozen):
+        video_BTX = batch["video"].reshape(*batch["video"].shape[:2], -1) / 255.0
+        hidden_BF = jnp.tanh(video_BTX[:, 0] @ params["hidden"]["kernel"])
+        hidden_BF = shard(hidden_BF + params["hidden"]["bias"], "BF")
+        return frozen["scale"] * hidden_BF @ params["out"]["kernel"], video_BTX[:, -1]
+
+    def loss(self, params, batch, rng, *, step, frozen, extra):
+        guess_BX, truth_BX = self.predict(params, batch, frozen)
+        noise_BX = jax.random.normal(rng, truth_BX.shape)
+        loss = jnp.mean((guess_BX - truth_BX - self.noise * noise_BX) ** 2)
+        bad = (step >= self.nan_from) & (step < self.nan_until) & (self.nan_from >= 0)
+        loss = jnp.where(bad, jnp.nan, 1.0) * loss
+        extra = {"seen": extra["seen"] + batch["id"].shape[0] * jnp.where(bad, jnp.nan, 1.0)}
+        return loss, ({"guess": guess_BX.mean()}, extra)
+
+    def evaluate(self, params, batch, rng, *, frozen):
+        guess_BX, truth_BX = self.predict(params, batch, frozen)
+        return {"mse": jnp.mean((guess_BX - truth_BX) ** 2, axis=1)}
+
+    def sample(self, params, rng, cond, *, frozen, frames=None):
+        B, T, size = cond["num"], frames or 4, int((params["out"]["kernel"].shape[1] / 3) ** 0.5)
+        noise_BX = jax.random.normal(rng, (B, self.width))
+        frame_BHWC = (noise_BX @ params["out"]["kernel"]).reshape(B, 1, size, size, 3)
+        return jnp.clip(jnp.repeat(frame_BHWC, T, axis=1), -1, 1)
+
+
+class Source:
+    """Clip i is a function of i: random frames, label i % 7."""
+
+    num_classes, captions = 7, False
+
+    def __init__(self, config, split):
+        self.config, self.length = config, 64 if split == "train" else 16
+
+    def __len__(self):
+        return self.length
+
+    def read(self, index, rng):
+        shape = (self.config.frames, self.config.size, self.config.size, 3)
+        video_THWC = np.random.default_rng(int(index)).integers(0, 256, shape, dtype=np.uint8)
+        return {"video": video_THWC, "label": index % 7, "caption": ""}
+
+    def name(self, index):
+        return f"clip-{index}"
+
+
+def install():
+    """Make `task.name = "toy"` and `data.name = "toy"` what the trainer finds."""
+    sys.modules["jaxvid.tasks.toy"] = sys.modules["jaxvid.data.toy"] = sys.modules[__name__]
+    data.SOURCES = (*data.SOURCES, "toy")
+
+
+def config(**changes):
+    """A tiny complete config; dotted fields with `__` for the dot: config(optim__lr=1.0)."""
+    tree = ConfigDict(
+        {
+            "seed": 0,
+            "steps": 8,
+            "task": {"name": "toy", "width": 16, "noise": 0.1, "nan_from": -1, "sleep": 0.0},
+            "data": {
+                "name": "toy",
+                "frames": 3,
+                "size": 4,
+                "batch_size": 8,
+                "text_tokens": 0,
+                "text_width": 4,
+                "workers": 0,
+                "threads": 1,
+            },
+            "optim": {
+                "lr": 1e-2,
+                "warmup": 2,
+                "schedule": "constant",
+                "b1": 0.9,
+                "b2": 0.99,
+                "weight_decay": 0.01,
+                "clip": 1.0,
+                "ema": 0.9,
+                "accumulate": 1,
+                "skip_nonfinite": 2,
+            },
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "checkpoint": {"every": 3, "keep": 2, "best": ""},
+            "log": {"every": 1, "tensorboard": False},
+            "evaluate": {"every": 0, "batches": 1},
+            "sample": {"every": 0, "num": 2},
+            "compile_cache": "",
+        }
+    )
+    for field, value in changes.items():
+        section, _, name = field.rpartition("__")
+        (tree[section] if section else tree)[name] = value
+    return tree
