@@ -1,0 +1,1 @@
+"""Compute kernels: jax and pallas only, one folder per operation."""

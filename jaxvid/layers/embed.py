@@ -1,0 +1,55 @@
+"""Positions and timesteps: rotary angles over (t, h, w), fixed sin-cos grids, timestep features."""
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def sinusoid(position, width, base=10_000.0):
+    """[cos | sin] features of `position` (any shape) -> [..., width] float32, frequencies base^(-i/half).
+
+    The timestep embedding of DiT (Peebles and Xie 2023); `width` must be even.
+    """
+    half = width // 2
+    frequency_K = np.exp(-np.log(base) * np.arange(half) / half).astype(np.float32)
+    angle = jnp.asarray(position, jnp.float32)[..., None] * frequency_K
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def grid_sincos(grid, width):
+    """Fixed sin-cos embedding of a frame's (H, W) token grid -> [N, width] float32, half of it per axis."""
+    height, columns = grid
+    h_N, w_N = (axis.reshape(-1) for axis in np.mgrid[:height, :columns])
+    half = width // 4 * 2
+    embedding_ND = jnp.concatenate([sinusoid(h_N, half), sinusoid(w_N, half)], axis=-1)
+    return jnp.pad(embedding_ND, ((0, 0), (0, width - 2 * half)))
+
+
+def rotary_angles(frame_T, grid, width, base=10_000.0):
+    """Angles of 3-D rotary embedding -> [T, N, width // 2] float32.
+
+    frame_T: absolute frame indices, so nothing bounds the length of a stream. grid: (H, W) of a frame's
+    tokens. The half-width is shared evenly by time and by those axes of the grid longer than one; time
+    takes the remainder (Su et al. 2021, one band per axis).
+    """
+    height, columns = grid
+    h_N, w_N = (axis.reshape(-1) for axis in np.mgrid[:height, :columns])
+    spatial = [axis_N for axis_N, extent in ((h_N, height), (w_N, columns)) if extent > 1]
+    half = width // 2
+    share = half // (1 + len(spatial))
+    shape = (len(frame_T), height * columns)
+
+    def band(position, size):
+        frequency_K = (base ** (-np.arange(size) / max(size, 1))).astype(np.float32)
+        angle = jnp.asarray(position, jnp.float32)[..., None] * frequency_K
+        return jnp.broadcast_to(angle, (*shape, size))
+
+    bands = [band(jnp.asarray(frame_T)[:, None], half - share * len(spatial))]
+    bands += [band(axis_N[None], share) for axis_N in spatial]
+    return jnp.concatenate(bands, axis=-1)
+
+
+def rotate(x_BTNAK, angle_TNK):
+    """Rotate the two halves of the last axis by the angles [T, N, K // 2]; dtype of x, float32 inside."""
+    cos, sin = jnp.cos(angle_TNK)[:, :, None], jnp.sin(angle_TNK)[:, :, None]
+    a, b = jnp.split(x_BTNAK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BTNAK.dtype)

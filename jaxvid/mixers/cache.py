@@ -1,0 +1,98 @@
+"""The key-value cache: what softmax attention remembers of a stream."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxvid.layers import masks
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the context and of S remembered frames.
+
+    context_k_BMAK, context_v_BMAK: prefix tokens, M may be 0. k_BSNAK, v_BSNAK: one slot per frame, keys
+    already rotated to their absolute frame. frame_S: int32, the frame in each slot, `masks.EMPTY` if none.
+    length: int32, frames seen so far, which is also the index of the next frame. At the start of a
+    stream S is 0 and the positions are numpy, so that a whole clip has a mask known at trace time.
+    """
+
+    context_k_BMAK: Any
+    context_v_BMAK: Any
+    k_BSNAK: Any
+    v_BSNAK: Any
+    frame_S: Any
+    length: Any
+
+
+def start(context_k_BMAK, context_v_BMAK, tokens):
+    """The cache of a stream that has seen its context and no frame yet."""
+    B, _, A, K = context_k_BMAK.shape
+    nothing_BSNAK = jnp.zeros((B, 0, tokens, A, K), context_k_BMAK.dtype)
+    return KVCache(
+        context_k_BMAK,
+        context_v_BMAK,
+        nothing_BSNAK,
+        nothing_BSNAK,
+        np.zeros((0,), np.int32),
+        np.int32(0),
+    )
+
+
+def extend(cache, k_BTNAK, v_BTNAK):
+    """Everything the new frames may attend to: flat (k_BMAK, v_BMAK, position_M), new frames last."""
+    B, T, N, A, K = k_BTNAK.shape
+    positions = [
+        np.full(cache.context_k_BMAK.shape[1], masks.CONTEXT, np.int32),
+        cache.frame_S.repeat(N),
+        (cache.length + np.arange(T, dtype=np.int32)).repeat(N),
+    ]
+    static = all(isinstance(p, np.ndarray) for p in positions)
+
+    def flat(context, slots, new):
+        frames = [part.reshape(B, part.shape[1] * N, A, K) for part in (slots, new)]
+        return jnp.concatenate([context, *frames], axis=1)
+
+    return (
+        flat(cache.context_k_BMAK, cache.k_BSNAK, k_BTNAK),
+        flat(cache.context_v_BMAK, cache.v_BSNAK, v_BTNAK),
+        (np if static else jnp).concatenate(positions),
+    )
+
+
+def append(cache, k_BTNAK, v_BTNAK, *, window, sinks):
+    """The cache after T more frames.
+
+    window None remembers every frame by growing. Otherwise the cache keeps `sinks + window - 1` slots:
+    the first `sinks` frames for ever and the others in a ring, which is all that a later frame may see.
+    """
+    T = k_BTNAK.shape[1]
+    frame_T = cache.length + np.arange(T, dtype=np.int32)
+    length = cache.length + np.int32(T)
+    if window is None:
+        return cache._replace(
+            k_BSNAK=jnp.concatenate([cache.k_BSNAK, k_BTNAK], axis=1),
+            v_BSNAK=jnp.concatenate([cache.v_BSNAK, v_BTNAK], axis=1),
+            frame_S=jnp.concatenate([cache.frame_S, frame_T]),
+            length=length,
+        )
+    ring = max(window - 1, 1)
+    slots = sinks + ring
+    kept = (frame_T < sinks) | (frame_T >= length - ring)
+    slot_T = jnp.where(frame_T < sinks, frame_T, sinks + (frame_T - sinks) % ring)
+    slot_T = jnp.where(kept, slot_T, slots)
+
+    def write(old_BSNAK, new_BTNAK):
+        if old_BSNAK.shape[1] == 0:
+            old_BSNAK = jnp.zeros(
+                (new_BTNAK.shape[0], slots, *new_BTNAK.shape[2:]), new_BTNAK.dtype
+            )
+        return old_BSNAK.at[:, slot_T].set(new_BTNAK, mode="drop")
+
+    frame_S = cache.frame_S if len(cache.frame_S) else np.full(slots, masks.EMPTY, np.int32)
+    return cache._replace(
+        k_BSNAK=write(cache.k_BSNAK, k_BTNAK),
+        v_BSNAK=write(cache.v_BSNAK, v_BTNAK),
+        frame_S=jnp.asarray(frame_S).at[slot_T].set(frame_T, mode="drop"),
+        length=length,
+    )

@@ -1,0 +1,176 @@
+"""The diffusion transformer of AR-Diffusion: one timestep per frame, causal in time, streaming."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+
+from jaxvid.layers.embed import grid_sincos, sinusoid
+from jaxvid.mixers import MIXERS, cache
+from jaxvid.mixers.attention import Attention
+from jaxvid.parallel.sharding import shard
+
+ARRANGEMENTS = ("joint", "factorised")
+TIME_FEATURES = 256
+
+
+def layer_norm(x):
+    """LayerNorm without affine parameters (eps 1e-6): float32 inside, dtype of x outside."""
+    h = x.astype(jnp.float32)
+    h = h - h.mean(-1, keepdims=True)
+    return (h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+class MLP(nn.Module):
+    """Two-layer perceptron with tanh-GELU; x [..., D] -> [..., D]."""
+
+    hidden: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        dense = dict(dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
+        h = nn.gelu(nn.Dense(self.hidden, name="up", **dense)(x))
+        return nn.Dense(x.shape[-1], name="down", **dense)(h)
+
+
+class Block(nn.Module):
+    """One layer of the DiT: mixing and MLP, each under adaLN-zero with one modulation per frame.
+
+    (context_BMD, x_BTND), state, c_BTD -> (context_BMD, x_BTND), state. The context has no modulation and
+    sees only itself, so it is read once at the start of the stream and found in the state ever after.
+    Without `factorised` the mixer runs over the tokens of all frames; with it, attention mixes each frame
+    (and the context), then the mixer runs over time at every location.
+    """
+
+    heads: int
+    grid: tuple[int, int]
+    hidden: int
+    factorised: bool
+    mixer: Mapping[str, Any]
+    qk_norm: bool
+    dtype: Any
+
+    def _temporal(self, width):
+        options = dict(self.mixer)
+        return MIXERS[options.pop("name")](
+            width=width,
+            heads=self.heads,
+            grid=(1, 1) if self.factorised else self.grid,
+            qk_norm=self.qk_norm,
+            dtype=self.dtype,
+            name="temporal",
+            **options,
+        )
+
+    @nn.compact
+    def __call__(self, carry, state, c_BTD):
+        context_BMD, x_BTND = carry
+        B, T, N, D = x_BTND.shape
+        temporal = self._temporal(D)
+        mlp = MLP(self.hidden, dtype=self.dtype, name="mlp")
+        sublayers = 3 if self.factorised else 2
+        modulation = nn.Dense(
+            3 * sublayers * D,
+            kernel_init=nn.initializers.zeros,
+            dtype=self.dtype,
+            name="modulation",
+        )(nn.silu(c_BTD))
+        modulation = jnp.split(modulation[:, :, None], 3 * sublayers, axis=-1)
+        shifts, scales, gates = modulation[0::3], modulation[1::3], modulation[2::3]
+
+        def modulated(i, x_BTND):
+            return layer_norm(x_BTND) * (1 + scales[i]) + shifts[i]
+
+        if self.factorised:
+            spatial = Attention(
+                D, self.heads, self.grid, qk_norm=self.qk_norm, dtype=self.dtype, name="spatial"
+            )
+            prefix, state = (None, None) if state is None else state
+            if context_BMD is not None:
+                y_BMD, read = spatial.prefill(layer_norm(context_BMD), N)
+                prefix = (read.context_k_BMAK, read.context_v_BMAK)
+            frames = modulated(0, x_BTND).reshape(B * T, 1, N, D)
+            seen = prefix and cache.start(*(jnp.repeat(part, T, axis=0) for part in prefix), N)
+            x_BTND = x_BTND + gates[0] * spatial(frames, seen)[0].reshape(B, T, N, D)
+
+            lanes = modulated(1, x_BTND).swapaxes(1, 2).reshape(B * N, T, 1, D)
+            lanes, state = temporal(lanes, state)
+            x_BTND = x_BTND + gates[1] * lanes.reshape(B, N, T, D).swapaxes(1, 2)
+            state = (prefix, state)
+        else:
+            h_BTND = modulated(0, x_BTND)
+            if context_BMD is not None:
+                future = {"future_BTND": h_BTND} if self.mixer.get("mask") == "leaky" else {}
+                y_BMD, state = temporal.prefill(layer_norm(context_BMD), N, **future)
+            h_BTND, state = temporal(h_BTND, state)
+            x_BTND = x_BTND + gates[0] * h_BTND
+        if context_BMD is not None:
+            context_BMD = context_BMD + y_BMD
+            context_BMD = context_BMD + mlp(layer_norm(context_BMD))
+        x_BTND = shard(x_BTND + gates[-1] * mlp(modulated(-1, x_BTND)), "BTND")
+        return (context_BMD, x_BTND), state
+
+
+class DiT(nn.Module):
+    """Diffusion transformer over video tokens with one noise level per frame (AR-Diffusion, 3.2).
+
+    x_BTNC noisy tokens, t_BT integer timesteps, context_BME embeddings (or None) -> (prediction_BTNC
+    float32, state). state None starts a stream and reads the context; a returned state continues it, and
+    then no context is given: it lives in the state. T = 0 is allowed and only starts the stream.
+
+    width D, heads A (divides D), depth layers, grid (H, W) of a frame's tokens with H * W = N,
+    arrangement "joint" (all tokens of all frames mix, as in the paper) or "factorised" (attention per
+    frame, then the temporal mixer per location), mixer: its name in `mixers.MIXERS` and its own options.
+    remat recomputes each layer in the backward pass. unroll: layers per step of the scan over depth, a
+    matter of speed only; parameters are stacked along a leading depth axis either way.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    grid: tuple[int, int]
+    mlp_ratio: float = 4.0
+    arrangement: str = "joint"
+    mixer: Mapping[str, Any] = FrozenDict(name="softmax", window=16)
+    qk_norm: bool = True
+    dtype: Any = jnp.float32
+    remat: bool = False
+    unroll: int = 1
+
+    @nn.compact
+    def __call__(self, x_BTNC, t_BT, context_BME=None, state=None):
+        dense = dict(dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
+        x_BTND = nn.Dense(self.width, name="embed", **dense)(x_BTNC)
+        x_BTND = shard(x_BTND + grid_sincos(self.grid, self.width).astype(self.dtype), "BTND")
+        c_BTD = nn.Dense(self.width, name="time_in", **dense)(sinusoid(t_BT, TIME_FEATURES))
+        c_BTD = nn.Dense(self.width, name="time_out", **dense)(nn.silu(c_BTD))
+        context_BMD = None
+        if context_BME is not None:
+            context_BMD = nn.Dense(self.width, name="context", **dense)(context_BME)
+
+        layers = nn.scan(
+            nn.remat(Block, prevent_cse=False) if self.remat else Block,
+            length=self.depth,
+            unroll=self.unroll,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+        )(
+            heads=self.heads,
+            grid=self.grid,
+            hidden=int(self.mlp_ratio * self.width),
+            factorised=self.arrangement == "factorised",
+            mixer=self.mixer,
+            qk_norm=self.qk_norm,
+            dtype=self.dtype,
+            name="layers",
+        )
+        (_, x_BTND), state = layers((context_BMD, x_BTND), state, c_BTD)
+        head = nn.Dense(
+            x_BTNC.shape[-1], kernel_init=nn.initializers.zeros, dtype=jnp.float32, name="head"
+        )
+        return head(layer_norm(x_BTND)), state

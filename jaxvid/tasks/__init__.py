@@ -1,0 +1,1 @@
+"""What is trained: the only room where models, diffusion and losses meet."""

@@ -1,0 +1,356 @@
+"""AR-Diffusion: diffusion over video tokens whose noise never decreases along the clip (Sun et al. 2025)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxvid.data.transforms import normalize
+from jaxvid.diffusion import guidance, samplers, schedulers, schedules, timesteps
+from jaxvid.errors import UserError
+from jaxvid.metrics import quality
+from jaxvid.mixers import MIXERS
+from jaxvid.models.conditioning import KINDS, Conditioner
+from jaxvid.models.dit import ARRANGEMENTS, DiT
+from jaxvid.models.patches import Patches
+
+TIMESTEPS = ("fopp", "iid", "uniform", "full_sequence")
+MEMORIES = ("cache", "none", "window")
+CONDITIONS = ("label", "text", "first_frames")
+NOISE_BINS = 10
+
+
+class Task:
+    """Train and sample a causal diffusion transformer with one noise level per frame.
+
+    size, frames: of the training clips, pixels and frames. model: options of `models.dit.DiT`. noise:
+    options of `schedules.make`. prediction, weight: see `schedules.NoiseSchedule`. timesteps: how training
+    noises the frames of a clip (`diffusion.timesteps`). clean_prefix: probability that a clip begins
+    with clean frames, which are condition and not target. condition: kind, tokens, width, num_classes
+    (`models.conditioning`) and drop, the probability of the null condition. sampler: steps, schedule, s,
+    block (`schedulers.make`), guidance, eta, memory ("cache", "none" or "window"). given: clean frames
+    before the continuation that `evaluate` scores. patch: pixels, for the tokenizer that learns
+    nothing; `tokenizer` is any other with the members of `models.patches.Patches` and `params`, its
+    frozen weights.
+    """
+
+    sharding_rules = (
+        (r"(qkv|up|modulation|time_in|time_out|context)/kernel", ("fsdp", "tensor")),
+        (r"(temporal|spatial)/out/kernel|down/kernel", ("tensor", "fsdp")),
+        (r"(qkv|up)/bias", ("tensor",)),
+    )
+
+    def __init__(
+        self,
+        *,
+        size,
+        frames,
+        model,
+        patch,
+        noise,
+        prediction,
+        weight,
+        timesteps,
+        clean_prefix,
+        condition,
+        sampler,
+        given,
+        tokenizer=None,
+    ):
+        self.size, self.frames, self.given = size, frames, given
+        self.prediction, self.weight = prediction, weight
+        self.timesteps, self.clean_prefix = timesteps, clean_prefix
+        self.condition, self.sampler = dict(condition), dict(sampler)
+        self.drop = self.condition.pop("drop")
+        self.noise = schedules.make(**noise)
+        _check(self, patch if tokenizer is None else 1, model)
+        self.tokenizer = Patches(patch) if tokenizer is None else tokenizer
+        self.grid = self.tokenizer.grid(size)
+        self.model = DiT(grid=self.grid, **{**model, "dtype": jnp.dtype(model["dtype"])})
+        self.conditioner = Conditioner(**self.condition)
+        self.solver = samplers.Solver(self.noise, prediction, self.sampler["eta"])
+        self.schedule(self.tokenizer.latents_for_frames(frames))
+
+    @property
+    def window(self):
+        """Frames that may be noisy at once: the attention window, or a training clip without one."""
+        return self.model.mixer.get("window") or self.tokenizer.latents_for_frames(self.frames)
+
+    def schedule(self, frames):
+        """The frame schedule that samples this many latent frames. Raises UserError where none can."""
+        options = self.sampler
+        return schedulers.make(
+            options["schedule"],
+            frames,
+            options["steps"],
+            s=options["s"],
+            block=options["block"],
+            window=self.window,
+        )
+
+    def init(self, rng, batch):
+        """(params, extra) for a batch of arrays or of their shapes; see `tasks.base.Task`."""
+        B = batch["video"].shape[0]
+        T = self.tokenizer.latents_for_frames(batch["video"].shape[1])
+        H, W = self.grid
+        rng_model, rng_context = jax.random.split(rng)
+        cond = _conditions(self.conditioner, batch, B)
+        context = self.conditioner.init(rng_context, jnp.zeros(B, bool), **cond)
+        context_BME = self.conditioner.apply(context, jnp.zeros(B, bool), **cond)
+        x_BTNC = jnp.zeros((B, T, H * W, self.tokenizer.channels))
+        model = self.model.init(rng_model, x_BTNC, jnp.zeros((B, T), jnp.int32), context_BME)
+        return {"model": model["params"], "conditioner": context.get("params", {})}, {}
+
+    def frozen(self):
+        """The tokenizer's weights."""
+        return getattr(self.tokenizer, "params", {})
+
+    def _encode(self, frozen, video_u8):
+        """uint8 video -> clean latents z_BTNZ float32, never trained through."""
+        z_BTNZ, _ = self.tokenizer.encode(frozen, normalize(video_u8))
+        return jax.lax.stop_gradient(z_BTNZ.astype(jnp.float32))
+
+    def _context(self, params, drop_B, batch):
+        cond = _conditions(self.conditioner, batch, drop_B.shape[0])
+        return self.conditioner.apply({"params": params["conditioner"]}, drop_B, **cond)
+
+    def _apply(self, params, x_BTNC, t_BT, context_BME=None, state=None, model=None):
+        model = model or self.model
+        return model.apply({"params": params["model"]}, x_BTNC, t_BT, context_BME, state)
+
+    def loss(self, params, batch, rng, *, step, frozen, extra):
+        """Weighted squared error of the prediction, averaged over the frames that are targets."""
+        del step
+        z_BTNC = self._encode(frozen, batch["video"])
+        B, T = z_BTNC.shape[:2]
+        rng_t, rng_prefix, rng_eps, rng_drop = jax.random.split(rng, 4)
+        t_BT = getattr(timesteps, self.timesteps)(rng_t, B, T, self.noise.num_steps)
+        t_BT, prefix_B = timesteps.clean_prefix(rng_prefix, t_BT, self.clean_prefix)
+        is_target_BT = jnp.arange(T) >= prefix_B[:, None]
+
+        eps_BTNC = jax.random.normal(rng_eps, z_BTNC.shape)
+        x_BTNC = self.noise.add_noise(z_BTNC, eps_BTNC, t_BT)
+        x_BTNC = jnp.where(is_target_BT[:, :, None, None], x_BTNC, z_BTNC)
+        drop_B = jax.random.bernoulli(rng_drop, self.drop, (B,))
+        prediction_BTNC, _ = self._apply(params, x_BTNC, t_BT, self._context(params, drop_B, batch))
+
+        target_BTNC = self.noise.target(z_BTNC, eps_BTNC, t_BT, self.prediction)
+        error_BT = jnp.square(prediction_BTNC - target_BTNC).mean((-2, -1))
+        weight_BT = self.noise.weight(t_BT, self.weight, self.prediction)
+        targets = is_target_BT.sum()
+        loss = (weight_BT * error_BT * is_target_BT).sum() / targets
+        return loss, ({"mse": (error_BT * is_target_BT).sum() / targets}, extra)
+
+    def evaluate(self, params, batch, rng, *, frozen):
+        """Held-out quality of denoising and of continuing, per example.
+
+        loss_by_level [B, 10]: squared error of x0 with all frames at the middle of each tenth of the
+        timesteps. psnr, ssim [B, F] of the continuation of the first `given` frames, and the same of
+        repeating the last of them (`*_copy_last`); NaN at the given frames.
+        """
+        rng_eps, rng_sample = jax.random.split(rng)
+        z_BTNC = self._encode(frozen, batch["video"])
+        B, T = z_BTNC.shape[:2]
+        eps_BTNC = jax.random.normal(rng_eps, z_BTNC.shape)
+        context_BME = self._context(params, jnp.zeros(B, bool), batch)
+
+        def denoise(t):
+            t_BT = jnp.full((B, T), t)
+            x_BTNC = self.noise.add_noise(z_BTNC, eps_BTNC, t_BT)
+            prediction_BTNC, _ = self._apply(params, x_BTNC, t_BT, context_BME)
+            x0_BTNC, _ = self.noise.split(prediction_BTNC, x_BTNC, t_BT, self.prediction)
+            return jnp.square(x0_BTNC - z_BTNC).mean((1, 2, 3))
+
+        middle = (np.arange(NOISE_BINS) + 0.5) / NOISE_BINS * self.noise.num_steps
+        metrics = {"loss_by_level": jax.lax.map(denoise, middle.astype(np.int32)).T}
+
+        first_frames = batch["video"][:, : self.given]
+        cond = {**batch, "num": B, "first_frames": first_frames}
+        F = batch["video"].shape[1]
+        video = self.sample(params, rng_sample, cond, frozen=frozen, frames=F)
+        truth = normalize(batch["video"])
+        copied = jnp.repeat(truth[:, self.given - 1 : self.given], F, axis=1)
+        is_scored_F = jnp.arange(F) >= self.given
+        for name, metric in (("psnr", quality.psnr), ("ssim", quality.ssim)):
+            for suffix, guess in (("", video), ("_copy_last", copied)):
+                metrics[name + suffix] = jnp.where(is_scored_F, metric(guess, truth), jnp.nan)
+        return metrics
+
+    def sample(self, params, rng, cond, *, frozen, frames=None):
+        """Video float32 [B, frames, H, W, 3] in [-1, 1]; see `tasks.base.Task`.
+
+        The noise of a frame depends on `rng` and its index alone. Raises UserError where the schedule
+        cannot sample this many frames.
+        """
+        arrays = {name: value for name, value in cond.items() if name in CONDITIONS}
+        return self._sample(params, rng, arrays, frozen, cond["num"], frames or self.frames)
+
+    @functools.partial(jax.jit, static_argnums=(0, 5, 6))
+    def _sample(self, params, rng, cond, frozen, batch, frames):
+        total = self.tokenizer.latents_for_frames(frames)
+        predict, start, given_BPNC = self._open(params, cond, frozen, batch, total)
+        P = given_BPNC.shape[1]
+        x_BFNC = self._noise(rng, batch, P, total)
+        options = dict(solver=self.solver, schedule=self.schedule(total - P))
+        memory = self.sampler["memory"]
+        if memory == "cache":
+            _, state = predict(given_BPNC, jnp.zeros((batch, P), jnp.int32), start)
+            x_BFNC, _ = samplers.cached(predict, x_BFNC, state, rng, given=P, **options)
+        else:
+            window = self.window if memory == "window" else None
+            options |= dict(given_BPNC=given_BPNC, window=window)
+            x_BFNC = samplers.uncached(predict, x_BFNC, start, rng, **options)
+        video, _ = self.tokenizer.decode(
+            frozen, jnp.concatenate([given_BPNC, x_BFNC], axis=1), self.grid
+        )
+        return jnp.clip(video, -1, 1)
+
+    def stream(self, params, rng, cond, *, frozen, frames=None):
+        """Yield the frames after `first_frames` as they are finished: float32 [B, t, H, W, 3] in [-1, 1].
+
+        The same video as `sample` with memory "cache", piece by piece; the work between two pieces is one
+        call of one compiled program, whatever the number of frames.
+        """
+        arrays = {name: value for name, value in cond.items() if name in CONDITIONS}
+        batch = cond["num"]
+        total = self.tokenizer.latents_for_frames(frames or self.frames)
+        z_BPNC, x_BFNC, state, decoder = self._begin(params, rng, arrays, frozen, batch, total)
+        P = z_BPNC.shape[1]
+        schedule = self.schedule(total - P)
+        for rows, done in samplers.pieces(samplers.plan(schedule)):
+            x_BFNC, state = self._advance(params, rng, x_BFNC, state, rows, batch, schedule, P)
+            video, decoder = self._decode(frozen, x_BFNC[:, done], decoder)
+            yield video
+
+    @functools.partial(jax.jit, static_argnums=(0, 5, 6))
+    def _begin(self, params, rng, cond, frozen, batch, total):
+        """(given latents, noise, state that has read them, decoder state that has shown them)."""
+        predict, start, given_BPNC = self._open(params, cond, frozen, batch, total)
+        P = given_BPNC.shape[1]
+        _, state = predict(given_BPNC, jnp.zeros((batch, P), jnp.int32), start)
+        decoder = self.tokenizer.decode(frozen, given_BPNC, self.grid)[1] if P else None
+        return given_BPNC, self._noise(rng, batch, P, total), state, decoder
+
+    @functools.partial(jax.jit, static_argnums=(0, 6, 7, 8), donate_argnums=(3, 4))
+    def _advance(self, params, rng, x_BFNC, state, rows, batch, schedule, given):
+        predict = self._predict(params, given + schedule.frames)
+        return samplers.advance(
+            predict,
+            x_BFNC,
+            state,
+            rows,
+            rng,
+            solver=self.solver,
+            plan=samplers.plan(schedule),
+            levels=self.noise.levels(schedule.sample_steps),
+            given=given,
+        )
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _decode(self, frozen, z_BTNC, decoder):
+        video, decoder = self.tokenizer.decode(frozen, z_BTNC, self.grid, decoder)
+        return jnp.clip(video, -1, 1), decoder
+
+    def _predict(self, params, total):
+        """The network of a stream of `total` latent frames, with guidance, as samplers call it."""
+        mixer = dict(self.model.mixer)
+        if "window" in mixer and mixer["window"] is None:
+            # Nothing leaves a window as long as the stream, and a scan needs a cache of one size.
+            mixer["window"] = total
+        model = self.model.clone(mixer=mixer)
+
+        def predict(x_BTNC, t_BT, state):
+            return self._apply(params, x_BTNC, t_BT, state=state, model=model)
+
+        scale = self.sampler["guidance"]
+        return predict if scale == 1 else guidance.classifier_free(predict, scale)
+
+    def _open(self, params, cond, frozen, batch, total):
+        """(predict, state that has read the context alone, clean latents of `first_frames`)."""
+        nobody_B = jnp.zeros(batch, bool)
+        context_BME = self._context(params, nobody_B, cond)
+        copies = 1
+        if self.sampler["guidance"] != 1:
+            copies = 2
+            context_BME = jnp.concatenate([context_BME, self._context(params, ~nobody_B, cond)])
+        empty_BTNC = jnp.zeros((batch, 0, self.grid[0] * self.grid[1], self.tokenizer.channels))
+        given_BPNC = empty_BTNC
+        if "first_frames" in cond:
+            given_BPNC = self._encode(frozen, cond["first_frames"])
+        x_BTNC = jnp.concatenate([empty_BTNC] * copies)
+        t_BT = jnp.zeros((batch * copies, 0), jnp.int32)
+        _, state = self._apply(params, x_BTNC, t_BT, context_BME)
+        return self._predict(params, total), state, given_BPNC
+
+    def _noise(self, rng, batch, given, total):
+        """Initial noise of the frames given .. total - 1."""
+        frame_F = np.arange(given, total)
+        shape = (batch, total - given, self.grid[0] * self.grid[1], self.tokenizer.channels)
+        return samplers.frame_noise(
+            rng, frame_F, np.full_like(frame_F, self.noise.num_steps), shape
+        )
+
+
+def _conditions(conditioner, batch, size):
+    """The arguments of the conditioner that a batch or a sampling condition holds."""
+    if conditioner.kind == "class":
+        return {"label_B": batch["label"] if "label" in batch else jnp.zeros(size, jnp.int32)}
+    if conditioner.kind == "text":
+        if "text" not in batch:
+            raise UserError(
+                "task.condition.kind='text': the data has no captions; set data.text_tokens and "
+                "data.text_width, or task.condition.kind=none"
+            )
+        return {"text_BME": batch["text"]}
+    return {}
+
+
+def _check(task, patch, model):
+    """Raise UserError for settings that cannot work, before anything is compiled."""
+    condition, sampler, mixer = task.condition, task.sampler, model["mixer"]
+
+    def choose(field, value, choices):
+        if value not in choices:
+            raise UserError(f"task.{field}={value!r}: unknown; use one of {', '.join(choices)}")
+
+    def require(holds, message):
+        if not holds:
+            raise UserError(f"task.{message}")
+
+    choose("timesteps", task.timesteps, TIMESTEPS)
+    choose("condition.kind", condition["kind"], KINDS)
+    choose("sampler.memory", sampler["memory"], MEMORIES)
+    choose("model.arrangement", model["arrangement"], ARRANGEMENTS)
+    choose("model.mixer.name", mixer["name"], MIXERS)
+    task.noise.weight(np.zeros(1, np.int32), task.weight, task.prediction)
+    size, width, heads = task.size, model["width"], model["heads"]
+    require(
+        size % patch == 0,
+        f"patch={patch}: does not divide size={size}; use a divisor of {size}",
+    )
+    require(
+        width % heads == 0 and width // heads % 2 == 0,
+        f"model.heads={heads}: does not divide width={width} into even heads; "
+        f"use a divisor of {width // 2}",
+    )
+    require(
+        0 <= task.drop <= 1,
+        f"condition.drop={task.drop}: not a probability; use 0 to 1",
+    )
+    require(
+        0 <= task.clean_prefix <= 1,
+        f"clean_prefix={task.clean_prefix}: not a probability; use 0 to 1",
+    )
+    require(
+        0 < task.given < task.frames,
+        f"given={task.given}: frames before the continuation; use 1 to {task.frames - 1}",
+    )
+    require(
+        sampler["guidance"] == 1 or condition["kind"] != "none",
+        f"sampler.guidance={sampler['guidance']}: condition.kind='none' leaves nothing to guide; use 1",
+    )
+    require(
+        mixer.get("mask", "causal") == "causal" or sampler["memory"] != "cache",
+        f"sampler.memory='cache': mask={mixer.get('mask')!r} sees later frames; use memory=none",
+    )
