@@ -105,8 +105,8 @@ class NoiseSchedule:
         snr = jnp.exp(self.log_snr(t_BT)) / SNR_CLIP
         clipped = jnp.minimum(snr, 1.0)
         if kind == "fused_snr":
-            hidden = 1 - FUSED_SNR_DECAY * _snr_of_past(clipped)
-            snr, clipped = 1 - hidden * (1 - snr), 1 - hidden * (1 - clipped)
+            known = FUSED_SNR_DECAY * _snr_of_past(clipped)
+            snr, clipped = known + (1 - known) * snr, known + (1 - known) * clipped
         if prediction == "x0":
             return SNR_CLIP * clipped
         if prediction == "eps":

@@ -41,7 +41,7 @@ def uniform(rng, batch, frames, num_steps):
 
 def iid(rng, batch, frames, num_steps):
     """Every frame on its own, uniform -> t_BT (Diffusion Forcing, Chen et al. 2024)."""
-    return jax.random.randint(rng, (batch, frames), 0, num_steps)
+    return jax.random.randint(rng, (batch, frames), 0, num_steps, jnp.int32)
 
 
 def full_sequence(rng, batch, frames, num_steps):
@@ -57,7 +57,7 @@ def clean_prefix(rng, t_BT, probability):
     """
     batch, frames = t_BT.shape
     rng_whether, rng_length = jax.random.split(rng)
-    length_B = 1 + jax.random.randint(rng_length, (batch,), 0, max(frames - 1, 1))
+    length_B = 1 + jax.random.randint(rng_length, (batch,), 0, max(frames - 1, 1), jnp.int32)
     has_prefix_B = jax.random.bernoulli(rng_whether, probability, (batch,)) & (frames > 1)
     prefix_B = jnp.where(has_prefix_B, length_B, 0)
     return jnp.where(jnp.arange(frames) < prefix_B[:, None], 0, t_BT), prefix_B
