@@ -78,8 +78,11 @@ class NoiseSchedule:
         """x at t_to <= t_from by DDIM (Song et al. 2021, eq. 12); eta = 1 is ancestral sampling.
 
         On the flow schedule with eta = 0 this is Euler: x + (sigma_to - sigma_from) (eps - x0).
-        `noise` is standard normal, shaped like x0, and needed when eta > 0.
+        `noise` is standard normal, shaped like x0, and needed when eta > 0. Raises UserError for an
+        eta outside 0..1.
         """
+        if not 0 <= eta <= 1:
+            raise UserError(f"eta={eta}: a share of fresh noise; use 0 (DDIM) to 1 (ancestral)")
         if eta:
             # fresh = eta sqrt(1 - SNR_from / SNR_to) is the share of the noise drawn anew.
             drop = jnp.expm1(self.log_snr(t_from) - self.log_snr(t_to))
@@ -93,7 +96,7 @@ class NoiseSchedule:
 
         min_snr: min(SNR, 5) on the x0 error (Hang et al. 2023), restated for the prediction.
         fused_snr: the same with what the frames before already reveal (Diffusion Forcing,
-        Chen et al. 2024, appendix B); frame f depends on frames <= f only.
+        Chen et al. 2024); frame f depends on frames <= f only.
         """
         self._check_prediction(prediction)
         if kind not in WEIGHTS:
@@ -112,9 +115,8 @@ class NoiseSchedule:
         if prediction == "eps":
             return clipped / snr
         # |v error|^2 = |x0 error|^2 / sigma^2, for both meanings of v.
-        inverse_sigma = (
-            1 + jnp.sqrt(SNR_CLIP * snr) if self.is_flow else jnp.sqrt(1 + SNR_CLIP * snr)
-        )
+        root = jnp.sqrt(SNR_CLIP * snr)
+        inverse_sigma = 1 + root if self.is_flow else jnp.hypot(1, root)
         return SNR_CLIP * clipped / inverse_sigma**2
 
     def log_snr(self, t):
@@ -148,7 +150,7 @@ class NoiseSchedule:
             )
         if prediction == "eps" and self.ends_in_pure_noise:
             raise UserError(
-                f"prediction='eps': says nothing of x0 where schedule={self.name!r} is pure noise; "
+                f"prediction='eps': says nothing of x0 where name={self.name!r} is pure noise; "
                 "use v or x0"
             )
 
@@ -176,14 +178,14 @@ def make(name, num_steps=1000, shift=1.0, zero_terminal_snr=False):
         alpha_T = 1 - sigma_T
     elif name in _SIGNAL_POWER:
         if shift != 1:
-            raise UserError(f"shift={shift}: only schedule='flow' can shift; use 1")
+            raise UserError(f"shift={shift}: only name='flow' can shift; use 1")
         alpha_T = np.sqrt(_SIGNAL_POWER[name](num_steps))
         if zero_terminal_snr:
             alpha_T = (alpha_T - alpha_T[-1]) * alpha_T[0] / (alpha_T[0] - alpha_T[-1])
         sigma_T = np.sqrt(1 - alpha_T**2)
     else:
         names = ", ".join([*_SIGNAL_POWER, "flow"])
-        raise UserError(f"schedule={name!r}: unknown noise schedule; use one of {names}")
+        raise UserError(f"name={name!r}: unknown noise schedule; use one of {names}")
     tables = alpha_T.astype(np.float32), sigma_T.astype(np.float32)
     return NoiseSchedule(name, num_steps, float(shift), zero_terminal_snr, *tables)
 

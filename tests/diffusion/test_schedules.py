@@ -312,15 +312,16 @@ def test_a_schedule_is_static_under_jit_and_equal_by_options():
 @pytest.mark.parametrize(
     "bad, message",
     [
-        (lambda: schedules.make("quadratic"), "schedule='quadratic': .* use one of linear,"),
+        (lambda: schedules.make("quadratic"), "name='quadratic': .* use one of linear,"),
         (lambda: schedules.make("linear", 1), "num_steps=1: .* use 1000"),
-        (lambda: schedules.make("linear", shift=3.0), "shift=3.0: only schedule='flow' .* use 1"),
+        (lambda: schedules.make("linear", shift=3.0), "shift=3.0: only name='flow' .* use 1"),
         (lambda: schedules.make("flow", shift=0), "shift=0: must be positive; use 1"),
         (lambda: MADE["linear"].levels(1000), "sample_steps=1000: .* use 1 to 999"),
         (lambda: MADE["linear"].levels(0), "sample_steps=0: .* use 1 to 999"),
         (lambda: MADE["linear"].target(0, 0, 0, "x"), "prediction='x': .* use one of x0, eps, v"),
         (lambda: MADE["flow"].target(0, 0, 0, "eps"), "prediction='eps': .* use v or x0"),
         (lambda: MADE["linear_zero"].split(0, 0, 0, "eps"), "prediction='eps': .* use v or x0"),
+        (lambda: MADE["linear"].step(0, 0, 9, 8, eta=1.5), "eta=1.5: .* use 0"),
         (lambda: MADE["linear"].weight(LEVELS, "snr", "v"), "weight='snr': .* use one of uniform,"),
     ],
 )
