@@ -1,0 +1,333 @@
+"""Video files in and out, through PyAV alone: no ffmpeg binary, no paths or URLs for the decoder.
+
+Reading trusts nothing: FFmpeg sees an open binary file (so no protocol can be reached), only the
+listed containers, one thread, and pictures and clips below fixed sizes. One scaler serves all
+frames of a read: it is three times as fast as `frame.to_ndarray(format="rgb24")` for each.
+"""
+
+import contextlib
+import dataclasses
+import io
+import pathlib
+import zlib
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+from PIL import Image
+
+from jaxvid.data import transforms
+from jaxvid.errors import UserError
+
+SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
+MAX_PIXELS = 2**25  # in one picture: 8192 x 4096
+MAX_FRAMES = 2**20  # in one file
+MAX_BYTES = 2**32  # of pixels in one read
+
+# PyAV before 19 raises UnicodeDecodeError for tags that are not UTF-8, unless told otherwise.
+_TOLERANT = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+
+class VideoError(ValueError):
+    """A video that cannot be read; the message says why in one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """What decoding a whole file once has shown.
+
+    Frame n is shown at start + n * step in units of the stream. The step is 0 where times are not
+    that even or a seek shows other pictures than a scan: such a file is read from its beginning.
+    """
+
+    frames: int
+    fps: float
+    start: int
+    step: float
+
+    def number(self, frame):
+        return round((frame.pts - self.start) / self.step)
+
+
+@contextlib.contextmanager
+def _opened(file):
+    """Binary file -> (container, video stream); whatever goes wrong inside is a VideoError."""
+    options = {"format_whitelist": CONTAINERS}
+    try:
+        file.seek(0)
+        if not file.read(1):
+            raise VideoError("is empty")
+        file.seek(0)
+        with av.open(file, options=options, **_TOLERANT) as container:
+            if not container.streams.video:
+                raise VideoError("has no video stream")
+            stream = container.streams.video[0]
+            if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
+                raise VideoError(f"has pictures of more than {MAX_PIXELS} pixels")
+            stream.thread_type = "NONE"  # frame threads can deadlock when a read ends early
+            stream.codec_context.thread_count = 1
+            # The decoder checks again, for pictures may change their size on the way.
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+            yield container, stream
+    except VideoError:
+        raise
+    # A broken file also sends Python's file object to impossible places.
+    except (av.FFmpegError, OSError, ValueError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise VideoError(f"cannot be decoded ({reason})") from error
+
+
+def _decode(container, stream):
+    """Frames in order of showing; runaway files are refused."""
+    for number, frame in enumerate(container.decode(stream)):
+        if number >= MAX_FRAMES:
+            raise VideoError(f"has more than {MAX_FRAMES} frames")
+        yield frame
+
+
+def _rate(stream):
+    return float(stream.average_rate or stream.guessed_rate or 25)
+
+
+def _is_untimed(container):
+    """AVI stores no times; those FFmpeg makes up are out of order where there are B-frames."""
+    return container.format.name == "avi"
+
+
+def probe(file):
+    """Binary file -> Info, by decoding all of it; VideoError if that fails or finds no frame."""
+    with _opened(file) as (container, stream):
+        times, key, print_of_key = [], 0, None
+        for number, frame in enumerate(_decode(container, stream)):
+            times.append(frame.pts)
+            if frame.key_frame:
+                key, print_of_key = number, _fingerprint(frame)
+        if not times:
+            raise VideoError("has no frames")
+        start, step = (0, 0.0) if _is_untimed(container) else _even_times(times)
+        info = Info(len(times), _rate(stream), start, step)
+    if step and not _seek_shows(file, info, key, print_of_key):
+        return dataclasses.replace(info, start=0, step=0.0)
+    return info
+
+
+def _fingerprint(frame):
+    return zlib.crc32(frame.planes[0])
+
+
+def _seek_shows(file, info, number, fingerprint):
+    """Whether a seek in the file, newly opened, shows frame `number` as the scan has seen it.
+
+    Not always so: x264 names itself in the first packet only, and without that name FFmpeg decodes
+    some of its 4:4:4 streams to rubbish.
+    """
+    with _opened(file) as (container, stream):
+        for found, frame in _from_frame(container, stream, number, info):
+            if found >= number:
+                return found == number and _fingerprint(frame) == fingerprint
+    return False
+
+
+def _even_times(times):
+    """(start, step) if times are even to within a quarter step, else a step of 0."""
+    if None in times or len(times) < 2:
+        return 0, 0.0
+    step = (times[-1] - times[0]) / (len(times) - 1)
+    expected = times[0] + step * np.arange(len(times))
+    if step <= 0 or np.abs(np.array(times) - expected).max() > step / 4:
+        return 0, 0.0
+    return times[0], step
+
+
+class _Scaler:
+    """Frames -> uint8 [H, W, 3] upright, square pixels, shorter side `size`."""
+
+    def __init__(self, size, stream):
+        self._size = size
+        self._pixel = float(stream.codec_context.sample_aspect_ratio or 1)  # width / height
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, frame):
+        shown = max(1, round(frame.width * self._pixel))
+        height, width = transforms.cover(frame.height, shown, self._size)
+        if height * width > MAX_PIXELS:
+            raise VideoError(f"is too long and narrow ({frame.width} x {frame.height})")
+        scaled = self._reformatter.reformat(
+            frame, width=width, height=height, format="rgb24", threads=1
+        )
+        return np.rot90(scaled.to_ndarray(), frame.rotation // 90)
+
+
+def _from_frame(container, stream, first, info):
+    """(number, frame) pairs that begin at or before frame `first`: by a seek, else by a scan."""
+    if info.step and first:
+        container.seek(round(info.start + first * info.step), stream=stream)
+        frames = _decode(container, stream)
+        frame = next(frames, None)
+        if frame is not None and info.number(frame) <= first:
+            yield info.number(frame), frame
+            for frame in frames:
+                yield info.number(frame), frame
+            return
+        container.seek(info.start, stream=stream)
+    yield from enumerate(_decode(container, stream))
+
+
+def read(file, numbers, size, info):
+    """Frames `numbers` (ascending) of a binary file -> uint8 [T, H, W, 3], shorter side `size`.
+
+    Raises VideoError rather than return a clip with a frame missing.
+    """
+    with _opened(file) as (container, stream):
+        scale, taken = _Scaler(size, stream), 0
+        for number, frame in _from_frame(container, stream, numbers[0], info):
+            if number < numbers[taken]:
+                continue
+            if number > numbers[taken]:
+                break
+            picture_HWC = scale(frame)
+            if not taken:
+                video_THWC = _allocate(len(numbers), picture_HWC.shape)
+            video_THWC[taken] = picture_HWC
+            taken += 1
+            if taken == len(numbers):
+                return video_THWC
+    raise VideoError(f"gave {taken} of the {len(numbers)} frames asked for")
+
+
+def _allocate(frames, shape):
+    if frames * int(np.prod(shape)) > MAX_BYTES:
+        raise VideoError(f"would fill {frames * int(np.prod(shape))} bytes")
+    return np.empty((frames, *shape), np.uint8)
+
+
+def resample(file, size, fps):
+    """Binary file -> the pictures uint8 [H, W, 3] that show at 0, 1 / fps, 2 / fps ... seconds.
+
+    Shorter side `size`; time runs from the first frame to the last. With an fps of 0, every frame.
+    """
+    with _opened(file) as (container, stream):
+        scale, due, held = _Scaler(size, stream), 0, None
+        for time, frame in _timed(container, stream):
+            if not fps:
+                yield scale(frame)
+                continue
+            while held is not None and due / fps < time - 1e-6:
+                yield scale(held)
+                due += 1
+                if due > MAX_FRAMES:
+                    raise VideoError("has times that run away")
+            held = frame
+        while held is not None and due / fps <= time + 1e-6:
+            yield scale(held)
+            due += 1
+
+
+def _timed(container, stream):
+    """(seconds since the first frame, frame) pairs; where there are no times, by the frame rate."""
+    untimed, start = _is_untimed(container), None
+    for number, frame in enumerate(_decode(container, stream)):
+        untimed = untimed or frame.time is None
+        start = frame.time if start is None else start
+        yield (number / _rate(stream) if untimed else frame.time - start), frame
+
+
+def read_clip(path, frames, size):
+    """The first `frames` frames of a file, cropped to a square: uint8 [T, size, size, 3]."""
+    try:
+        with open(path, "rb") as file:
+            video_THWC = read(file, range(frames), size, probe(file))
+    except (OSError, VideoError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        remedy = f"give a readable video of {frames} frames or more"
+        raise UserError(f"clip={path}: {reason}; {remedy}") from error
+    return transforms.Window(frames, size).augment(video_THWC, None)
+
+
+def encode_chunk(video_THWC):
+    """uint8 [T, H, W, 3], even H and W -> one group of pictures as raw H.264 (crf 18) bytes."""
+    T, H, W, _ = video_THWC.shape
+    codec = av.CodecContext.create("libx264", "w")
+    codec.width, codec.height, codec.pix_fmt = W, H, "yuv420p"
+    codec.time_base, codec.framerate = Fraction(1, 25), Fraction(25)  # carried nowhere
+    # fastdecode: no deblocking filter and no arithmetic coding, half the time to read a chunk.
+    codec.options = {"crf": "18", "g": str(T), "tune": "fastdecode", "threads": "1"}
+    packets = []
+    for number, picture_HWC in enumerate(np.ascontiguousarray(video_THWC)):
+        frame = av.VideoFrame.from_ndarray(picture_HWC, format="rgb24")
+        frame.pts = number
+        packets += codec.encode(frame)
+    return b"".join(map(bytes, packets + codec.encode(None)))
+
+
+def decode_chunk(data, numbers, size):
+    """Frames `numbers` (ascending) of `encode_chunk`'s bytes -> uint8 [T, size, size, 3]."""
+    codec = av.CodecContext.create("h264", "r")
+    codec.thread_type, codec.thread_count = "NONE", 1
+    codec.options = {"max_pixels": str(MAX_PIXELS)}
+    reformatter = VideoReformatter()
+    video_THWC = np.empty((len(numbers), size, size, 3), np.uint8)
+    taken = 0
+    try:
+        for number, frame in enumerate(_chunk_frames(codec, data)):
+            if number == numbers[taken]:
+                scaled = reformatter.reformat(
+                    frame, width=size, height=size, format="rgb24", threads=1
+                )
+                video_THWC[taken] = scaled.to_ndarray()
+                taken += 1
+                if taken == len(numbers):
+                    return video_THWC
+    except av.FFmpegError as error:
+        raise VideoError(f"cannot be decoded ({error.strerror})") from error
+    raise VideoError(f"gave {taken} of the {len(numbers)} frames asked for")
+
+
+def _chunk_frames(codec, data):
+    for packet in [*codec.parse(data), *codec.parse(None), None]:
+        yield from codec.decode(packet)
+
+
+def write_mp4(path, video_THWC, fps):
+    """uint8 [T, H, W, 3] -> an H.264 mp4 that every browser plays; odd sides grow by a pixel."""
+    H, W = video_THWC.shape[1:3]
+    even_THWC = np.pad(video_THWC, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), mode="edge")
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        rate = Fraction(fps).limit_denominator(1001)
+        options = {"crf": "18", "threads": "1"}
+        stream = container.add_stream("libx264", rate=rate, options=options)
+        stream.width, stream.height, stream.pix_fmt = W + W % 2, H + H % 2, "yuv420p"
+        for picture_HWC in np.ascontiguousarray(even_THWC):
+            frame = av.VideoFrame.from_ndarray(picture_HWC, format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    pathlib.Path(path).write_bytes(buffer.getvalue())
+
+
+def gif_bytes(video_THWC, fps):
+    """uint8 [T, H, W, 3] -> an endlessly looping GIF."""
+    first, *rest = [Image.fromarray(picture_HWC) for picture_HWC in video_THWC]
+    buffer = io.BytesIO()
+    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+    return buffer.getvalue()
+
+
+def write_gif(path, video_THWC, fps):
+    """uint8 [T, H, W, 3] -> a looping GIF file."""
+    pathlib.Path(path).write_bytes(gif_bytes(video_THWC, fps))
+
+
+def contact_sheet(video_BTHWC, columns=16):
+    """uint8 [B, T, H, W, 3] -> PNG bytes: a row for each clip, at most `columns` frames across."""
+    T = video_BTHWC.shape[1]
+    shown = np.linspace(0, T - 1, min(T, columns)).round().astype(int)
+    line = ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0))  # a black line below and right of each frame
+    tiles_BTHWC = np.pad(video_BTHWC[:, shown], line)
+    rows_BHTWC = tiles_BTHWC.swapaxes(1, 2)
+    B, H, T, W, C = rows_BHTWC.shape
+    buffer = io.BytesIO()
+    Image.fromarray(rows_BHTWC.reshape(B * H, T * W, C)[:-1, :-1]).save(buffer, "PNG")
+    return buffer.getvalue()

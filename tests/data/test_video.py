@@ -1,0 +1,210 @@
+"""Video files: the right frames by seek and by scan, hostile input, and what we write."""
+
+import io
+import struct
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxvid.data import video
+from jaxvid.errors import UserError
+
+
+def read(path, numbers, size=48):
+    with open(path, "rb") as file:
+        return video.read(file, numbers, size, video.probe(file))
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm", ".avi"])
+def test_reads_the_frames_asked_for(tmp_path, clip, numbers, suffix):
+    path = tmp_path / f"bars{suffix}"
+    truth = clip(path, 32)
+    assert read(path, range(32)).shape == truth.shape
+    assert np.abs(read(path, range(32)).astype(float) - truth).mean() < 12
+    for wanted in ([0], [31], [9, 10, 11], [5, 12, 19, 26]):
+        assert numbers(read(path, wanted)) == [n % 16 for n in wanted]
+
+
+def test_a_seek_shows_what_a_scan_shows(tmp_path, clip):
+    path = tmp_path / "bars.mp4"
+    clip(path, 40, gop=10)
+    whole = read(path, range(40))
+    with open(path, "rb") as file:
+        assert video.probe(file).step > 0
+    for first in range(40):
+        np.testing.assert_array_equal(read(path, [first])[0], whole[first])
+
+
+def test_a_file_whose_seeks_lie_is_scanned(tmp_path, clip, numbers, monkeypatch):
+    path = tmp_path / "bars.mp4"
+    clip(path, 24, gop=8)
+    prints = iter(range(100))
+    monkeypatch.setattr(video, "_fingerprint", lambda frame: next(prints))
+    with open(path, "rb") as file:
+        assert video.probe(file) == video.Info(24, 24.0, 0, 0.0)
+    assert numbers(read(path, [7, 13])) == [7, 13]
+
+
+def test_uneven_times_are_scanned(tmp_path, numbers, clip):
+    truth = clip(tmp_path / "source.mp4", 12)
+    path = tmp_path / "uneven.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=24, options={"bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for number, picture in enumerate(truth):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = 30 * number + 200 * (number > 6), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with open(path, "rb") as file:
+        assert video.probe(file).step == 0
+    assert numbers(read(path, [3, 7, 11])) == [3, 7, 11]
+
+
+def test_shorter_side_is_scaled_to_size(tmp_path, clip):
+    clip(tmp_path / "wide.mp4", 4, height=48, width=96)
+    assert read(tmp_path / "wide.mp4", [1], size=24).shape == (1, 24, 48, 3)
+
+
+def test_a_picture_filmed_upright_is_turned(tmp_path, clip):
+    path = tmp_path / "bars.mp4"
+    clip(path, 4)
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 40  # version 0: nine fixed-point numbers follow
+    struct.pack_into(">9i", data, matrix, 0, 1 << 16, 0, -(1 << 16), 0, 0, 48 << 16, 0, 1 << 30)
+    plain = read(path, range(4))
+    path.write_bytes(data)
+    np.testing.assert_array_equal(read(path, range(4)), np.rot90(plain, -1, axes=(1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("zero.mp4", "is empty"),
+        ("text.mp4", "cannot be decoded"),
+        ("truncated.mp4", "cannot be decoded"),
+        ("sound.mp4", "has no video stream"),
+    ],
+)
+def test_hostile_files_are_refused_in_one_line(hostile, name, reason):
+    with (
+        pytest.raises(video.VideoError, match=reason) as caught,
+        open(hostile / name, "rb") as file,
+    ):
+        video.probe(file)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=f"{name}.*{reason}"):
+        video.read_clip(hostile / name, 4, 48)
+
+
+def test_tags_that_are_not_utf8_do_no_harm(hostile):
+    assert video.read_clip(hostile / "tags.mp4", 4, 48).shape == (4, 48, 48, 3)
+
+
+def test_other_containers_are_refused(tmp_path, clip):
+    clip(tmp_path / "bars.mp4", 4)
+    flv = tmp_path / "bars.flv"
+    with av.open(str(flv), "w") as container:
+        stream = container.add_stream("flv", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for picture in np.zeros((4, 48, 64, 3), np.uint8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    with pytest.raises(video.VideoError, match="cannot be decoded"):
+        read(flv, [0])
+
+
+def test_caps_on_size(tmp_path, clip, monkeypatch):
+    path = tmp_path / "bars.mp4"
+    clip(path, 8)
+    monkeypatch.setattr(video, "MAX_FRAMES", 7)
+    with pytest.raises(video.VideoError, match="more than 7 frames"):
+        read(path, [0])
+    monkeypatch.setattr(video, "MAX_FRAMES", 8)
+    monkeypatch.setattr(video, "MAX_BYTES", 1000)
+    with pytest.raises(video.VideoError, match="would fill"):
+        read(path, [0])
+    monkeypatch.setattr(video, "MAX_PIXELS", 1000)
+    with pytest.raises(video.VideoError, match="more than 1000 pixels"):
+        read(path, [0])
+    with pytest.raises(video.VideoError, match="cannot be decoded"):
+        video.decode_chunk(video.encode_chunk(np.zeros((2, 64, 64, 3), np.uint8)), [0], 64)
+
+
+def test_a_missing_frame_is_an_error_never_padding(tmp_path, clip):
+    path = tmp_path / "bars.mp4"
+    clip(path, 8)
+    with pytest.raises(video.VideoError, match="gave 1 of the 2 frames"):
+        read(path, [7, 8])
+
+
+def test_resample_follows_the_clock(tmp_path, clip, numbers):
+    path = tmp_path / "bars.mp4"
+    clip(path, 16, fps=24)
+
+    def shown(fps):
+        with open(path, "rb") as file:
+            return numbers(np.stack(list(video.resample(file, 48, fps))))
+
+    assert shown(0) == shown(24) == list(range(16))
+    assert shown(8) == [0, 3, 6, 9, 12, 15]
+    assert shown(48) == [n // 2 for n in range(31)]
+    assert shown(10) == [0, 2, 4, 7, 9, 12, 14]  # floor(2.4 n)
+
+
+def test_resample_of_avi_uses_its_rate(tmp_path, clip, numbers):
+    path = tmp_path / "bars.avi"
+    clip(path, 16, fps=24)
+    with open(path, "rb") as file:
+        assert numbers(np.stack(list(video.resample(file, 48, 12)))) == list(range(0, 16, 2))
+
+
+def test_chunks_round_trip_closely_and_by_number(clip, tmp_path):
+    truth = clip(tmp_path / "bars.mp4", 16)[:, :, :48]
+    data = video.encode_chunk(truth)
+    decoded = video.decode_chunk(data, range(16), 48)
+    assert np.abs(decoded.astype(float) - truth).mean() < 12
+    np.testing.assert_array_equal(video.decode_chunk(data, [2, 7, 12], 48), decoded[[2, 7, 12]])
+    assert video.decode_chunk(data, [0], 24).shape == (1, 24, 24, 3)
+
+
+def test_broken_chunks_are_errors():
+    data = video.encode_chunk(np.zeros((4, 32, 32, 3), np.uint8))
+    for broken in (b"", b"no video", data[: len(data) // 3]):
+        with pytest.raises(video.VideoError):
+            video.decode_chunk(broken, range(4), 32)
+
+
+def test_written_mp4_reads_back_and_odd_sides_grow(tmp_path):
+    truth = np.repeat(np.linspace(20, 230, 6).astype(np.uint8), 31 * 45 * 3)
+    truth = truth.reshape(6, 31, 45, 3)
+    video.write_mp4(tmp_path / "grey.mp4", truth, 8)
+    back = read(tmp_path / "grey.mp4", range(6), size=32)
+    assert back.shape == (6, 32, 46, 3)
+    assert np.abs(back[:, :31, :45].astype(float) - truth).max() < 8
+    with open(tmp_path / "grey.mp4", "rb") as file:
+        assert video.probe(file).fps == 8
+
+
+def test_gif_has_every_frame_and_loops(tmp_path):
+    pictures = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.full(
+        (1, 8, 8, 3), 50, np.uint8
+    )
+    video.write_gif(tmp_path / "grey.gif", pictures, 10)
+    with Image.open(tmp_path / "grey.gif") as gif:
+        assert (gif.n_frames, gif.info["duration"], gif.info["loop"]) == (5, 100, 0)
+
+
+def test_contact_sheet_has_a_row_per_clip_and_a_column_per_frame():
+    clips = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 10, 3), dtype=np.uint8)
+    sheet = np.asarray(Image.open(io.BytesIO(video.contact_sheet(clips))))
+    assert sheet.shape == (2 * 9 - 1, 3 * 11 - 1, 3)
+    np.testing.assert_array_equal(sheet[9:17, 22:32], clips[1, 2])
+    assert not sheet[8].any()
+    assert not sheet[:, 10].any()
+    few = np.asarray(Image.open(io.BytesIO(video.contact_sheet(clips, columns=2))))
+    np.testing.assert_array_equal(few[:8, 11:], clips[0, 2])
