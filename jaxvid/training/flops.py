@@ -1,6 +1,7 @@
 """How much arithmetic a program is, and how much a device could do: the two halves of MFU."""
 
 import math
+import time
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,29 @@ def peak(device, dtype):
     if jnp.dtype(dtype) == jnp.bfloat16:
         return promised[0]
     return promised[0] / 2 if device.platform == "gpu" else None
+
+
+def machine(devices):
+    """FLOP/s of all devices together: the makers' bfloat16, on CPU measured; None where unknown.
+
+    The devices of a CPU are one processor cut into parts, so its rate is that of one process.
+    """
+    if devices[0].platform == "cpu":
+        return measured() * len({device.process_index for device in devices})
+    promised = [peak(device, jnp.bfloat16) for device in devices]
+    return None if None in promised else sum(promised)
+
+
+def measured(size=1024, repeats=5):
+    """FLOP/s of the best of a few float32 products of square matrices, here and now."""
+    matrix = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    seconds = []
+    for _ in range(repeats + 1):  # the first compiles
+        begin = time.perf_counter()
+        jax.block_until_ready(product(matrix, matrix))
+        seconds.append(time.perf_counter() - begin)
+    return 2 * size**3 / min(seconds[1:])
 
 
 def _count(jaxpr):

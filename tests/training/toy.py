@@ -1,6 +1,13 @@
-"""A task and a data source small enough to train in a second, for tests of the trainer."""
+"""A task and a data source small enough to train in a second, for tests of the trainer.
 
+python tests/training/toy.py WORKDIR '{"steps": 8}'     a run as a process of its own
+"""
+
+import json
+import os
 import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +15,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxvid import data
-from jaxvid.parallel.sharding import shard
+from jaxvid.errors import UserError
+from jaxvid.parallel.sharding import path_name, shard
 
 
 class Task:
@@ -20,8 +28,8 @@ class Task:
         (r"out/kernel$", ("tensor", "fsdp")),
     )
 
-    def __init__(self, width=16, noise=0.1, nan_from=-1, nan_until=10**9, sleep=0.0):
-        self.width, self.noise, self.sleep = width, noise, sleep
+    def __init__(self, width=16, noise=0.1, nan_from=-1, nan_until=10**9):
+        self.width, self.noise = width, noise
         self.nan_from, self.nan_until = nan_from, nan_until
 
     def init(self, rng, batch):
@@ -78,6 +86,7 @@ class Source:
 
     def read(self, index, rng):
         shape = (self.config.frames, self.config.size, self.config.size, 3)
+        time.sleep(float(os.environ.get("TOY_DELAY", 0)))  # not a field: it changes nothing learnt
         video_THWC = np.random.default_rng(int(index)).integers(0, 256, shape, dtype=np.uint8)
         return {"video": video_THWC, "label": index % 7, "caption": ""}
 
@@ -93,42 +102,48 @@ def install():
 
 def config(**changes):
     """A tiny complete config; dotted fields with `__` for the dot: config(optim__lr=1.0)."""
-    tree = ConfigDict(
-        {
-            "seed": 0,
-            "steps": 8,
-            "task": {"name": "toy", "width": 16, "noise": 0.1, "nan_from": -1, "sleep": 0.0},
-            "data": {
-                "name": "toy",
-                "frames": 3,
-                "size": 4,
-                "batch_size": 8,
-                "text_tokens": 0,
-                "text_width": 4,
-                "workers": 0,
-                "threads": 1,
-            },
-            "optim": {
-                "lr": 1e-2,
-                "warmup": 2,
-                "schedule": "constant",
-                "b1": 0.9,
-                "b2": 0.99,
-                "weight_decay": 0.01,
-                "clip": 1.0,
-                "ema": 0.9,
-                "accumulate": 1,
-                "skip_nonfinite": 2,
-            },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-            "checkpoint": {"every": 3, "keep": 2, "best": ""},
-            "log": {"every": 1, "tensorboard": False},
-            "evaluate": {"every": 0, "batches": 1},
-            "sample": {"every": 0, "num": 2},
-            "compile_cache": "",
-        }
-    )
+    tree = ConfigDict(json.loads(CONFIG))
     for field, value in changes.items():
         section, _, name = field.rpartition("__")
         (tree[section] if section else tree)[name] = value
     return tree
+
+
+CONFIG = """{
+  "seed": 0, "steps": 8,
+  "task": {"name": "toy", "width": 16, "noise": 0.1, "nan_from": -1, "nan_until": 1000},
+  "data": {"name": "toy", "frames": 3, "size": 4, "batch_size": 8, "workers": 0, "threads": 1,
+           "text_tokens": 0, "text_width": 4},
+  "optim": {"lr": 0.01, "warmup": 2, "schedule": "constant", "b1": 0.9, "b2": 0.99,
+            "weight_decay": 0.01, "clip": 1.0, "ema": 0.9, "accumulate": 1, "skip_nonfinite": 2},
+  "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+  "checkpoint": {"every": 3, "keep": 2, "best": ""},
+  "log": {"every": 1, "tensorboard": false},
+  "evaluate": {"every": 0, "batches": 1},
+  "sample": {"every": 0, "num": 2},
+  "compile_cache": ""
+}"""
+
+
+def main():
+    """Trains the toy and writes the final state to <workdir>/final.npz; UserErrors as the CLI."""
+    from jax.experimental.multihost_utils import process_allgather
+
+    from jaxvid.train import train
+
+    workdir, changes = sys.argv[1], json.loads(sys.argv[2])
+    state = process_allgather(train(config(**changes), workdir), tiled=True)
+    leaves = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
+    if jax.process_index() == 0:
+        np.savez(Path(workdir, "final.npz"), **leaves)
+
+
+if __name__ == "__main__":
+    from absl import logging
+
+    logging.set_verbosity(logging.WARNING)
+    install()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,205 @@
+"""Train a task: `python -m jaxvid.train --config=configs/ar_diffusion.py [--workdir=DIR]`.
+
+The same command resumes where the run stopped, on any number of devices and hosts; SIGTERM saves
+and exits with status 0. The work folder (default runs/<config name>) holds config.json,
+metrics.jsonl, ckpt/<step>/, tensorboard/ and samples/<step>/.
+
+On many hosts run this on each. Cloud TPU, Kubernetes, SLURM and Open MPI are detected; elsewhere
+give --coordinator=HOST:PORT --num_processes=N --process_id=I.
+"""
+
+import contextlib
+import errno
+import importlib
+import tempfile
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from jaxvid import config as config_lib
+from jaxvid import data
+from jaxvid.errors import UserError
+from jaxvid.parallel import multihost
+from jaxvid.parallel.mesh import make_mesh
+from jaxvid.parallel.sharding import batch_sharding, shard_params
+from jaxvid.training import flops
+from jaxvid.training.checkpoint import Checkpoints
+from jaxvid.training.evaluation import make_evaluate, make_sample
+from jaxvid.training.guard import Guard
+from jaxvid.training.logging import Log, Progress, parameter_table, say
+from jaxvid.training.optim import make_optimizer
+from jaxvid.training.state import make_init
+from jaxvid.training.step import make_step
+from jaxvid.training.writer import Writer
+
+FLAGS = flags.FLAGS
+
+
+def train(config, workdir):
+    """Train `config` in `workdir`, from its newest checkpoint if there is one; the last TrainState.
+
+    Raises UserError, one line, for what the user can mend; before compiling, where it shows then.
+    """
+    multihost.initialize()
+    config_lib.validate(config)
+    _prepare(workdir, config)
+    mesh = make_mesh(config.mesh)
+    config_lib.check_batch(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        stack.enter_context(_disk_errors(workdir))
+        return _train(config, workdir, mesh, stack)
+
+
+def _train(config, workdir, mesh, stack):
+    task = make_task(config.task)
+    tx, schedule = make_optimizer(config.optim, config.steps)
+    checkpoints = stack.enter_context(Checkpoints(workdir, config))
+    checkpoints.check_config()
+    clips = stack.enter_context(contextlib.closing(_iterator(config, "train", mesh)))
+    held_out = stack.enter_context(contextlib.closing(_iterator(config, "validation", mesh)))
+
+    shapes = _peek(clips, config.data.batch_size)
+    init, shardings = make_init(task, tx, shapes, config, mesh)
+    found = checkpoints.restore(_placed(jax.eval_shape(init), shardings), clips)
+    step, state = found or (0, init())
+    frozen = task.frozen()
+    frozen = jax.device_put(frozen, shard_params(frozen, mesh, task.sharding_rules))
+    if jax.process_index() == 0:
+        config_lib.save(config, Path(workdir, "config.json"))
+    say(parameter_table(state.params))
+    say(f"{workdir}: {'resuming at' if found else 'starting at'} step {step} of {config.steps}")
+
+    update = make_step(task, tx, schedule, config, mesh, shardings)
+    evaluate = make_evaluate(task, config, mesh, held_out)
+    sample = make_sample(task, config, mesh, held_out)
+    writer = stack.enter_context(contextlib.closing(Writer(workdir, step, config.log.tensorboard)))
+    source = data.make_source(config.data, "train")
+    guard = Guard(config.optim.skip_nonfinite, source, skipped=int(state.skipped))
+    work = 3 * _forward_flops(task, state, frozen, shapes)  # the backward pass costs twice as much
+    frames = shapes["video"].shape[0] * shapes["video"].shape[1]
+    progress = Progress(config.steps, frames, work, flops.machine(mesh.devices.flatten()))
+    log = Log(config, writer, progress, guard)
+
+    while step < config.steps:
+        rows = progress.next(clips)
+        batch = multihost.to_global(rows, batch_sharding(mesh))
+        state, metrics = update(state, frozen, batch)
+        step += 1
+        log.push(step, metrics, rows["id"])  # settles the step before, while this one runs
+
+        preempted, scores = checkpoints.preempted(step), None
+        last = step == config.steps
+        if (_due(step, config.evaluate.every) or last) and not preempted:
+            with progress.outside(metrics):
+                scores = evaluate(state.weights, frozen)
+            log.settle(scores)
+        if checkpoints.due(step):
+            log.settle()  # so that the record never lags behind what is saved
+            checkpoints.save(step, state, clips, scores)
+        if preempted:
+            say(f"{workdir}: stopped; step {step} is saved, the same command goes on from there")
+            return state
+        if _due(step, config.sample.every) and not last:
+            with progress.outside(metrics):
+                writer.videos(step, sample(state.weights, frozen))
+
+    writer.videos(step, sample(state.weights, frozen))
+    say(f"{workdir}: finished at step {step}")
+    return state
+
+
+def make_task(fields):
+    """The Task of `config.task`: class Task of the module named, built from the other fields."""
+    module = f"jaxvid.tasks.{fields.name}"
+    try:
+        module = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise UserError(f"task.name={fields.name}: there is no module {module}") from error
+    return module.Task(**{name: value for name, value in fields.items() if name != "name"})
+
+
+def _prepare(workdir, config):
+    """Make the work folder, prove that it can be written, and point the compile cache beside it."""
+    try:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir) as file:
+            file.write(b"room to write")
+    except OSError as error:
+        raise UserError(
+            f"workdir={workdir}: cannot be written ({error.strerror}); choose another --workdir"
+        ) from error
+    cache = config.compile_cache or Path(workdir).resolve().parent / "jax_cache"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+@contextlib.contextmanager
+def _disk_errors(workdir):
+    """Turns a disk that fails while metrics or samples are written into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        raise UserError(
+            f"workdir={workdir}: cannot be written ({error.strerror}); checkpoints already saved "
+            "are whole; make room and run the same command again"
+        ) from error
+
+
+def _iterator(config, split, mesh):
+    """This host's rows of the split's batches."""
+    index, count = multihost.batch_share(mesh)
+    return data.make_iterator(
+        config.data,
+        split=split,
+        seed=config.seed,
+        batch_size=config.data.batch_size,
+        process_index=index,
+        process_count=count,
+    )
+
+
+def _peek(iterator, batch_size):
+    """Shapes of a global batch, from reading one: data that cannot be read fails right away."""
+    start = iterator.get_state()
+    rows = next(iterator)
+    iterator.set_state(start)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), rows)
+
+
+def _placed(shapes, shardings):
+    """Shapes with where each belongs, which is what restoring needs."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings
+    )
+
+
+def _forward_flops(task, state, frozen, batch):
+    def loss(params, extra, frozen, batch):
+        rng = jax.random.key(0)
+        return task.loss(params, batch, rng, step=0, frozen=frozen, extra=extra)
+
+    return flops.count(loss, state.params, state.extra, frozen, batch)
+
+
+def _due(step, every):
+    return every > 0 and step % every == 0
+
+
+def main():
+    """Entry point."""
+    config, workdir = config_lib.from_flags()
+    multihost.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    train(config, workdir)
+
+
+if __name__ == "__main__":
+    config_lib.define_flags()
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where it is not detected.")
+    flags.DEFINE_integer("num_processes", None, "Number of processes, where it is not detected.")
+    flags.DEFINE_integer("process_id", None, "Number of this process, where it is not detected.")
+    config_lib.run(main)

@@ -1,0 +1,190 @@
+"""Checkpoints: train state, place in the data and config, saved as one (orbax).
+
+<workdir>/ckpt/<step>/state    the TrainState
+<workdir>/ckpt/<step>/data     state of the data iterator, the same for any number of hosts
+<workdir>/ckpt/<step>/config   the config that made it
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+
+import jax
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+from orbax.checkpoint import checkpoint_managers as policies
+
+from jaxvid import config as config_lib
+from jaxvid.errors import UserError
+
+# Sections and fields that may differ when a run is resumed: they do not change what is learnt,
+# except `steps`, which stretches a cosine schedule.
+FREE = (
+    "steps",
+    "mesh",
+    "checkpoint",
+    "log",
+    "evaluate",
+    "sample",
+    "compile_cache",
+    "data.workers",
+    "data.threads",
+    "optim.skip_nonfinite",
+)
+
+
+class Checkpoints:
+    """The checkpoints of one run; a context manager that waits for the last save.
+
+    Saving is asynchronous and atomic: a folder without the suffix of a temporary one is whole.
+    Raises UserError, in one line, where the disk or the folder does not allow what is asked.
+    """
+
+    def __init__(self, workdir, config):
+        self.workdir, self.config = workdir, config
+        # Orbax logs each failure once per thread, with its stack; here it becomes one line.
+        logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+        keep = [policies.LatestN(config.checkpoint.keep)]
+        score = _score(config) if config.checkpoint.best else None
+        if score:
+            keep.append(
+                policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
+            )
+        with self._one_line("open the checkpoints"):
+            self.manager = ocp.CheckpointManager(
+                os.path.join(os.path.abspath(workdir), "ckpt"),
+                options=ocp.CheckpointManagerOptions(
+                    save_decision_policy=policies.AnySavePolicy(
+                        [
+                            policies.FixedIntervalPolicy(config.checkpoint.every),
+                            policies.PreemptionCheckpointingPolicy(),
+                        ]
+                    ),
+                    preservation_policy=policies.AnyPreservationPolicy(keep),
+                    best_fn=score,  # only so that metrics are written and survive a restart
+                    cleanup_tmp_directories=True,
+                ),
+            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error is None:
+            with self._one_line("save"):
+                self.manager.close()
+        else:  # what is under way may still succeed; the first error is the one to tell
+            with contextlib.suppress(Exception):
+                self.manager.close()
+
+    def preempted(self, step):
+        """Whether SIGTERM came and all processes agree to stop after this step; ask at each."""
+        return self.manager.reached_preemption(step)
+
+    def due(self, step):
+        """Whether `save` is called for: the interval, a preemption or the last step."""
+        last = step == self.config.steps and self.manager.latest_step() != step
+        return last or self.manager.should_save(step)
+
+    def save(self, step, state, iterator, metrics=None):
+        """Save in the background; returns when the state may be donated."""
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave(iterator.get_state()),
+            config=ocp.args.JsonSave(json.loads(self.config.to_json())),
+        )
+        with self._one_line(f"save step {step}"):
+            self.manager.save(step, args=items, metrics=metrics, force=True)
+
+    def check_config(self):
+        """Raises UserError when the newest checkpoint was made with another config."""
+        step = self.manager.latest_step()
+        if step is None:
+            return
+        try:
+            items = ocp.args.Composite(config=ocp.args.JsonRestore())
+            saved = ConfigDict(self.manager.restore(step, args=items).config)
+        except Exception as error:
+            raise UserError(
+                f"workdir={self.workdir}: checkpoint {step} is not one of jaxvid's "
+                f"({_first_line(error)}); choose another --workdir"
+            ) from error
+        changed = [
+            f"{field}: {old!r} -> {new!r}"
+            for field, old, new in config_lib.differences(saved, self.config)
+            if not any(field == free or field.startswith(f"{free}.") for free in FREE)
+        ]
+        if changed:
+            raise UserError(
+                f"workdir={self.workdir}: holds a run with another config "
+                f"({'; '.join(changed)}); undo these changes or choose another --workdir"
+            )
+
+    def restore(self, shapes, iterator):
+        """(step, state) of the newest checkpoint with `iterator` set to its place; else None.
+
+        `shapes` is the TrainState as ShapeDtypeStructs with shardings, of any mesh.
+        """
+        step = self.manager.latest_step()
+        if step is None:
+            return None
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(shapes), data=ocp.args.JsonRestore()
+        )
+        try:
+            restored = self.manager.restore(step, args=items)
+        except Exception as error:
+            folder = os.path.join(self.workdir, "ckpt", str(step))
+            raise UserError(
+                f"workdir={self.workdir}: checkpoint {step} does not fit this model or is damaged "
+                f"({_first_line(error)}); choose another --workdir, or delete {folder} to go on "
+                "from the one before it"
+            ) from error
+        iterator.set_state(restored.data)
+        return step, restored.state
+
+    @contextlib.contextmanager
+    def _one_line(self, action):
+        """Turns a full or forbidden disk, however it is reported, into a UserError."""
+        try:
+            yield
+        except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+            kept = self.manager.all_steps() if hasattr(self, "manager") else []
+            kept = f"checkpoint {max(kept)} is whole" if kept else "nothing was saved yet"
+            raise UserError(
+                f"workdir={self.workdir}: cannot {action} ({_reason(error)}); {kept}; "
+                "make room or mend the folder and run the same command again"
+            ) from error
+
+
+def _score(config):
+    """Function of the metrics, highest for the best: "psnr" wants most, "-loss" least."""
+    name = config.checkpoint.best.removeprefix("-")
+    sign = -1 if config.checkpoint.best.startswith("-") else 1
+    if not config.evaluate.every or config.checkpoint.every % config.evaluate.every:
+        raise UserError(
+            f"checkpoint.best={config.checkpoint.best}: checkpoint.every={config.checkpoint.every} "
+            f"must be a multiple of evaluate.every={config.evaluate.every}, so that every "
+            "checkpoint is measured"
+        )
+
+    def score(metrics):
+        value = sign * metrics[name]
+        return value if value == value else -math.inf  # NaN is the worst
+
+    return score
+
+
+def _reason(error):
+    """What went wrong in a few words, out of an OSError or a page of tensorstore's."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    known = ("No space left on device", "Disk quota exceeded", "Read-only file system")
+    return next((words for words in known if words in str(error)), _first_line(error))
+
+
+def _first_line(error, limit=200):
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line if len(line) <= limit else f"{line[:limit]}..."

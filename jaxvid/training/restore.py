@@ -1,0 +1,63 @@
+"""The trained weights of a run without its optimiser: what evaluating and sampling need."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from jaxvid.errors import UserError
+from jaxvid.parallel.sharding import shard_params
+
+
+def batch_shapes(fields, size):
+    """The batch of `size` clips that `data.make_iterator` yields for `config.data`, as shapes."""
+    shape = (size, fields.frames, fields.size, fields.size, 3)
+    batch = {
+        "video": jax.ShapeDtypeStruct(shape, jnp.uint8),
+        "id": jax.ShapeDtypeStruct((size,), jnp.int32),
+        "label": jax.ShapeDtypeStruct((size,), jnp.int32),
+    }
+    if fields.text_tokens:
+        shape = (size, fields.text_tokens, fields.text_width)
+        batch["text"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return batch
+
+
+def restore_weights(workdir, config, task, mesh):
+    """(step, weights) of the newest whole checkpoint: the average, or the parameters without one.
+
+    Reads nothing else and changes nothing, so the run may go on meanwhile. Any mesh will do.
+    Raises UserError where there is no checkpoint or it is not of this model.
+    """
+    folder = os.path.join(os.path.abspath(workdir), "ckpt")
+    steps = ocp.utils.checkpoint_steps(folder) if os.path.isdir(folder) else []
+    if not steps:
+        raise UserError(f"workdir={workdir}: there is no checkpoint yet; train first")
+    step = max(steps)
+
+    def init(batch):
+        return task.init(jax.random.key(0), jax.tree.map(jnp.zeros_like, batch))[0]
+
+    shapes = jax.eval_shape(init, batch_shapes(config.data, 1))
+    places = shard_params(shapes, mesh, task.sharding_rules)
+    wanted = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+    )
+    part = "ema" if config.optim.ema else "params"
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            found = checkpointer.restore(
+                os.path.join(folder, str(step), "state"),
+                args=ocp.args.PyTreeRestore(
+                    {part: wanted},
+                    restore_args=ocp.checkpoint_utils.construct_restore_args({part: wanted}),
+                    partial_restore=True,
+                ),
+            )
+    except Exception as error:  # orbax raises many kinds, tensorstore's among them
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"workdir={workdir}: checkpoint {step} does not fit its config or is damaged ({reason})"
+        ) from error
+    return step, found[part]

@@ -1,0 +1,189 @@
+"""Runs of the toy as processes that are killed, stopped, starved of disk, and started again."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import portpicker
+import pytest
+
+pytestmark = pytest.mark.slow
+
+TOY = Path(__file__).with_name("toy.py")
+TIMEOUT = 120
+
+
+@contextlib.contextmanager
+def started(workdir, *, devices=1, processes=1, delay=0.0, **changes):
+    """The processes of a run, killed at the end of the block if they still live.
+
+    `delay` in seconds holds up the reading of each clip.
+    """
+    port, running = portpicker.pick_unused_port(), []
+    for index in range(processes):
+        env = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "TOY_DELAY": str(delay),
+            "PYTHONPATH": str(TOY.parents[2]),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        if processes > 1:
+            env |= {
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(index),
+            }
+        command = [sys.executable, str(TOY), str(workdir), json.dumps(changes)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        running.append(subprocess.Popen(command, env=env, **pipes))
+    try:
+        yield running
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+
+
+def run(workdir, **options):
+    """A run to its end: (exit status, stderr)."""
+    with started(workdir, **options) as (process,):
+        _, stderr = process.communicate(timeout=TIMEOUT)
+        return process.returncode, stderr
+
+
+def finish(workdir, **options):
+    code, stderr = run(workdir, **options)
+    assert code == 0, stderr
+
+
+def losses(workdir):
+    lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    found = {(line := json.loads(text))["step"]: line["loss"] for text in lines}
+    assert len(found) == len(lines), "a step is logged twice"
+    return found
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def logged(workdir, step):
+    """Whether metrics.jsonl has come to this step."""
+    path = Path(workdir) / "metrics.jsonl"
+    return path.exists() and len(path.read_text().splitlines()) >= step
+
+
+def saving(workdir):
+    return list(Path(workdir).glob("ckpt/*.orbax-checkpoint-tmp"))
+
+
+def assert_same_end(a, b):
+    with np.load(a / "final.npz") as left, np.load(b / "final.npz") as right:
+        assert set(left) == set(right) and any(name.startswith("ema/") for name in left)
+        for name in left:
+            np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+    assert losses(a) == losses(b)
+
+
+# A state large enough for a save to take a while.
+LARGE = {"steps": 24, "task__width": 4096, "checkpoint__every": 4}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The work folder of the run that nothing happened to."""
+    workdir = tmp_path_factory.mktemp("runs") / "straight"
+    finish(workdir, **LARGE)
+    return workdir
+
+
+def test_kill_at_a_random_step(straight):
+    step = random.randrange(1, 22)
+    print(f"killed at step {step}")
+    workdir = straight.with_name("killed")
+    with started(workdir, delay=0.003, **LARGE) as (process,):
+        wait_for(lambda: logged(workdir, step), process)
+        process.kill()
+    finish(workdir, **LARGE)
+    assert_same_end(workdir, straight)
+
+
+def test_kill_in_the_middle_of_a_save(straight):
+    workdir = straight.with_name("killed_saving")
+    for _ in range(5):  # a save may just be over before the signal comes
+        with started(workdir, delay=0.003, **LARGE) as (process,):
+            wait_for(lambda: saving(workdir), process)
+            process.kill()
+        if saving(workdir):
+            break
+    assert saving(workdir)
+    finish(workdir, **LARGE)
+    assert not saving(workdir)
+    assert_same_end(workdir, straight)
+
+
+def test_sigterm_saves_and_exits_with_zero(straight):
+    workdir = straight.with_name("stopped")
+    # jax looks for the signal once a second: the run must last longer
+    with started(workdir, delay=0.02, **{**LARGE, "checkpoint__every": 1000}) as (process,):
+        wait_for(lambda: logged(workdir, 5), process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=TIMEOUT) == 0
+    (saved,) = (int(path.name) for path in (workdir / "ckpt").iterdir())
+    assert 5 <= saved < 24 and max(losses(workdir)) == saved
+    finish(workdir, **LARGE)
+    assert_same_end(workdir, straight)
+
+
+def test_two_processes_train_save_and_resume_on_one(tmp_path):
+    options = {"steps": 16, "mesh__fsdp": 2, "mesh__data": 2}
+    finish(tmp_path / "one", devices=4, **options)
+    with started(tmp_path / "two", devices=2, processes=2, delay=0.1, **options) as processes:
+        wait_for(lambda: logged(tmp_path / "two", 4), processes[0])
+        processes[1].send_signal(signal.SIGTERM)
+        assert [process.wait(timeout=TIMEOUT) for process in processes] == [0, 0]
+    stopped = max(losses(tmp_path / "two"))
+    assert stopped < 16
+    alone = {**options, "mesh__fsdp": 1, "mesh__data": 1}
+    finish(tmp_path / "two", devices=1, **alone)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one.keys() == two.keys()
+    np.testing.assert_allclose(list(one.values()), list(two.values()), atol=1e-5)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 4 MB."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(small_disk, straight):
+    """A state of 1.1 MB of noise fits twice, with the third save the disk is full."""
+    options = {"steps": 12, "task__width": 700, "checkpoint__every": 3, "checkpoint__keep": 5}
+    options["compile_cache"] = str(straight.parent / "jax_cache")
+    workdir = small_disk / "run"
+    code, stderr = run(workdir, **options)
+    assert code != 0
+    (line,) = stderr.strip().splitlines()
+    assert line.startswith("error: workdir=") and "No space left on device" in line
+    whole = sorted(int(path.name) for path in (workdir / "ckpt").iterdir() if path.name.isdigit())
+    assert whole and f"checkpoint {whole[-1]} is whole" in line
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    finish(workdir, **options)
+    assert list(losses(workdir)) == list(range(1, 13))

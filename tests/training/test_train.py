@@ -1,0 +1,172 @@
+"""Whole runs of the toy in this process; see test_resume.py for runs that are killed."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import toy
+from ml_collections import ConfigDict
+
+from jaxvid import config as config_lib
+from jaxvid.errors import UserError
+from jaxvid.train import train
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def error_of(config, workdir):
+    with pytest.raises(UserError) as error:
+        train(config, str(workdir))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The work folder of a run of 8 steps that evaluated, sampled and kept its best checkpoint."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    config = toy.config(
+        checkpoint__best="mse",
+        checkpoint__every=2,
+        checkpoint__keep=1,
+        evaluate__every=2,
+        sample__every=4,
+        log__tensorboard=True,
+    )
+    train(config, str(workdir))
+    return workdir
+
+
+def test_the_work_folder(finished):
+    assert [line["step"] for line in lines(finished)] == list(range(1, 9))
+    assert all(np.isfinite(line["loss"]) for line in lines(finished))
+    assert {"frames_per_s", "steps_per_s", "data_wait", "mfu", "lr", "grad_norm"} <= set(
+        lines(finished)[-1]
+    )
+    assert (finished / "ckpt" / "8" / "state").is_dir()
+    config = config_lib.load(finished / "config.json")
+    assert config.steps == 8 and config.task.name == "toy"
+    for step in ("000004", "000008"):
+        names = {path.name for path in (finished / "samples" / step).iterdir()}
+        assert names == {"0.mp4", "0.gif", "1.mp4", "1.gif", "sheet.png"}
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last(finished):
+    scores = {line["step"]: line.get("evaluate/mse") for line in lines(finished)}
+    best = max((step for step in scores if scores[step] is not None), key=scores.get)
+    assert {path.name for path in (finished / "ckpt").iterdir()} == {str(best), "8"}
+    assert best == 2  # the loss falls, and "mse" without a minus asks for the highest
+
+
+def test_tensorboard_holds_the_curves_and_gifs(finished):
+    from tensorboardX.proto.event_pb2 import Event
+
+    (path,) = (finished / "tensorboard").iterdir()
+    raw, events = path.read_bytes(), []
+    while raw:
+        size = int.from_bytes(raw[:8], "little")
+        events.append(Event.FromString(raw[12 : 12 + size]))
+        raw = raw[16 + size :]
+    values = [(event.step, value) for event in events for value in event.summary.value]
+    losses = [value.simple_value for _, value in values if value.tag == "loss"]
+    np.testing.assert_allclose(losses, [line["loss"] for line in lines(finished)], rtol=1e-6)
+    images = [(step, value.image) for step, value in values if value.tag == "sample/0"]
+    assert [step for step, _ in images] == [4, 8]
+    assert all(image.encoded_image_string.startswith(b"GIF8") for _, image in images)
+
+
+def test_another_config_is_refused_by_field(finished):
+    before = (finished / "config.json").read_text()
+    changed = toy.config(optim__lr=0.5, task__width=32, log__every=5, steps=9)
+    message = error_of(changed, finished)
+    assert "optim.lr: 0.01 -> 0.5" in message and "task.width: 16 -> 32" in message
+    assert "log.every" not in message and "steps" not in message
+    assert (finished / "config.json").read_text() == before
+
+
+def test_a_checkpoint_of_something_else_is_refused(finished, tmp_path):
+    import shutil
+
+    shutil.copytree(finished / "ckpt", tmp_path / "ckpt")
+    shutil.rmtree(tmp_path / "ckpt" / "8" / "config")
+    assert "is not one of jaxvid's" in error_of(toy.config(), tmp_path)
+
+
+def test_a_damaged_checkpoint_is_one_line(finished, tmp_path):
+    import shutil
+
+    shutil.copytree(finished / "ckpt", tmp_path / "ckpt")
+    for path in (tmp_path / "ckpt" / "8" / "state").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    message = error_of(toy.config(checkpoint__every=2), tmp_path)
+    assert "checkpoint 8" in message and "damaged" in message
+
+
+def test_more_steps_go_on_where_it_stopped(tmp_path):
+    """Also: resumed = uninterrupted bit for bit; another mesh within 1e-5; the log has no gaps."""
+    straight = train(toy.config(), str(tmp_path / "straight"))
+    train(toy.config(steps=4), str(tmp_path / "cut"))
+    (tmp_path / "cut" / "metrics.jsonl").open("a").write('{"step": 5, "loss": 9}\n{"step": 6, "lo')
+    resumed = train(toy.config(), str(tmp_path / "cut"))
+    for a, b in zip(jax.tree.leaves(straight), jax.tree.leaves(resumed)):
+        np.testing.assert_array_equal(a, b)
+    losses = [line["loss"] for line in lines(tmp_path / "straight")]
+    assert [line["loss"] for line in lines(tmp_path / "cut")] == losses
+
+    other_mesh = toy.config(steps=10, mesh__data=1, mesh__fsdp=4, mesh__tensor=2)
+    train(other_mesh, str(tmp_path / "cut"))
+    train(toy.config(steps=10), str(tmp_path / "straight"))
+    np.testing.assert_allclose(
+        [line["loss"] for line in lines(tmp_path / "cut")],
+        [line["loss"] for line in lines(tmp_path / "straight")],
+        atol=1e-5,
+    )
+
+
+def test_nan_for_a_while_is_skipped_and_counted(tmp_path):
+    state = train(toy.config(task__nan_from=2, task__nan_until=4), str(tmp_path))
+    assert int(state.skipped) == 2
+    assert [line["skipped"] for line in lines(tmp_path)] == [0, 0, 1, 2, 2, 2, 2, 2]
+    assert lines(tmp_path)[2]["loss"] is None and np.isfinite(lines(tmp_path)[4]["loss"])
+
+
+def test_nan_without_end_stops_naming_the_clips(tmp_path):
+    from jaxvid import data
+
+    config = toy.config(task__nan_from=4, steps=50)
+    message = error_of(config, tmp_path)
+    assert "optim.skip_nonfinite=2" in message and "3 steps in a row, 5 to 7" in message
+    iterator = data.make_iterator(config.data, split="train", seed=0, batch_size=8)
+    ids = [next(iterator)["id"] for _ in range(7)]
+    for index in ids[4]:
+        assert f"{index} (clip-{index})" in message
+    assert max(int(path.name) for path in (tmp_path / "ckpt").iterdir()) <= 7
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data__batch_size": 6}, "data.batch_size=6"),
+        ({"mesh__data": 3}, "does not match the 8 devices"),
+        ({"optim__schedule": "cosin"}, "optim.schedule=cosin"),
+        ({"task__name": "toys"}, "task.name=toys"),
+        ({"data__name": "toys"}, "data.name='toys'"),
+        ({"checkpoint__best": "mse"}, "checkpoint.best=mse"),
+        ({"optim__b1": 7.0}, "optim.b1=7.0"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, changes, message):
+    assert message in error_of(toy.config(**changes), tmp_path)
+
+
+def test_a_work_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert "workdir=" in error_of(toy.config(), tmp_path / "file" / "run")
+
+
+def test_any_locked_config_will_do(tmp_path):
+    train(ConfigDict(json.loads(toy.CONFIG)).lock(), str(tmp_path))
