@@ -99,16 +99,16 @@ def _is_untimed(container):
 def probe(file):
     """Binary file -> Info, by decoding all of it; VideoError if that fails or finds no frame."""
     with _opened(file) as (container, stream):
-        times, key, print_of_key = [], 0, None
+        times, prints = [], {}
         for number, frame in enumerate(_decode(container, stream)):
             times.append(frame.pts)
-            if frame.key_frame:
-                key, print_of_key = number, _fingerprint(frame)
+            prints = {} if frame.key_frame else prints
+            if len(prints) < 4:  # of the last keyframe and three frames after it
+                prints[number] = _fingerprint(frame)
         if not times:
             raise VideoError("has no frames")
-        start, step = (0, 0.0) if _is_untimed(container) else _even_times(times)
-        info = Info(len(times), _rate(stream), start, step)
-    if step and not _seek_shows(file, info, key, print_of_key):
+        info = Info(len(times), _rate(stream), *_even_times(times))
+    if info.step and not _seek_shows(file, info, prints):
         return dataclasses.replace(info, start=0, step=0.0)
     return info
 
@@ -117,17 +117,20 @@ def _fingerprint(frame):
     return zlib.crc32(frame.planes[0])
 
 
-def _seek_shows(file, info, number, fingerprint):
-    """Whether a seek in the file, newly opened, shows frame `number` as the scan has seen it.
+def _seek_shows(file, info, prints):
+    """Whether a seek in the file, newly opened, shows what the scan has seen: {number: print}.
 
     Not always so: x264 names itself in the first packet only, and without that name FFmpeg decodes
     some of its 4:4:4 streams to rubbish.
     """
+    last, shown = max(prints), {}
     with _opened(file) as (container, stream):
-        for found, frame in _from_frame(container, stream, number, info):
-            if found >= number:
-                return found == number and _fingerprint(frame) == fingerprint
-    return False
+        for number, frame in _from_frame(container, stream, last, info):
+            if number in prints:
+                shown[number] = _fingerprint(frame)
+            if number >= last:
+                break
+    return shown == prints
 
 
 def _even_times(times):

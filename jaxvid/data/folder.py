@@ -1,0 +1,71 @@
+"""A directory of video files, decoded as they are asked for."""
+
+import os
+
+from absl import logging
+
+from jaxvid.data import clips, video
+from jaxvid.data.transforms import Window
+from jaxvid.errors import UserError
+
+
+class Source:
+    """Random windows of the videos below config.path; see `jaxvid.data.make_source`.
+
+    Classes are the directories just below it. Files that cannot be decoded, or are shorter than the
+    window, are left out at the start, counted and named: in `skipped` and in one warning.
+    """
+
+    def __init__(self, config, split):
+        self._root, self._window = config.path, Window.of(config)
+        names = clips.find(self._root)
+        infos, self.skipped = clips.index(self._root, names)
+        self._classes = clips.classes_of(infos)
+        splits = clips.split_of(infos)
+        for name, info in infos.items():
+            if info.frames < self._window.span:
+                reason = f"has {info.frames} frames, a window spans {self._window.span}"
+                self.skipped.append((name, reason))
+        short = {name for name, _ in self.skipped}
+        self._clips = [
+            (name, info)
+            for name, info in infos.items()
+            if splits[name] == split and name not in short
+        ]
+        if self.skipped:
+            logging.warning("data.path=%s: %s", self._root, clips.report(self.skipped, len(names)))
+        if len(self.skipped) == len(names):
+            raise UserError(
+                f"data.path={self._root!r}: {clips.report(self.skipped, len(names))}; "
+                "give readable videos or a shorter window (data.frames, data.stride)"
+            )
+        self.num_classes = len(self._classes)
+        self.captions = bool(self._classes)
+
+    def __len__(self):
+        return len(self._clips)
+
+    def name(self, index):
+        return self._clips[index][0]
+
+    def __getitem__(self, index):
+        return self.read(index)
+
+    def read(self, index, rng=None):
+        """A window of clip `index`: where `rng` puts it, the middle without one."""
+        name, info = self._clips[index]
+        start = self._window.start(info.frames, rng)
+        numbers = range(start, start + self._window.span, self._window.stride)
+        try:
+            with open(os.path.join(self._root, name), "rb") as file:
+                video_THWC = video.read(file, numbers, self._window.size, info)
+        except (OSError, video.VideoError) as error:
+            raise UserError(
+                f"clip={name}: {error}, though it was readable at the start; restore or remove it"
+            ) from error
+        label = clips.class_of(name)
+        return {
+            "video": self._window.augment(video_THWC, rng),
+            "label": self._classes.index(label) if self._classes else 0,
+            "caption": label if self._classes else "",
+        }
