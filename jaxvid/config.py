@@ -12,6 +12,7 @@ trust; a work folder is described by its `config.json` alone, which is data and 
 
 import ast
 import difflib
+import errno
 import functools
 import importlib.util
 import io
@@ -29,6 +30,9 @@ from jaxvid.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # so that --help lists our flags under the entry point that asks
+
+# What a person mends outside the program, when reading or writing files fails.
+_DISK_TROUBLE = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS)
 
 # Inclusive bounds of fields that every task has: (lowest, highest), None = no bound.
 _BOUNDS = {
@@ -214,6 +218,10 @@ def _main(main, commands, argv):
         return main(*given)
     except UserError as error:
         return _report(error)
+    except OSError as error:
+        if error.errno not in _DISK_TROUBLE:
+            raise
+        return _report(f"{error.filename or 'disk'}: {error.strerror}")
 
 
 def _report(error) -> int:
@@ -268,17 +276,20 @@ def _no_such_field(name: str, fields) -> str:
 def _explain(error) -> str:
     """What absl says about a flag, in words that name the remedy."""
     config = FLAGS["config"].value if "config" in FLAGS else None
-    fields = flatten(config) if config else {}
+    fields = {f"config.{name}": value for name, value in flatten(config or {}).items()}
     if isinstance(error, flags.UnrecognizedFlagError):
-        spelling = {name: f"--{name}" for name in FLAGS}
-        spelling |= {field: f"--config.{field}" for field in fields}
+        spelling = {name.removeprefix("config."): f"--{name}" for name in [*FLAGS, *fields]}
         return f"--{error.flagname}: no such flag{_suggest(error.flagname, spelling)}"
-    match = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
-    if isinstance(error, flags.IllegalFlagValueError) and match:
-        name, value = match.groups()
+    match = re.fullmatch(r"flag --([\w.]+)=(.*?): (.*)", str(error), re.DOTALL)
+    if not match:
+        return str(error)
+    name, value, reason = match.groups()
+    if value == "None":
+        return f"--{name}: missing; add --{name}=..."
+    if name in fields:
         kind = type(fields[name]).__name__
-        return f"--config.{name}={value}: not of type {kind}; the default is {fields[name]!r}"
-    return str(error)
+        reason = f"not of type {kind}; the default is {fields[name]!r}"
+    return f"--{name}={value}: {reason}"
 
 
 def _suggest(name: str, spelling: dict[str, str]) -> str:

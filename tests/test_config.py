@@ -20,6 +20,8 @@ def main():
     settings, workdir = config.from_flags()
     if settings.seed == 13:
         raise UserError("seed=13: unlucky;\\n  take another")
+    if settings.seed == 15:
+        raise PermissionError(13, "Permission denied", "/secret/file")
     if settings.seed == 14:
         raise ZeroDivisionError("a bug")
     print(workdir, settings.steps, settings.data.flip, settings.task.model.width)
@@ -74,6 +76,7 @@ def test_flags_reach_main():
         ([f"--config={FILE}", "--config.steps=0"], "steps=0: must be at least 1"),
         ([f"--config={FILE}", "stray"], "stray: unexpected argument"),
         ([f"--config={FILE}", "--config.seed=13"], "error: seed=13: unlucky; take another\n"),
+        ([f"--config={FILE}", "--config.seed=15"], "error: /secret/file: Permission denied\n"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(arguments, message):
