@@ -1,0 +1,158 @@
+"""Score a run on held-out clips: `python -m jaxvid.evaluate --workdir=DIR [--batches=N]`.
+
+Uses the averaged weights of the newest checkpoint and the config of the run. Prints the loss by
+noise level and the quality of continuations by frame, beside that of repeating the last given
+frame, and leaves in the work folder evaluate.json with these figures, and evaluate.png and
+evaluate.mp4 with true clips above their continuations.
+"""
+
+import contextlib
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+
+from jaxvid import config as config_lib
+from jaxvid import data
+from jaxvid.data import video as video_lib
+from jaxvid.data.transforms import to_uint8
+from jaxvid.inference import open_run
+from jaxvid.parallel.sharding import batch_sharding, replicated
+from jaxvid.training.state import EVALUATE, stream
+from jaxvid.training.writer import FPS
+
+FLAGS = flags.FLAGS
+SHOWN = 4  # clips in the pictures
+BASELINE = "_copy_last"  # suffix of a metric's baseline
+
+
+def main():
+    """Entry point."""
+    run = open_run(FLAGS.workdir)
+    folder = Path(FLAGS.workdir)
+    with jax.set_mesh(run.mesh):
+        scores, clips = score(run, FLAGS.batches or run.config.evaluate.batches)
+        print(f"{folder}, step {run.step}, {clips} held-out clips of {run.config.data.name}\n")
+        print(report(scores))
+        document = {"step": run.step, "clips": clips, **{k: _json(v) for k, v in scores.items()}}
+        (folder / "evaluate.json").write_text(json.dumps(document, indent=2) + "\n")
+        if "given" in run.config.task:
+            write_pictures(run, folder)
+
+
+def score(run, batches):
+    """({metric: mean over clips, shape [...]}, number of clips) of the first `batches` batches.
+
+    A clip counts once, even where the split is smaller than that; NaN counts nowhere.
+    """
+    evaluate = jax.jit(run.task.evaluate, out_shardings=replicated(run.mesh))
+    rows, seen = [], set()
+    with contextlib.closing(_held_out(run)) as iterator:
+        for index in range(batches):
+            batch = next(iterator)
+            fresh = _first_places(batch["id"], seen)
+            if not fresh:
+                break
+            rng = jax.random.fold_in(stream(run.config.seed, EVALUATE), index)
+            found = evaluate(run.params, _place(batch, run.mesh), rng, frozen=run.frozen)
+            rows.append({name: np.asarray(value)[fresh] for name, value in found.items()})
+    return {name: _mean(np.concatenate([row[name] for row in rows])) for name in rows[0]}, len(seen)
+
+
+def report(scores):
+    """The scores as tables: noise levels, then whatever goes by frame, then single figures."""
+    scores = dict(scores)
+    parts = []
+    if (levels := scores.pop("loss_by_level", None)) is not None:
+        edges = np.linspace(0, 1, len(levels) + 1)
+        rows = [(f"{a:.1f} - {b:.1f}", f"{x:.5f}") for a, b, x in zip(edges, edges[1:], levels)]
+        parts.append(_table(("noise level", "loss"), rows))
+    curves = {name: value for name, value in scores.items() if value.ndim == 1}
+    if curves:
+        frames = np.flatnonzero(~np.all(np.isnan(list(curves.values())), axis=0))
+        rows = [(str(f), *(f"{curve[f]:.3f}" for curve in curves.values())) for f in frames]
+        rows.append(("mean", *(f"{_mean(curve):.3f}" for curve in curves.values())))
+        parts.append(_table(("frame", *curves), rows))
+        parts += [_verdict(name, curves) for name in curves if name + BASELINE in curves]
+    parts += [f"{name}  {value:.5f}" for name, value in scores.items() if value.ndim == 0]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_pictures(run, folder):
+    """True clips above their continuations: evaluate.png row by row, evaluate.mp4 side by side."""
+    with contextlib.closing(_held_out(run)) as iterator:
+        batch = {name: rows[:SHOWN] for name, rows in next(iterator).items()}
+    truth = batch["video"]
+    cond = {name: batch[name] for name in ("label", "text") if name in batch}
+    cond |= {"num": len(truth), "first_frames": truth[:, : run.config.task.given]}
+    rng = stream(run.config.seed, EVALUATE)
+    guess = run.task.sample(run.params, rng, cond, frozen=run.frozen, frames=truth.shape[1])
+    pairs = np.stack([truth, to_uint8(np.asarray(guess))])  # [2, B, T, H, W, 3]
+    rows = pairs.swapaxes(0, 1).reshape(-1, *truth.shape[1:])
+    (folder / "evaluate.png").write_bytes(video_lib.contact_sheet(rows))
+    _, B, T, H, W, C = pairs.shape
+    tiled_THWC = pairs.transpose(2, 0, 3, 1, 4, 5).reshape(T, 2 * H, B * W, C)
+    video_lib.write_mp4(folder / "evaluate.mp4", tiled_THWC, FPS)
+    print(f"pictures: {folder / 'evaluate.png'}, {folder / 'evaluate.mp4'}")
+
+
+def _held_out(run):
+    fields = run.config.data
+    return data.make_iterator(
+        fields,
+        split="validation",
+        seed=run.config.seed,
+        batch_size=fields.batch_size,
+        process_index=0,
+        process_count=1,
+    )
+
+
+def _place(batch, mesh):
+    """The batch on the devices, its rows shared out where their number allows."""
+    even = len(batch["id"]) % mesh.size == 0
+    return jax.device_put(batch, batch_sharding(mesh) if even else replicated(mesh))
+
+
+def _first_places(ids, seen):
+    """Rows whose clip is not in `seen`; adds them to it."""
+    fresh = []
+    for row, clip in enumerate(ids.tolist()):
+        if clip not in seen:
+            seen.add(clip)
+            fresh.append(row)
+    return fresh
+
+
+def _mean(rows):
+    """Mean over the first axis of what is not NaN; NaN where nothing is left."""
+    count = np.sum(~np.isnan(rows), axis=0)
+    return np.where(count, np.nansum(rows, axis=0) / np.maximum(count, 1), np.nan)
+
+
+def _table(head, rows):
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in (head, *rows)
+    )
+
+
+def _verdict(name, curves):
+    better = np.flatnonzero(curves[name] > curves[name + BASELINE]).tolist()
+    frames = ", ".join(map(str, better)) or "none"
+    return f"{name} beats {name}{BASELINE} at frames: {frames}"
+
+
+def _json(value):
+    """Nested lists for JSON, which has no NaN: what is not defined is null."""
+    return json.loads(json.dumps(value.tolist()).replace("NaN", "null"))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+    flags.DEFINE_integer(
+        "batches", None, "Held-out batches. Default: evaluate.batches.", lower_bound=1
+    )
+    config_lib.run(main)

@@ -1,0 +1,89 @@
+"""Scores of held-out clips: every clip once, NaN nowhere, tables that can be read."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from jaxvid import evaluate
+from jaxvid.parallel.mesh import make_mesh
+
+
+class Task:
+    """Scores that are simple functions of the clip's id."""
+
+    def evaluate(self, params, batch, rng, *, frozen):
+        curve_BF = batch["id"][:, None] + jnp.arange(3.0)
+        return {
+            "loss_by_level": curve_BF[:, :2] * params * frozen,
+            "psnr": jnp.where(jnp.arange(3) >= 1, curve_BF, jnp.nan),
+            "psnr_copy_last": jnp.where(jnp.arange(3) >= 1, 4.5, jnp.nan) + 0 * curve_BF,
+            "noise": jax.random.normal(rng, batch["id"].shape),
+        }
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """A run on a split of five clips, in batches of four."""
+
+    def held_out(run):
+        places = iter(range(100))
+        while True:
+            yield {"id": np.array([next(places) % 5 for _ in range(4)], np.int32)}
+
+    monkeypatch.setattr(evaluate, "_held_out", held_out)
+    return SimpleNamespace(
+        config=ConfigDict({"seed": 0, "data": {"name": "sprites"}, "task": {}}),
+        task=Task(),
+        params=jnp.float32(3),
+        frozen=jnp.float32(0.5),
+        mesh=make_mesh({"data": 1, "fsdp": -1, "tensor": 1}),
+        step=7,
+    )
+
+
+def test_every_clip_counts_once(run):
+    scores, clips = evaluate.score(run, batches=50)
+    assert clips == 5
+    np.testing.assert_allclose(scores["psnr"], [np.nan, 3, 4])  # mean id 2, plus the frame
+    np.testing.assert_allclose(scores["loss_by_level"], [3, 4.5])
+
+
+def test_batches_bound_the_work_and_differ_in_noise(run):
+    one, clips = evaluate.score(run, batches=1)
+    assert clips == 4
+    np.testing.assert_allclose(one["psnr"][1:], [2.5, 3.5])
+    two, _ = evaluate.score(run, batches=2)
+    assert one["noise"] != pytest.approx(two["noise"])
+    again, _ = evaluate.score(run, batches=2)
+    assert two["noise"] == again["noise"]
+
+
+def test_report(run):
+    scores, _ = evaluate.score(run, batches=50)
+    lines = evaluate.report(scores).splitlines()
+    assert [line.split() for line in lines[:3]] == [
+        ["noise", "level", "loss"],
+        ["0.0", "-", "0.5", "3.00000"],
+        ["0.5", "-", "1.0", "4.50000"],
+    ]
+    table = lines[4:8]
+    assert [line.split() for line in table] == [
+        ["frame", "psnr", "psnr_copy_last"],
+        ["1", "3.000", "4.500"],
+        ["2", "4.000", "4.500"],
+        ["mean", "3.500", "4.500"],
+    ]
+    assert len({len(line) for line in table}) == 1
+    assert "psnr beats psnr_copy_last at frames: none" in lines
+    scores["psnr"] += 1
+    assert "psnr beats psnr_copy_last at frames: 2\n" in evaluate.report(scores)
+
+
+def test_json_has_no_nan():
+    document = json.dumps({"psnr": evaluate._json(np.array([np.nan, 1.5]))})
+    assert document == '{"psnr": [null, 1.5]}'

@@ -1,0 +1,81 @@
+"""Weights taken out of a run for evaluation and sampling."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+from jaxvid import config as config_lib
+from jaxvid import data
+from jaxvid.errors import UserError
+from jaxvid.inference import open_run
+from jaxvid.train import train
+from jaxvid.training import restore
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(work folder, last state) of a run without TensorBoard."""
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, train(toy.config(steps=4), str(workdir))
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def test_the_averaged_weights_come_back_on_all_devices(finished):
+    workdir, state = finished
+    before = sorted(workdir.rglob("*"))
+    run = open_run(str(workdir))
+    assert (run.step, run.config.task.name) == (4, "toy")
+    same(run.params, state.ema)
+    assert not np.array_equal(state.ema["out"]["kernel"], state.params["out"]["kernel"])
+    assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(run.params))
+    assert jax.device_get(run.frozen) == {"scale": 2}
+    assert sorted(workdir.rglob("*")) == before
+
+
+def test_without_an_average_the_parameters_come_back(tmp_path):
+    state = train(toy.config(steps=2, optim__ema=0.0), str(tmp_path))
+    same(open_run(str(tmp_path)).params, state.params)
+
+
+def test_an_unfinished_save_is_passed_over(finished, tmp_path):
+    workdir, state = finished
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(tmp_path / "ckpt" / "4", tmp_path / "ckpt" / "5.orbax-checkpoint-tmp")
+    run = open_run(str(tmp_path))
+    assert run.step == 4
+    same(run.params, state.ema)
+    assert (tmp_path / "ckpt" / "5.orbax-checkpoint-tmp").is_dir()  # another process may write it
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda workdir: (workdir / "config.json").unlink(), "no such file"),
+        (lambda workdir: shutil.rmtree(workdir / "ckpt"), "there is no checkpoint yet"),
+        (lambda workdir: save(workdir, task__width=8), "does not fit its config"),
+    ],
+)
+def test_what_cannot_be_opened_is_one_line(finished, tmp_path, spoil, message):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        open_run(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def save(workdir, **changes):
+    config_lib.save(toy.config(steps=4, **changes), workdir / "config.json")
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_batch_shapes_are_those_of_the_iterator(tokens):
+    fields = toy.config(data__text_tokens=tokens).data
+    batch = next(data.make_iterator(fields, split="train", seed=0, batch_size=8))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    assert restore.batch_shapes(fields, 8) == shapes
