@@ -62,10 +62,15 @@ def _train(config, workdir, mesh, stack):
 
     shapes = _peek(clips, config.data.batch_size)
     init, shardings = make_init(task, tx, shapes, config, mesh)
-    found = checkpoints.restore(_placed(jax.eval_shape(init), shardings), clips)
-    step, state = found or (0, init())
+    target = _placed(jax.eval_shape(init), shardings)
     frozen = task.frozen()
+    if config.checkpoint.best:
+        rng = jax.random.key(0)
+        scores = jax.eval_shape(task.evaluate, target.params, shapes, rng, frozen=frozen)
+        checkpoints.check_best(scores)
     frozen = jax.device_put(frozen, shard_params(frozen, mesh, task.sharding_rules))
+    found = checkpoints.restore(target, clips)
+    step, state = found or (0, init())
     if jax.process_index() == 0:
         config_lib.save(config, Path(workdir, "config.json"))
     say(parameter_table(state.params))
@@ -77,7 +82,7 @@ def _train(config, workdir, mesh, stack):
     writer = stack.enter_context(contextlib.closing(Writer(workdir, step, config.log.tensorboard)))
     source = data.make_source(config.data, "train")
     guard = Guard(config.optim.skip_nonfinite, source, skipped=int(state.skipped))
-    work = 3 * _forward_flops(task, state, frozen, shapes)  # the backward pass costs twice as much
+    work = flops.of_step(task, state, frozen, shapes)
     frames = shapes["video"].shape[0] * shapes["video"].shape[1]
     progress = Progress(config.steps, frames, work, flops.machine(mesh.devices.flatten()))
     log = Log(config, writer, progress, guard)
@@ -176,14 +181,6 @@ def _placed(shapes, shardings):
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings
     )
-
-
-def _forward_flops(task, state, frozen, batch):
-    def loss(params, extra, frozen, batch):
-        rng = jax.random.key(0)
-        return task.loss(params, batch, rng, step=0, frozen=frozen, extra=extra)
-
-    return flops.count(loss, state.params, state.extra, frozen, batch)
 
 
 def _due(step, every):

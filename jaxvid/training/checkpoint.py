@@ -6,12 +6,13 @@
 """
 
 import contextlib
+import errno
 import json
 import logging
 import math
 import os
+import traceback
 
-import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
@@ -44,8 +45,8 @@ class Checkpoints:
 
     def __init__(self, workdir, config):
         self.workdir, self.config = workdir, config
-        # Orbax logs each failure once per thread, with its stack; here it becomes one line.
-        logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_not_orbax)
         keep = [policies.LatestN(config.checkpoint.keep)]
         score = _score(config) if config.checkpoint.best else None
         if score:
@@ -78,6 +79,15 @@ class Checkpoints:
         else:  # what is under way may still succeed; the first error is the one to tell
             with contextlib.suppress(Exception):
                 self.manager.close()
+
+    def check_best(self, metrics):
+        """Raises UserError when checkpoint.best is not among the names of `evaluate`'s metrics."""
+        best = self.config.checkpoint.best
+        if best.removeprefix("-") not in metrics:
+            raise UserError(
+                f"checkpoint.best={best}: evaluate has no such metric; choose one of "
+                f"{', '.join(metrics)}, with a minus before it if less is better"
+            )
 
     def preempted(self, step):
         """Whether SIGTERM came and all processes agree to stop after this step; ask at each."""
@@ -150,13 +160,23 @@ class Checkpoints:
         """Turns a full or forbidden disk, however it is reported, into a UserError."""
         try:
             yield
-        except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+        except Exception as error:
+            reason = _disk_trouble(error)
+            if not reason:
+                raise
             kept = self.manager.all_steps() if hasattr(self, "manager") else []
             kept = f"checkpoint {max(kept)} is whole" if kept else "nothing was saved yet"
             raise UserError(
-                f"workdir={self.workdir}: cannot {action} ({_reason(error)}); {kept}; "
+                f"workdir={self.workdir}: cannot {action} ({reason}); {kept}; "
                 "make room or mend the folder and run the same command again"
             ) from error
+
+
+def _not_orbax(record):
+    """Orbax logs each failure once per thread, with its stack; ours is the one line that counts."""
+    trace = record.exc_info[2] if record.exc_info else None
+    places = [record.pathname, *(frame.filename for frame in traceback.extract_tb(trace))]
+    return not any("orbax" in place for place in places)
 
 
 def _score(config):
@@ -172,17 +192,17 @@ def _score(config):
 
     def score(metrics):
         value = sign * metrics[name]
-        return value if value == value else -math.inf  # NaN is the worst
+        return -math.inf if math.isnan(value) else value  # NaN is the worst
 
     return score
 
 
-def _reason(error):
-    """What went wrong in a few words, out of an OSError or a page of tensorstore's."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    known = ("No space left on device", "Disk quota exceeded", "Read-only file system")
-    return next((words for words in known if words in str(error)), _first_line(error))
+def _disk_trouble(error):
+    """The disk's complaint in a few words, out of an OSError or a page of tensorstore's; or ""."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    complaints = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+    return next((os.strerror(code) for code in complaints if os.strerror(code) in str(error)), "")
 
 
 def _first_line(error, limit=200):

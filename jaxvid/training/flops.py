@@ -30,6 +30,19 @@ def count(function, *args):
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
+def of_step(task, state, frozen, batch):
+    """FLOPs of one training step: the loss, and twice as much again for its gradient.
+
+    What remat repeats does not count, and the optimiser multiplies no matrices.
+    """
+
+    def loss(params, extra, frozen, batch):
+        rng = jax.random.key(0)
+        return task.loss(params, batch, rng, step=0, frozen=frozen, extra=extra)
+
+    return 3 * count(loss, state.params, state.extra, frozen, batch)
+
+
 def peak(device, dtype):
     """FLOP/s that the maker of the device promises for matrices of `dtype`; None where unknown.
 

@@ -9,3 +9,5 @@ import toy
 def installed_toy():
     jax.devices()  # too late now for jax.distributed, which would make pytest deaf to SIGTERM
     toy.install()
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)  # every run sets its own

@@ -155,12 +155,33 @@ def test_nan_without_end_stops_naming_the_clips(tmp_path):
         ({"optim__schedule": "cosin"}, "optim.schedule=cosin"),
         ({"task__name": "toys"}, "task.name=toys"),
         ({"data__name": "toys"}, "data.name='toys'"),
-        ({"checkpoint__best": "mse"}, "checkpoint.best=mse"),
+        ({"checkpoint__best": "mse"}, "must be a multiple of evaluate.every=0"),
+        (
+            {"checkpoint__best": "-msr", "evaluate__every": 3},
+            "checkpoint.best=-msr: evaluate has no such metric; choose one of mse",
+        ),
         ({"optim__b1": 7.0}, "optim.b1=7.0"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, changes, message):
     assert message in error_of(toy.config(**changes), tmp_path)
+
+
+def test_a_resumed_run_compiles_the_step_once(tmp_path):
+    compiled = []
+
+    def listen(event, seconds, **facts):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(facts.get("fun_name"))
+
+    train(toy.config(steps=3), str(tmp_path))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        train(toy.config(), str(tmp_path))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    print(compiled)
+    assert sum("step" in name for name in compiled) == 1
 
 
 def test_a_work_folder_that_cannot_be_made_is_one_line(tmp_path):
