@@ -6,9 +6,10 @@ import jax.numpy as jnp
 def classifier_free(predict, scale):
     """Classifier-free guidance (Ho and Salimans 2022): uncond + scale (cond - uncond).
 
-    `predict` is called on a doubled batch, conditional half first; so the state must have been started
-    with [condition; null] contexts. Exact for every prediction type, since x0, eps and v are affine in
-    each other. predict(x_BTNC, t_BT, state) -> (prediction_BTNC, state), before and after.
+    `predict` is called on a doubled batch, conditional half first; so the state must have been
+    started with [condition; null] contexts. Exact for every prediction type, since x0, eps and v
+    are affine in each other. predict(x_BTNC, t_BT, state) -> (prediction_BTNC, state), before and
+    after.
     """
 
     def guided(x_BTNC, t_BT, state):

@@ -1,8 +1,9 @@
 """Samplers: walk every frame from noise to data as a frame schedule says, in one `lax.scan`.
 
-A network is `predict(x_BTNC, t_BT, state) -> (prediction_BTNC, state)`. The two verbs of a stream are both
-this call: to denoise is to keep the prediction and drop the new state, to commit is the opposite. Only
-finished frames are ever committed, at the timestep of clean data, and then never evaluated again.
+A network is `predict(x_BTNC, t_BT, state) -> (prediction_BTNC, state)`. The two verbs of a stream
+are both this call: to denoise is to keep the prediction and drop the new state, to commit is the
+opposite. Only finished frames are ever committed, at the timestep of clean data, and then never
+evaluated again.
 """
 
 from typing import NamedTuple
@@ -33,7 +34,7 @@ class Solver(NamedTuple):
 
 
 def frame_noise(rng, frame_T, t_T, shape_BTNC):
-    """Standard normal noise that depends on each frame's index and timestep, not on the cut of the stream."""
+    """Standard normal noise of each frame's index and timestep alone, however the stream is cut."""
     B, _, N, C = shape_BTNC
 
     def one(frame, t):
@@ -43,10 +44,10 @@ def frame_noise(rng, frame_T, t_T, shape_BTNC):
 
 
 class Plan(NamedTuple):
-    """A frame schedule as rows of a scan. widths, commits: the distinct sizes, static. rows: int32 [K] each.
+    """A frame schedule as the rows of a scan, int32 [K] each; the sizes that occur are static.
 
-    Row k steps frames first .. first + widths[width] - 1 and then commits the commits[commit] frames
-    from `done` on.
+    Row k steps frames first .. first + widths[width] - 1 and then commits the commits[commit]
+    frames from `done` on.
     """
 
     start_F: np.ndarray
@@ -78,7 +79,7 @@ def plan(schedule: FrameSchedule) -> Plan:
 
 
 def pieces(plan: Plan):
-    """The rows cut after every commit -> (rows [K'] of equal length, frames finished by it), one a piece.
+    """Cut the rows after every commit -> (rows of one length, slice of the frames it finishes), ...
 
     Pieces are padded in front with rows that do nothing, so one compiled program serves them all.
     """
@@ -93,10 +94,10 @@ def pieces(plan: Plan):
 
 
 def advance(predict, x_BFNC, state, rows, rng, *, solver, plan, levels, given=0):
-    """Run rows of a plan on the frames x_BFNC -> (x_BFNC, state). `given` frames precede them in the state.
+    """Run rows of a plan on x_BFNC, which `given` frames precede in the state -> (x_BFNC, state).
 
-    Only the frames that a row steps are evaluated, whatever else the buffer holds: the sizes that occur
-    are the branches of a `lax.switch`, so a clip costs exactly `FrameSchedule.evaluations`.
+    Only the frames that a row steps are evaluated, whatever else the buffer holds: the sizes that
+    occur are the branches of a `lax.switch`, so a clip costs exactly `FrameSchedule.evaluations`.
     """
     levels, start_F = jnp.asarray(levels), jnp.asarray(plan.start_F)
     B = x_BFNC.shape[0]
@@ -153,12 +154,13 @@ def cached(predict, x_BFNC, state, rng, *, solver, schedule, given=0):
 
 
 def uncached(predict, x_BFNC, state, rng, *, solver, schedule, given_BPNC, window=None):
-    """Sample by running whole windows of frames through the network in every iteration -> clean x_BFNC.
+    """Sample by running whole windows through the network in every iteration -> clean x_BFNC.
 
-    window None: all frames every time, the reference that `cached` must equal. window W: only the moved
-    window of W frames, positions counted from its start, as the released AR-Diffusion code does for long
-    videos (its `valid_interval`). state: the stream before any frame. given_BPNC: clean first frames.
-    Waiting frames are told the last timestep, finished ones that of clean data; both are left untouched.
+    window None: all frames every time, the reference that `cached` must equal. window W: only the
+    moved window of W frames, positions counted from its start, as the released AR-Diffusion code
+    does for long videos (its `valid_interval`). state: the stream before any frame. given_BPNC:
+    clean first frames. Waiting frames are told the last timestep, finished ones that of clean
+    data; both are left untouched.
     """
     N, P = schedule.sample_steps, given_BPNC.shape[1]
     levels = solver.noise.levels(N)

@@ -5,9 +5,9 @@ import numpy as np
 
 
 def sinusoid(position, width, base=10_000.0):
-    """[cos | sin] features of `position` (any shape) -> [..., width] float32, frequencies base^(-i/half).
+    """[cos | sin] features of `position`, any shape -> [..., width] float32.
 
-    The timestep embedding of DiT (Peebles and Xie 2023); `width` must be even.
+    Frequencies base^(-i / (width / 2)), as in DiT (Peebles and Xie 2023); `width` is even.
     """
     half = width // 2
     frequency_K = np.exp(-np.log(base) * np.arange(half) / half).astype(np.float32)
@@ -16,7 +16,7 @@ def sinusoid(position, width, base=10_000.0):
 
 
 def grid_sincos(grid, width):
-    """Fixed sin-cos embedding of a frame's (H, W) token grid -> [N, width] float32, half of it per axis."""
+    """Fixed sin-cos embedding of a frame's (H, W) tokens -> [N, width] float32, half per axis."""
     height, columns = grid
     h_N, w_N = (axis.reshape(-1) for axis in np.mgrid[:height, :columns])
     half = width // 4 * 2
@@ -27,9 +27,9 @@ def grid_sincos(grid, width):
 def rotary_angles(frame_T, grid, width, base=10_000.0):
     """Angles of 3-D rotary embedding -> [T, N, width // 2] float32.
 
-    frame_T: absolute frame indices, so nothing bounds the length of a stream. grid: (H, W) of a frame's
-    tokens. The half-width is shared evenly by time and by those axes of the grid longer than one; time
-    takes the remainder (Su et al. 2021, one band per axis).
+    frame_T: absolute frame indices, so nothing bounds the length of a stream. grid: (H, W) of a
+    frame's tokens. The half-width is shared evenly by time and by those axes of the grid longer
+    than one; time takes the remainder (Su et al. 2021, one band per axis).
     """
     height, columns = grid
     h_N, w_N = (axis.reshape(-1) for axis in np.mgrid[:height, :columns])
@@ -49,7 +49,7 @@ def rotary_angles(frame_T, grid, width, base=10_000.0):
 
 
 def rotate(x_BTNAK, angle_TNK):
-    """Rotate the two halves of the last axis by the angles [T, N, K // 2]; dtype of x, float32 inside."""
+    """Rotate the halves of the last axis by angles [T, N, K // 2]; computes in float32."""
     cos, sin = jnp.cos(angle_TNK)[:, :, None], jnp.sin(angle_TNK)[:, :, None]
     a, b = jnp.split(x_BTNAK.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BTNAK.dtype)

@@ -1,8 +1,8 @@
 """Attention masks as functions of positions: allow(q_position, k_position) -> bool.
 
-A position is a frame index, so causality is by frame: all tokens of a frame see that whole frame and
-everything before it. Two values are special: `CONTEXT` marks prefix tokens, which lie before every
-frame, and `EMPTY` marks cache slots that hold nothing, which lie after every frame.
+A position is a frame index, so causality is by frame: all tokens of a frame see that whole frame
+and everything before it. Two values are special: `CONTEXT` marks prefix tokens, which lie before
+every frame, and `EMPTY` marks cache slots that hold nothing, which lie after every frame.
 """
 
 import numpy as np
@@ -15,7 +15,8 @@ def causal(window=None, sinks=0):
     """Frame-block causal mask: frame q sees frame k iff k <= q and k is recent or a sink.
 
     window: frames that a query sees including its own, None = all of the past. sinks: the first
-    `sinks` frames stay visible for ever (attention sinks, Xiao et al. 2023). Context is always seen.
+    `sinks` frames stay visible for ever (attention sinks, Xiao et al. 2023). Context is always
+    seen.
     """
 
     def allow(q, k):

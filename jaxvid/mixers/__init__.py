@@ -1,9 +1,9 @@
 """The temporal mixers: layers that carry a video stream forward in time.
 
-The contract: `y_BTND, state = mixer(x_BTND, state)`. Frames come in order; state None is the start of a
-stream; a call with T = 0 frames returns the state in the form that later calls keep. However a stream is
-cut, the outputs are the same, and none depends on a later frame (`tests/laws.py` proves it for every row
-of the table). A mixer also has
+The contract: `y_BTND, state = mixer(x_BTND, state)`. Frames come in order; state None is the start
+of a stream; a call with T = 0 frames returns the state in the form that later calls keep. However
+a stream is cut, the outputs are the same, and none depends on a later frame (`tests/laws.py`
+proves it for every row of the table). A mixer also has
 
     `y_BMD, state = mixer.prefill(context_BMD, tokens)`
 

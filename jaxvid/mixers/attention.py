@@ -16,14 +16,16 @@ from jaxvid.parallel.sharding import shard
 class Attention(nn.Module):
     """Frame-block causal multi-head attention with rotary positions over (t, h, w).
 
-    x_BTND -> y_BTND in `dtype`, N = H * W tokens per frame; softmax and normalisation in float32. State: a
-    `KVCache`; a frame is written once, by the call that holds it, and read by every later call.
+    x_BTND -> y_BTND in `dtype`, N = H * W tokens per frame; softmax and normalisation in float32.
+    State: a `KVCache`; a frame is written once, by the call that holds it, and read by every later
+    call.
 
     width: D. heads: A, divides D. grid: (H, W) of a frame's tokens. window: frames a query sees
-    including its own, None = all of the past. sinks: first frames that stay visible beyond the window.
-    qk_norm: RMS-normalise queries and keys per head (Dehghani et al. 2023). mask: "causal"; "full" is the
-    non-causal baseline; "leaky" reproduces the mask of the released AR-Diffusion weights, whose context
-    tokens see all frames and so carry the future back. Only "causal" can stream.
+    including its own, None = all of the past. sinks: first frames that stay visible beyond the
+    window. qk_norm: RMS-normalise queries and keys per head (Dehghani et al. 2023). mask:
+    "causal"; "full" is the non-causal baseline; "leaky" reproduces the mask of the released
+    AR-Diffusion weights, whose context tokens see all frames and so carry the future back. Only
+    "causal" can stream.
     """
 
     width: int
@@ -60,7 +62,8 @@ class Attention(nn.Module):
     def prefill(self, context_BMD, tokens, future_BTND=None):
         """Read the context that precedes the first frame -> (y_BMD, state); it sees only itself.
 
-        tokens: N of the frames to come. future_BTND: those frames, which the leaky mask shows the context.
+        tokens: N of the frames to come. future_BTND: those frames, which the leaky mask shows the
+        context.
         """
         q, k, v = self._project(context_BMD)
         state = kv.start(k, v, tokens)
@@ -77,7 +80,7 @@ class Attention(nn.Module):
         if state is None:
             nothing = jnp.zeros((B, 0, self.heads, D // self.heads), self.dtype)
             state = kv.start(nothing, nothing, N)
-        elif self.mask != "causal":
+        elif self.mask != "causal" and not kv.is_start(state):
             raise ValueError(f"mask={self.mask!r}: only causal attention can continue a stream")
         q_BTNAK, k_BTNAK, v_BTNAK = self._rotated(x_BTND, state.length)
         y_BTND = jnp.zeros((B, T, N, D), self.dtype)

@@ -11,10 +11,11 @@ from jaxvid.layers import masks
 class KVCache(NamedTuple):
     """Keys and values of the context and of S remembered frames.
 
-    context_k_BMAK, context_v_BMAK: prefix tokens, M may be 0. k_BSNAK, v_BSNAK: one slot per frame, keys
-    already rotated to their absolute frame. frame_S: int32, the frame in each slot, `masks.EMPTY` if none.
-    length: int32, frames seen so far, which is also the index of the next frame. At the start of a
-    stream S is 0 and the positions are numpy, so that a whole clip has a mask known at trace time.
+    context_k_BMAK, context_v_BMAK: prefix tokens, M may be 0. k_BSNAK, v_BSNAK: one slot per
+    frame, keys already rotated to their absolute frame. frame_S: int32, the frame in each slot,
+    `masks.EMPTY` if none. length: int32, frames seen so far, which is also the index of the next
+    frame. At the start of a stream S is 0 and the positions are numpy, so that a whole clip has a
+    mask known at trace time.
     """
 
     context_k_BMAK: Any
@@ -39,8 +40,13 @@ def start(context_k_BMAK, context_v_BMAK, tokens):
     )
 
 
+def is_start(cache):
+    """Whether no frame has been read, not even in a call of none: positions are still numpy."""
+    return isinstance(cache.length, np.integer)
+
+
 def extend(cache, k_BTNAK, v_BTNAK):
-    """Everything the new frames may attend to: flat (k_BMAK, v_BMAK, position_M), new frames last."""
+    """All that the new frames may attend to, they last: flat (k_BMAK, v_BMAK, position_M)."""
     B, T, N, A, K = k_BTNAK.shape
     positions = [
         np.full(cache.context_k_BMAK.shape[1], masks.CONTEXT, np.int32),
@@ -63,8 +69,9 @@ def extend(cache, k_BTNAK, v_BTNAK):
 def append(cache, k_BTNAK, v_BTNAK, *, window, sinks):
     """The cache after T more frames.
 
-    window None remembers every frame by growing. Otherwise the cache keeps `sinks + window - 1` slots:
-    the first `sinks` frames for ever and the others in a ring, which is all that a later frame may see.
+    window None remembers every frame by growing. Otherwise the cache keeps `sinks + window - 1`
+    slots: the first `sinks` frames for ever and the others in a ring, which is all that a later
+    frame may see.
     """
     T = k_BTNAK.shape[1]
     frame_T = cache.length + np.arange(T, dtype=np.int32)

@@ -9,9 +9,10 @@ KINDS = ("none", "class", "text")
 class Conditioner(nn.Module):
     """Conditions -> context_BME float32, or None for kind "none".
 
-    kind "class": label_B int32 looks up `tokens` learned embeddings of `width`. kind "text": text_BME,
-    embeddings of a frozen text encoder, [B, tokens, width], pass through. Where `drop_B` is true the
-    sample's context becomes one learned null context, which guidance needs (Ho and Salimans 2022).
+    kind "class": label_B int32 looks up `tokens` learned embeddings of `width`. kind "text":
+    text_BME, embeddings of a frozen text encoder, [B, tokens, width], pass through. Where `drop_B`
+    is true the sample's context becomes one learned null context, which guidance needs (Ho and
+    Salimans 2022).
     """
 
     kind: str

@@ -40,10 +40,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer of the DiT: mixing and MLP, each under adaLN-zero with one modulation per frame.
 
-    (context_BMD, x_BTND), state, c_BTD -> (context_BMD, x_BTND), state. The context has no modulation and
-    sees only itself, so it is read once at the start of the stream and found in the state ever after.
-    Without `factorised` the mixer runs over the tokens of all frames; with it, attention mixes each frame
-    (and the context), then the mixer runs over time at every location.
+    (context_BMD, x_BTND), state, c_BTD -> (context_BMD, x_BTND), state. The context has no
+    modulation and sees only itself, so it is read once at the start of the stream and found in the
+    state ever after. Without `factorised` the mixer runs over the tokens of all frames; with it,
+    attention mixes each frame (and the context), then the mixer runs over time at every location.
     """
 
     heads: int
@@ -118,15 +118,17 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """Diffusion transformer over video tokens with one noise level per frame (AR-Diffusion, 3.2).
 
-    x_BTNC noisy tokens, t_BT integer timesteps, context_BME embeddings (or None) -> (prediction_BTNC
-    float32, state). state None starts a stream and reads the context; a returned state continues it, and
-    then no context is given: it lives in the state. T = 0 is allowed and only starts the stream.
+    x_BTNC noisy tokens, t_BT integer timesteps, context_BME embeddings (or None) ->
+    (prediction_BTNC float32, state). state None starts a stream and reads the context; a returned
+    state continues it, and then no context is given: it lives in the state. T = 0 is allowed and
+    only starts the stream.
 
     width D, heads A (divides D), depth layers, grid (H, W) of a frame's tokens with H * W = N,
-    arrangement "joint" (all tokens of all frames mix, as in the paper) or "factorised" (attention per
-    frame, then the temporal mixer per location), mixer: its name in `mixers.MIXERS` and its own options.
-    remat recomputes each layer in the backward pass. unroll: layers per step of the scan over depth, a
-    matter of speed only; parameters are stacked along a leading depth axis either way.
+    arrangement "joint" (all tokens of all frames mix, as in the paper) or "factorised" (attention
+    per frame, then the temporal mixer per location), mixer: its name in `mixers.MIXERS` and its
+    own options. remat recomputes each layer in the backward pass. unroll: layers per step of the
+    scan over depth, a matter of speed only; parameters are stacked along a leading depth axis
+    either way.
     """
 
     width: int

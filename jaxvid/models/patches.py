@@ -9,8 +9,8 @@ from einops import rearrange
 class Patches:
     """Pixels [-1, 1] <-> one token of 3 * patch^2 numbers per patch; exact inverse, no parameters.
 
-    Any tokenizer offers these same members. `params` is its frozen tree ({} here), `state` the stream
-    state of a causal tokenizer (None here): encode and decode obey the streaming contract.
+    Any tokenizer offers these same members. `params` is its frozen tree ({} here), `state` the
+    stream state of a causal tokenizer (None here): encode and decode obey the streaming contract.
     """
 
     patch: int

@@ -1,4 +1,4 @@
-"""AR-Diffusion: diffusion over video tokens whose noise never decreases along the clip (Sun et al. 2025)."""
+"""AR-Diffusion: video diffusion whose noise never decreases along the clip (Sun et al. 2025)."""
 
 import functools
 
@@ -24,15 +24,15 @@ NOISE_BINS = 10
 class Task:
     """Train and sample a causal diffusion transformer with one noise level per frame.
 
-    size, frames: of the training clips, pixels and frames. model: options of `models.dit.DiT`. noise:
-    options of `schedules.make`. prediction, weight: see `schedules.NoiseSchedule`. timesteps: how training
-    noises the frames of a clip (`diffusion.timesteps`). clean_prefix: probability that a clip begins
-    with clean frames, which are condition and not target. condition: kind, tokens, width, num_classes
-    (`models.conditioning`) and drop, the probability of the null condition. sampler: steps, schedule, s,
-    block (`schedulers.make`), guidance, eta, memory ("cache", "none" or "window"). given: clean frames
-    before the continuation that `evaluate` scores. patch: pixels, for the tokenizer that learns
-    nothing; `tokenizer` is any other with the members of `models.patches.Patches` and `params`, its
-    frozen weights.
+    size, frames: of the training clips, pixels and frames. model: options of `models.dit.DiT`.
+    noise: options of `schedules.make`. prediction, weight: see `schedules.NoiseSchedule`.
+    timesteps: how training noises the frames of a clip (`diffusion.timesteps`). clean_prefix:
+    probability that a clip begins with clean frames, which are condition and not target.
+    condition: kind, tokens, width, num_classes (`models.conditioning`) and drop, the probability
+    of the null condition. sampler: steps, schedule, s, block (`schedulers.make`), guidance, eta,
+    memory ("cache", "none" or "window"). given: clean frames before the continuation that
+    `evaluate` scores. patch: pixels, for the tokenizer that learns nothing; `tokenizer` is any
+    other with the members of `models.patches.Patches` and `params`, its frozen weights.
     """
 
     sharding_rules = (
@@ -74,11 +74,11 @@ class Task:
 
     @property
     def window(self):
-        """Frames that may be noisy at once: the attention window, or a training clip without one."""
+        """Frames that may be noisy at once: the attention window, else a training clip."""
         return self.model.mixer.get("window") or self.tokenizer.latents_for_frames(self.frames)
 
     def schedule(self, frames):
-        """The frame schedule that samples this many latent frames. Raises UserError where none can."""
+        """The frame schedule for this many latent frames; raises UserError where it cannot be."""
         options = self.sampler
         return schedulers.make(
             options["schedule"],
@@ -145,9 +145,9 @@ class Task:
     def evaluate(self, params, batch, rng, *, frozen):
         """Held-out quality of denoising and of continuing, per example.
 
-        loss_by_level [B, 10]: squared error of x0 with all frames at the middle of each tenth of the
-        timesteps. psnr, ssim [B, F] of the continuation of the first `given` frames, and the same of
-        repeating the last of them (`*_copy_last`); NaN at the given frames.
+        loss_by_level [B, 10]: squared error of x0 with all frames at the middle of each tenth of
+        the timesteps. psnr, ssim [B, F] of the continuation of the first `given` frames, and the
+        same of repeating the last of them (`*_copy_last`); NaN at the given frames.
         """
         rng_eps, rng_sample = jax.random.split(rng)
         z_BTNC = self._encode(frozen, batch["video"])
@@ -180,8 +180,8 @@ class Task:
     def sample(self, params, rng, cond, *, frozen, frames=None):
         """Video float32 [B, frames, H, W, 3] in [-1, 1]; see `tasks.base.Task`.
 
-        The noise of a frame depends on `rng` and its index alone. Raises UserError where the schedule
-        cannot sample this many frames.
+        The noise of a frame depends on `rng` and its index alone. Raises UserError where the
+        schedule cannot sample this many frames.
         """
         arrays = {name: value for name, value in cond.items() if name in CONDITIONS}
         return self._sample(params, rng, arrays, frozen, cond["num"], frames or self.frames)
@@ -207,10 +207,10 @@ class Task:
         return jnp.clip(video, -1, 1)
 
     def stream(self, params, rng, cond, *, frozen, frames=None):
-        """Yield the frames after `first_frames` as they are finished: float32 [B, t, H, W, 3] in [-1, 1].
+        """Yield the frames after `first_frames` as they finish: float32 [B, t, H, W, 3] in [-1, 1].
 
-        The same video as `sample` with memory "cache", piece by piece; the work between two pieces is one
-        call of one compiled program, whatever the number of frames.
+        The same video as `sample` with memory "cache", piece by piece; the work between two pieces
+        is one call of one compiled program, whatever the number of frames.
         """
         arrays = {name: value for name, value in cond.items() if name in CONDITIONS}
         batch = cond["num"]
@@ -252,7 +252,7 @@ class Task:
         video, decoder = self.tokenizer.decode(frozen, z_BTNC, self.grid, decoder)
         return jnp.clip(video, -1, 1), decoder
 
-    def _predict(self, params, total):
+    def _predict(self, params, total, context_BME=None):
         """The network of a stream of `total` latent frames, with guidance, as samplers call it."""
         mixer = dict(self.model.mixer)
         if "window" in mixer and mixer["window"] is None:
@@ -261,7 +261,10 @@ class Task:
         model = self.model.clone(mixer=mixer)
 
         def predict(x_BTNC, t_BT, state):
-            return self._apply(params, x_BTNC, t_BT, state=state, model=model)
+            if mixer.get("mask", "causal") == "causal":
+                return self._apply(params, x_BTNC, t_BT, state=state, model=model)
+            # What sees the future cannot be continued: it reads everything anew in every call.
+            return self._apply(params, x_BTNC, t_BT, context_BME, model=model)[0], state
 
         scale = self.sampler["guidance"]
         return predict if scale == 1 else guidance.classifier_free(predict, scale)
@@ -281,7 +284,7 @@ class Task:
         x_BTNC = jnp.concatenate([empty_BTNC] * copies)
         t_BT = jnp.zeros((batch * copies, 0), jnp.int32)
         _, state = self._apply(params, x_BTNC, t_BT, context_BME)
-        return self._predict(params, total), state, given_BPNC
+        return self._predict(params, total, context_BME), state, given_BPNC
 
     def _noise(self, rng, batch, given, total):
         """Initial noise of the frames given .. total - 1."""
@@ -348,7 +351,7 @@ def _check(task, patch, model):
     )
     require(
         sampler["guidance"] == 1 or condition["kind"] != "none",
-        f"sampler.guidance={sampler['guidance']}: condition.kind='none' leaves nothing to guide; use 1",
+        f"sampler.guidance={sampler['guidance']}: condition.kind='none' gives no guide; use 1",
     )
     require(
         mixer.get("mask", "causal") == "causal" or sampler["memory"] != "cache",

@@ -4,18 +4,19 @@ from typing import Any, Protocol
 
 
 class Task(Protocol):
-    """What is trained. All methods are pure and can be traced; bad settings raise UserError in __init__.
+    """What is trained. Methods are pure and traceable; bad settings raise UserError in __init__.
 
-    A task is the class `Task` of the module `jaxvid.tasks.<config.task.name>`, built from the other
-    fields of `config.task`. batch: {"video": uint8 [B, T, H, W, 3], "id": int32 [B], "label": int32 [B],
-    "text": float32 [B, M, E] if the data set embeds captions}. params, extra, frozen: trees of arrays.
+    A task is the class `Task` of the module `jaxvid.tasks.<config.task.name>`, built from the
+    other fields of `config.task`. batch: {"video": uint8 [B, T, H, W, 3], "id": int32 [B],
+    "label": int32 [B], "text": float32 [B, M, E] if the data set embeds captions}. params, extra,
+    frozen: trees of arrays.
     """
 
     sharding_rules: tuple[tuple[str, tuple], ...]
     """(regular expression on a parameter's path, mesh axes of its trailing dimensions)."""
 
     def init(self, rng, batch) -> tuple[Any, Any]:
-        """(params, extra); extra is what persists but is not trained by gradient, {} if nothing does."""
+        """(params, extra); extra persists but is not trained by gradient, {} if nothing does."""
 
     def frozen(self) -> Any:
         """Weights of frozen networks, an argument of every other method; {} if there are none."""
@@ -29,6 +30,6 @@ class Task(Protocol):
     def sample(self, params, rng, cond, *, frozen, frames=None) -> Any:
         """Video float32 [B, frames, H, W, 3] in [-1, 1].
 
-        cond: {"num": B} and optionally label int32 [B], text float32 [B, M, E] and first_frames uint8
-        [B, P, H, W, 3], which begin the video.
+        cond: {"num": B} and optionally label int32 [B], text float32 [B, M, E] and first_frames
+        uint8 [B, P, H, W, 3], which begin the video.
         """

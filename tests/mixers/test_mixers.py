@@ -1,0 +1,102 @@
+"""Every mixer of the table obeys the laws, over all tokens of a frame and at one location alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxvid.layers import masks
+from jaxvid.mixers import MIXERS, cache
+from tests import laws
+
+# One row per variant: the mixer's name and its options. A new mixer joins the laws by its row.
+ROWS = [
+    ("softmax", {}),
+    ("softmax", {"window": 4}),
+    ("softmax", {"window": 3, "sinks": 2}),
+    ("softmax", {"window": 1, "qk_norm": False}),
+]
+
+
+def build(name, options, grid, context=False):
+    """(apply, params, x_BTND) of a mixer; apply starts a stream from a context if asked to."""
+    mixer = MIXERS[name](width=16, heads=2, grid=grid, **options)
+    rng = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(rng[0], (2, laws.FRAMES, grid[0] * grid[1], 16))
+    context_BMD = jax.random.normal(rng[1], (2, 3, 16))
+    params = mixer.init(rng[2], x)
+
+    def apply(params, x, state):
+        if state is None and context:
+            N = x.shape[2]
+            _, state = mixer.apply(params, context_BMD, N, method="prefill")
+        return mixer.apply(params, x, state)
+
+    return apply, params, x
+
+
+def test_every_mixer_has_a_row():
+    assert {name for name, _ in ROWS} == set(MIXERS)
+
+
+@pytest.mark.parametrize("grid, context", [((2, 3), True), ((1, 1), False)])
+@pytest.mark.parametrize("name, options", ROWS)
+def test_streaming(name, options, grid, context):
+    apply, params, x = build(name, options, grid, context)
+    laws.streaming(functools.partial(apply, params), x)
+
+
+@pytest.mark.parametrize("name, options", ROWS)
+def test_causality(name, options):
+    apply, params, x = build(name, options, (2, 3), context=True)
+    laws.causality(functools.partial(apply, params), x, reach=options.get("window") or laws.FRAMES)
+
+
+@pytest.mark.parametrize("name, options", [row for row in ROWS if row[1].get("window") != 1])
+def test_gradients(name, options):
+    laws.gradients(*build(name, options, (2, 3)))
+
+
+@pytest.mark.parametrize("mask", ["full", "leaky"])
+def test_the_law_of_causality_catches_peers_masks(mask):
+    from jaxvid.models.dit import DiT
+
+    model = DiT(width=16, depth=2, heads=2, grid=(1, 2), mixer={"name": "softmax", "mask": mask})
+    x, t = jnp.ones((1, 4, 2, 3)), jnp.zeros((1, 4), jnp.int32)
+    context = jnp.ones((1, 2, 5))
+    params = disturbed(model.init(jax.random.key(0), x, t, context))
+    with pytest.raises(AssertionError, match="leaks back"):
+        laws.causality(lambda x, _: model.apply(params, x, t, context), x)
+    _, state = model.apply(params, x, t, context)
+    with pytest.raises(ValueError, match="only causal attention can continue a stream"):
+        model.apply(params, x, t, None, state)
+
+
+def disturbed(params):
+    """Parameters off their zero initialisation, so that every path carries a signal."""
+    leaves, tree = jax.tree.flatten(params)
+    rngs = jax.random.split(jax.random.key(9), len(leaves))
+    noisy = [leaf + 0.1 * jax.random.normal(rng, leaf.shape) for leaf, rng in zip(leaves, rngs)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+@pytest.mark.parametrize("window, sinks", [(5, 0), (4, 2), (2, 1), (None, 0)])
+def test_cache_remembers_what_the_mask_allows(window, sinks):
+    frames = 11
+    k = jnp.arange(frames, dtype=jnp.float32).reshape(1, frames, 1, 1, 1)
+    nothing = jnp.zeros((1, 0, 1, 1))
+    state = cache.start(nothing, nothing, 1)
+    allow = masks.causal(window, sinks)
+    for first in range(frames):
+        state = cache.append(
+            state, k[:, first : first + 1], k[:, first : first + 1], window=window, sinks=sinks
+        )
+        held = {int(f): float(v) for f, v in zip(state.frame_S, state.k_BSNAK[0, :, 0, 0, 0])}
+        held.pop(int(masks.EMPTY), None)
+        assert all(value == frame for frame, value in held.items())
+        needed = {past for past in range(first + 1) if allow(np.int32(first + 1), np.int32(past))}
+        assert needed <= set(held)
+        assert window is None or state.frame_S.shape == (sinks + window - 1,)
+    assert int(state.length) == frames
