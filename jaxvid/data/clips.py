@@ -16,13 +16,13 @@ from jaxvid.errors import UserError
 VALIDATION_SHARE = 0.1
 
 
-def find(root):
+def find(root, field="data.path"):
     """Names of the video files below a directory, relative to it and sorted.
 
     Raises UserError where there is no directory or no video in it; hidden files are left out.
     """
     if not root or not os.path.isdir(root):
-        raise UserError(f"data.path={str(root)!r}: no such directory; name a directory of videos")
+        raise UserError(f"{field}={str(root)!r}: no such directory; name a directory of videos")
     names = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -30,7 +30,7 @@ def find(root):
             if name.lower().endswith(video.SUFFIXES) and not name.startswith("."):
                 names.append(pathlib.Path(folder, name).relative_to(root).as_posix())
     if not names:
-        raise UserError(f"data.path={str(root)!r}: holds no {' '.join(video.SUFFIXES)} file")
+        raise UserError(f"{field}={str(root)!r}: holds no {' '.join(video.SUFFIXES)} file")
     return sorted(names)
 
 
@@ -45,17 +45,35 @@ def classes_of(names):
     return classes if len(classes) > 1 else []
 
 
-def split_of(names):
-    """{name: "train" or "validation"}: a tenth of the scenes, and at least one, to validation.
+def scenes_of(names):
+    """Clips by scene, [[name, ...], ...], in an order that hashes decide.
 
-    A scene stays whole: clips whose names differ only in a final _c<number> (UCF-101) show the same
-    one. The order of hashes decides, so that a new clip moves few others.
+    Clips whose names differ only in a final _c<number> (UCF-101) show one scene.
     """
-    scenes = {name: re.sub(r"_c\d+$", "", name.rsplit(".", 1)[0]) for name in names}
-    ranked = sorted(set(scenes.values()), key=lambda text: hashlib.sha256(text.encode()).digest())
-    held_out = round(VALIDATION_SHARE * len(ranked)) or min(1, len(ranked) - 1)
-    validation = set(ranked[:held_out])
-    return {name: "validation" if scenes[name] in validation else "train" for name in names}
+    scenes = {}
+    for name in sorted(names):
+        scenes.setdefault(re.sub(r"_c\d+$", "", name.rsplit(".", 1)[0]), []).append(name)
+    return [scenes[key] for key in sorted(scenes, key=lambda key: _hash(key.encode()))]
+
+
+def held_out(scenes):
+    """How many of the first scenes are for validation: a tenth, and at least one of several."""
+    return round(VALIDATION_SHARE * scenes) or min(1, scenes - 1)
+
+
+def split_of(names):
+    """{name: "train" or "validation"}; a scene stays whole and a new one moves few others."""
+    scenes = scenes_of(names)
+    count = held_out(len(scenes))
+    return {
+        name: "validation" if place < count else "train"
+        for place, scene in enumerate(scenes)
+        for name in scene
+    }
+
+
+def _hash(data):
+    return hashlib.sha256(data).hexdigest()
 
 
 def report(skipped, total):
@@ -107,7 +125,7 @@ def _probe(root, name):
 
 def _cache_file(root):
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    key = hashlib.sha256(os.path.realpath(root).encode()).hexdigest()[:16]
+    key = _hash(os.fsencode(os.path.realpath(root)))[:16]
     return pathlib.Path(home, "jaxvid", f"index-1-{key}.json")
 
 

@@ -1,0 +1,264 @@
+"""Turn a directory of videos into a set that trains at full speed.
+
+    python -m jaxvid.data.prepare --src DIR --out DIR --size 128 --frames 16 --fps 8
+
+Every clip is resampled by its timestamps, scaled, cropped to a square and cut into chunks of
+--frames frames, each one H.264 group of pictures and one record. Directories below --src are the
+classes; a tenth of the scenes goes to validation, by clip and never by window. Files that cannot
+be used are skipped, counted and named, here and in dataset.json. The set appears in one stroke
+at the end: a run that is killed leaves nothing that looks complete. Decoding, of files that
+nobody has vetted, happens in processes of bounded memory.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import resource
+import shutil
+import sys
+import time
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from jaxvid.data import array_record, clips, video
+from jaxvid.data.transforms import Window
+from jaxvid.errors import UserError
+
+SHARD_BYTES = 2**28
+WORKER_BYTES = 2**33  # of address space
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What to make of a clip; an fps of 0 keeps the rate of the source."""
+
+    size: int
+    frames: int
+    fps: float
+
+    def __post_init__(self):
+        if self.size < 2 or self.size % 2:
+            raise UserError(f"--size={self.size}: H.264 needs an even number of pixels")
+        if self.frames < 1:
+            raise UserError(f"--frames={self.frames}: must be at least 1")
+        if not 0 <= self.fps <= 1000:
+            raise UserError(f"--fps={self.fps:g}: must lie in [0, 1000]; 0 keeps the source's rate")
+
+
+def cut(root, recipe, name):
+    """A clip -> its chunks, [bytes, ...], or the reason, a str, why there are none."""
+    window = Window(recipe.frames, recipe.size)
+    chunks, held = [], []
+    try:
+        with open(os.path.join(root, name), "rb") as file:
+            for picture_HWC in video.resample(file, recipe.size, recipe.fps):
+                held.append(picture_HWC)
+                if len(held) == recipe.frames:
+                    chunks.append(video.encode_chunk(window.augment(np.stack(held), None)))
+                    held = []
+    except video.VideoError as error:
+        return str(error)
+    except OSError as error:
+        return f"cannot be opened ({error.strerror})"
+    except MemoryError:
+        return "needs too much memory"
+    at = f" at {recipe.fps:g} per second" if recipe.fps else ""
+    return chunks or f"has {len(held)} frames{at}, a chunk has {recipe.frames}"
+
+
+def _bound_memory():
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, hard))
+
+
+def _pool(workers):
+    # Spawned: a fork of a process with threads can hang.
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(workers, context, _bound_memory)
+
+
+def in_processes(work, names, workers):
+    """(name, work(name)) in order; a file that brings its process down yields a reason instead."""
+    waiting = collections.deque(names)
+    while waiting:
+        running = collections.deque()
+        try:
+            with _pool(workers) as pool:
+                while waiting or running:
+                    while waiting and len(running) < 2 * workers:
+                        running.append((waiting[0], pool.submit(work, waiting.popleft())))
+                    outcome = running[0][1].result()
+                    yield running.popleft()[0], outcome
+        except concurrent.futures.process.BrokenProcessPool:
+            # One of those running is to blame, and each alone shows which.
+            for name, _ in running:
+                yield name, _alone(work, name)
+
+
+def _alone(work, name):
+    try:
+        with _pool(1) as pool:
+            return pool.submit(work, name).result()
+    except concurrent.futures.process.BrokenProcessPool:
+        return "brings the decoder down"
+
+
+class Shards:
+    """The ArrayRecord files of one split, begun anew when they reach SHARD_BYTES."""
+
+    def __init__(self, folder, split):
+        self._folder, self._split = folder, split
+        self._writer, self._size = None, 0
+        self._records = []  # in each file
+
+    def write(self, record):
+        if self._writer is None or self._size >= SHARD_BYTES:
+            self._finish_file()
+            self._records.append(0)
+            # Random access reads groups, and H.264 does not compress further.
+            path = self._folder / f"{self._split}-{len(self._records) - 1:05d}"
+            self._writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+        self._writer.write(record)
+        self._size += len(record)
+        self._records[-1] += 1
+
+    def _finish_file(self):
+        if self._writer is not None:
+            self._writer.close()
+            self._writer, self._size = None, 0
+
+    def finish(self):
+        """Close, name the files by their number, and return what the manifest says of them."""
+        self._finish_file()
+        shards = []
+        for number, records in enumerate(self._records):
+            stem = f"{self._split}-{number:05d}"
+            name = f"{stem}-of-{len(self._records):05d}.array_record"
+            path = (self._folder / stem).rename(self._folder / name)
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            size = path.stat().st_size
+            shards.append({"file": name, "records": records, "bytes": size, "sha256": digest})
+        return shards
+
+
+def progress(outcomes, total):
+    """Pass (name, outcome) pairs through, drawing a bar on stderr: in place on a terminal."""
+    begin = shown = time.monotonic()
+    skipped = 0
+    for done, (name, outcome) in enumerate(outcomes, 1):
+        yield name, outcome
+        skipped += isinstance(outcome, str)
+        now = time.monotonic()
+        if done == total or now - shown > (0.2 if sys.stderr.isatty() else 10.0):
+            shown = now
+            left = round((now - begin) / done * (total - done))
+            bar = "#" * (30 * done // total)
+            line = f"[{bar:<30}] {done}/{total} clips, {skipped} skipped, {left} s left"
+            end = "\r" if sys.stderr.isatty() and done < total else "\n"
+            print(f"{line:<75}", end=end, file=sys.stderr, flush=True)
+
+
+def write_set(root, folder, recipe, workers):
+    """Cut every clip below `root` into `folder`; returns the manifest, which it also writes."""
+    names = clips.find(root, "--src")
+    scenes, classes = clips.scenes_of(names), clips.classes_of(names)
+    scene_of = {name: place for place, scene in enumerate(scenes) for name in scene}
+    shards = {split: Shards(folder, split) for split in ("train", "validation")}
+    clip_count = dict.fromkeys(shards, 0)
+    held_out, skipped = set(), []
+    work = functools.partial(cut, str(root), recipe)
+    ordered = [name for scene in scenes for name in scene]
+    for name, outcome in progress(in_processes(work, ordered, workers), len(ordered)):
+        if isinstance(outcome, str):
+            skipped.append((name, outcome))
+            continue
+        # The first scenes that give anything are held out.
+        if len(held_out) < clips.held_out(len(scenes)):
+            held_out.add(scene_of[name])
+        split = "validation" if scene_of[name] in held_out else "train"
+        clip_count[split] += 1
+        label = classes.index(clips.class_of(name)) if classes else 0
+        for number, chunk in enumerate(outcome):
+            header = {"name": name, "chunk": number, "label": label}
+            shards[split].write(array_record.pack(header, chunk))
+    if len(skipped) == len(names):
+        raise UserError(f"--src={root}: {clips.report(skipped, len(names))}")
+    parts = {split: writer.finish() for split, writer in shards.items()}
+    manifest = {
+        "schema": array_record.SCHEMA,
+        "codec": "h264",
+        **dataclasses.asdict(recipe),
+        "classes": classes,
+        "splits": {
+            split: {
+                "clips": clip_count[split],
+                "records": sum(shard["records"] for shard in part),
+                "shards": part,
+            }
+            for split, part in parts.items()
+        },
+        "skipped": [{"name": name, "reason": reason} for name, reason in skipped],
+    }
+    (folder / array_record.MANIFEST).write_text(json.dumps(manifest, indent=1))
+    return manifest
+
+
+def prepare(src, out, recipe, workers):
+    """Write the set to a directory beside `out` and rename it; returns the manifest."""
+    out = pathlib.Path(out).absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out={out}: exists already; remove it or choose another directory")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir(parents=True)
+    try:
+        manifest = write_set(src, partial, recipe, workers)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def main(argv=None):
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--src", required=True, help="directory of videos")
+    parser.add_argument("--out", required=True, help="directory of the new data set")
+    parser.add_argument("--size", type=int, default=128, help="pixels along each side")
+    parser.add_argument("--frames", type=int, default=16, help="frames in a chunk")
+    parser.add_argument("--fps", type=float, default=8.0, help="frames a second; 0: the source's")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="decoding processes")
+    args = parser.parse_args(argv)
+    try:
+        recipe = Recipe(args.size, args.frames, args.fps)
+        if args.workers < 1:
+            raise UserError(f"--workers={args.workers}: must be at least 1")
+        manifest = prepare(args.src, args.out, recipe, args.workers)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"--out={args.out}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    for split, part in manifest["splits"].items():
+        print(f"{split}: {part['clips']} clips, {part['records']} records")
+    if manifest["skipped"]:
+        print(f"skipped {len(manifest['skipped'])} files:")
+    for entry in manifest["skipped"]:
+        print(f"  {entry['name']} {entry['reason']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
