@@ -1,0 +1,305 @@
+"""Benchmarks of a config on this machine, as a table and as JSON in the work folder.
+
+    python -m jaxvid.bench step --config=configs/ar_diffusion.py     training step, MFU, memory
+    python -m jaxvid.bench data --config=configs/ar_diffusion.py     input pipeline, waiting share
+    python -m jaxvid.bench sample --config=configs/ar_diffusion.py   cached and uncached sampling
+
+`--latents=32x4` puts 32 latent tokens of 4 channels in the place of a frame's patches, so that the
+network can be timed at the size of a tokenizer's output without one.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from jaxvid import config, data
+from jaxvid.errors import UserError
+from jaxvid.parallel.mesh import make_mesh
+from jaxvid.parallel.multihost import to_global
+from jaxvid.parallel.sharding import batch_sharding
+from jaxvid.train import make_task
+from jaxvid.training import flops
+from jaxvid.training.logging import peak_bytes
+from jaxvid.training.optim import make_optimizer
+from jaxvid.training.restore import batch_shapes
+from jaxvid.training.state import make_init
+from jaxvid.training.step import make_step
+
+SECONDS = 15.0  # of measuring, start-up and compilation aside
+FEWEST = 5  # repetitions, however long they take
+SHORT_RUN = 40  # steps
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "grain", "av")
+
+
+def main(command):
+    """Runs one of COMMANDS, prints its table and writes <workdir>/bench_<command>.json."""
+    settings, workdir = config.from_flags()
+    figures = COMMANDS[command](settings, _tokenizer(flags.FLAGS.latents))
+    facts = circumstances()
+    print(f"bench {command} on {facts['devices']} x {facts['device']}, {facts['date']}")
+    for name, value in figures.items():
+        print(f"  {name:<26}{value:>12,.5g}")
+    path = Path(workdir, f"bench_{command}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**facts, "figures": figures}, indent=2) + "\n")
+    print(f"written to {path}")
+
+
+# The three benchmarks: (config, tokenizer or None) -> {figure: number}
+
+
+def step(settings, tokenizer):
+    """The training step on random clips, with plain matrix products as the measure of the machine.
+
+    Steps and products take turns, so that whatever else the machine does slows both. FLOPs are
+    those of matrix products and convolutions, forward and twice that backward.
+    """
+    mesh = make_mesh(settings.mesh)
+    with jax.set_mesh(mesh):
+        batch = jax.device_put(
+            random_batch(settings, settings.data.batch_size), batch_sharding(mesh)
+        )
+        task, frozen, state, update = _program(settings, tokenizer, batch, mesh)
+        work = flops.of_step(task, state, frozen, batch)
+        begin = time.perf_counter()
+        update = update.lower(state, frozen, batch).compile()
+        compile_s = time.perf_counter() - begin
+
+        def advance():
+            nonlocal state
+            state, metrics = update(state, frozen, batch)
+            return metrics
+
+        dtype = jnp.dtype(settings.task.model.dtype)
+        square, alike = products(settings.task.model.width, dtype)
+        times, square_times, alike_times = take_turns(advance, square.run, alike.run)
+
+    frames = settings.data.batch_size * settings.data.frames
+    rate = work / statistics.median(times)
+    square_rate = mesh.size * square.flops / min(square_times)
+    alike_rate = mesh.size * alike.flops / min(alike_times)
+    promised = flops.peak(mesh.devices.flat[0], dtype)
+    memory = update.memory_analysis()
+    return {
+        "step_ms": 1e3 * statistics.median(times),
+        "step_ms_best": 1e3 * min(times),
+        "frames_per_s": frames / statistics.median(times),
+        "gflop_per_step": work / 1e9,
+        "gflop_per_s": rate / 1e9,
+        "matmul_square_gflop_per_s": square_rate / 1e9,
+        "matmul_alike_gflop_per_s": alike_rate / 1e9,
+        "share_of_matmul": rate / max(square_rate, alike_rate),
+        **({"mfu": rate / (mesh.size * promised)} if promised else {}),
+        "compile_s": compile_s,
+        "program_mib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20,
+        "peak_mib": peak_bytes(mesh.devices.flat[0]) / 2**20,
+    }
+
+
+def sample(settings, tokenizer):
+    """One clip with the exact cache and one with every frame recomputed in every iteration."""
+    frames, figures = settings.data.frames, {}
+    cond = {**random_batch(settings, 1), "num": 1}
+    for memory in ("cache", "none"):
+        fields = ConfigDict(settings.task.to_dict())
+        fields.sampler.memory = memory
+        task = _task(fields, tokenizer)
+        frozen = task.frozen()
+        params, _ = jax.jit(task.init)(jax.random.key(0), random_batch(settings, 1))
+
+        def clip(task=task, params=params, frozen=frozen):
+            return task.sample(params, jax.random.key(1), cond, frozen=frozen, frames=frames)
+
+        begin = time.perf_counter()
+        jax.block_until_ready(clip())
+        compile_s = time.perf_counter() - begin
+        (times,) = take_turns(clip)
+        name = "cached" if memory == "cache" else "uncached"
+        figures[f"{name}_s"] = statistics.median(times)
+        figures[f"{name}_first_call_s"] = compile_s
+    schedule = task.schedule(frames)
+    return {
+        **figures,
+        "cached_share": figures["cached_s"] / figures["uncached_s"],
+        "cached_frames_per_s": frames / figures["cached_s"],
+        "cached_evaluations": schedule.evaluations,
+        "uncached_evaluations": schedule.iterations * frames,
+    }
+
+
+def input_pipeline(settings, tokenizer):
+    """Frames per second out of the iterator alone, and the share of training spent waiting for it.
+
+    The loop is that of `train`: the next batch is fetched while the device works on the last.
+    """
+    mesh, size = make_mesh(settings.mesh), settings.data.batch_size
+    alone = data.throughput(settings.data, SECONDS)
+    options = dict(split="train", seed=settings.seed, batch_size=size)
+    with (
+        jax.set_mesh(mesh),
+        contextlib.closing(data.make_iterator(settings.data, **options)) as clips,
+    ):
+        _, frozen, state, update = _program(settings, tokenizer, next(clips), mesh)
+        last, waited, begin = None, 0.0, None
+        for _ in range(1 + SHORT_RUN):
+            asked = time.perf_counter()
+            rows = next(clips)
+            waited += time.perf_counter() - asked
+            state, metrics = update(state, frozen, to_global(rows, batch_sharding(mesh)))
+            jax.block_until_ready(last)
+            last = metrics
+            if begin is None:  # the first step compiles, and then the clock starts
+                jax.block_until_ready(last)
+                waited, begin = 0.0, time.perf_counter()
+        jax.block_until_ready(last)
+    seconds = time.perf_counter() - begin
+    return {
+        "frames_per_s": alone,
+        "train_frames_per_s": SHORT_RUN * size * settings.data.frames / seconds,
+        "train_data_wait": waited / seconds,
+    }
+
+
+# Parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Latents:
+    """Stands in for a tokenizer of one row of tokens; its latents are pixels off the frame's top.
+
+    The members are those of `models.patches.Patches`. `decode` shows latents as grey pictures.
+    """
+
+    tokens: int
+    channels: int
+
+    def grid(self, size):
+        del size
+        return (1, self.tokens)
+
+    def latents_for_frames(self, frames):
+        return frames
+
+    def encode(self, params, video_BTHWC, state=None):
+        del params
+        B, T = video_BTHWC.shape[:2]
+        z = video_BTHWC.reshape(B, T, -1)[..., : self.tokens * self.channels]
+        return z.reshape(B, T, self.tokens, self.channels), state
+
+    def decode(self, params, z_BTNZ, grid, state=None):
+        del params, grid
+        return z_BTNZ[..., None], state
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A matrix product: a function that runs it and the FLOPs that it takes."""
+
+    run: object
+    flops: int
+
+
+def products(width, dtype):
+    """(a large square product, one like those of an MLP of this width), compiled and run once."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    shapes = (size, size, size), (size, width, 4 * width)
+
+    def make(rows, inner, columns):
+        a, b = (jnp.ones(shape, dtype) for shape in ((rows, inner), (inner, columns)))
+        product = jax.jit(jnp.matmul)
+        product(a, b)
+        return Product(lambda: product(a, b), 2 * rows * inner * columns)
+
+    return tuple(make(*shape) for shape in shapes)
+
+
+def take_turns(*functions):
+    """Seconds of every call of every function, called in turn for SECONDS: one list each."""
+    for function in functions:
+        jax.block_until_ready(function())
+    times = [[] for _ in functions]
+    deadline = time.perf_counter() + SECONDS
+    while len(times[0]) < FEWEST or time.perf_counter() < deadline:
+        for function, seconds in zip(functions, times):
+            begin = time.perf_counter()
+            jax.block_until_ready(function())
+            seconds.append(time.perf_counter() - begin)
+    return times
+
+
+def random_batch(settings, size):
+    """A batch of `size` clips of noise, of class 0 and without words."""
+    shapes = batch_shapes(settings.data, size)
+    batch = {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items()}
+    batch["video"] = np.random.default_rng(0).integers(0, 256, shapes["video"].shape, np.uint8)
+    return batch
+
+
+def _task(fields, tokenizer):
+    """The task of `config.task`, with another tokenizer than its own unless None."""
+    return make_task(ConfigDict({**fields, "tokenizer": tokenizer}) if tokenizer else fields)
+
+
+def _program(settings, tokenizer, batch, mesh):
+    """(task, frozen weights, first state, step) of training; call inside the mesh."""
+    config.check_batch(settings, mesh.shape["data"] * mesh.shape["fsdp"])
+    task = _task(settings.task, tokenizer)
+    tx, schedule = make_optimizer(settings.optim, settings.steps)
+    init, shardings = make_init(task, tx, batch, settings, mesh)
+    return task, task.frozen(), init(), make_step(task, tx, schedule, settings, mesh, shardings)
+
+
+def _tokenizer(latents):
+    if not latents:
+        return None
+    match = re.fullmatch(r"(\d+)x(\d+)", latents)
+    if not match:
+        raise UserError(f"latents={latents}: write TOKENSxCHANNELS, such as 32x4")
+    return Latents(*map(int, match.groups()))
+
+
+def circumstances():
+    """What a figure means nothing without: device, date, command and versions."""
+    device = jax.devices()[0]
+    return {
+        "device": _cpu() if device.platform == "cpu" else device.device_kind,
+        "devices": jax.device_count(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
+        "command": shlex.join(["python", "-m", "jaxvid.bench", *sys.argv[1:]]),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _cpu():
+    """Model and usable cores of the processor; /proc knows the model on Linux alone."""
+    try:
+        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        model = None
+    name = model[1] if model else platform.machine()
+    return f"{name} ({len(os.sched_getaffinity(0))} cores)"
+
+
+COMMANDS = {"step": step, "data": input_pipeline, "sample": sample}
+
+if __name__ == "__main__":
+    config.define_flags()
+    flags.DEFINE_string("latents", "", "Time the network on TOKENSxCHANNELS latents, as in 32x4.")
+    config.run(main, commands=tuple(COMMANDS))

@@ -1,0 +1,91 @@
+"""Benchmarks: the figures hang together, whatever the machine."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxvid import bench
+from jaxvid import config as config_lib
+from jaxvid.errors import UserError
+
+FILE = str(Path(__file__).parents[1] / "configs" / "ar_diffusion.py")
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """A config of a moment, measured for a moment."""
+    monkeypatch.setattr(bench, "SECONDS", 0.0)
+    monkeypatch.setattr(bench, "FEWEST", 2)
+    monkeypatch.setattr(bench, "SHORT_RUN", 4)
+    config = config_lib.read(FILE)
+    config.data.update(frames=4, size=16, batch_size=8, num_clips=32)
+    config.task.model.update(width=16, depth=1, heads=2, unroll=1)
+    config.task.sampler.update(steps=4, s=2)
+    config.task.update(patch=8, given=2)
+    return config
+
+
+@pytest.mark.slow
+def test_step(settings):
+    figures = bench.step(settings, None)
+    seconds = figures["step_ms"] / 1e3
+    assert 0 < figures["step_ms_best"] <= figures["step_ms"]
+    assert figures["frames_per_s"] == pytest.approx(8 * 4 / seconds)
+    assert figures["gflop_per_s"] == pytest.approx(figures["gflop_per_step"] / seconds)
+    best = max(figures["matmul_square_gflop_per_s"], figures["matmul_alike_gflop_per_s"])
+    assert figures["share_of_matmul"] == pytest.approx(figures["gflop_per_s"] / best)
+    assert figures["compile_s"] > 0
+    assert 0 < figures["program_mib"] < figures["peak_mib"]
+
+
+@pytest.mark.slow
+def test_sample(settings):
+    figures = bench.sample(settings, bench.Latents(tokens=6, channels=4))
+    assert figures["cached_evaluations"] == 4 * 4 + 4
+    assert figures["uncached_evaluations"] == (4 + 3 * 2) * 4
+    assert figures["cached_share"] == pytest.approx(figures["cached_s"] / figures["uncached_s"])
+
+
+@pytest.mark.slow
+def test_data(settings, monkeypatch):
+    monkeypatch.setattr(bench, "SECONDS", 0.2)
+    figures = bench.input_pipeline(settings, None)
+    assert figures["frames_per_s"] > 0 and figures["train_frames_per_s"] > 0
+    assert 0 <= figures["train_data_wait"] < 1
+
+
+def test_functions_take_turns(settings):
+    calls = []
+
+    def function(name, seconds):
+        return lambda: (calls.append(name), time.sleep(seconds))[1]
+
+    slow, fast = bench.take_turns(function("slow", 0.02), function("fast", 0.0))
+    assert calls == ["slow", "fast"] * (1 + bench.FEWEST)  # the first round warms up
+    assert len(slow) == len(fast) == bench.FEWEST
+    assert min(slow) >= 0.02 > max(fast)
+
+
+def test_latents_stand_in_for_a_tokenizer():
+    latents = bench._tokenizer("32x4")
+    assert (latents.tokens, latents.channels, latents.grid(64)) == (32, 4, (1, 32))
+    video = np.random.default_rng(0).standard_normal((2, 3, 16, 16, 3))
+    z, _ = latents.encode({}, video)
+    assert z.shape == (2, 3, 32, 4)
+    np.testing.assert_array_equal(z[1, 2].ravel(), video[1, 2].ravel()[:128])
+    assert bench._tokenizer("") is None
+    with pytest.raises(UserError, match="latents=32: write TOKENSxCHANNELS"):
+        bench._tokenizer("32")
+
+
+def test_circumstances_can_be_repeated(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "step", "--config=a b.py"])
+    facts = bench.circumstances()
+    assert facts["command"] == "python -m jaxvid.bench step '--config=a b.py'"
+    assert facts["jax"] == jax.__version__ and facts["devices"] == 8
+    assert "cores)" in facts["device"] and json.dumps(facts)
