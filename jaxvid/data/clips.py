@@ -126,7 +126,7 @@ def _probe(root, name):
 def _cache_file(root):
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     key = _hash(os.fsencode(os.path.realpath(root)))[:16]
-    return pathlib.Path(home, "jaxvid", f"index-1-{key}.json")
+    return pathlib.Path(home, "jaxvid", f"index-2-{key}.json")
 
 
 def _load(cache):

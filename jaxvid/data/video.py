@@ -43,9 +43,11 @@ class Info:
     """
 
     frames: int
+    height: int
+    width: int
     fps: float
-    start: int
-    step: float
+    start: int = 0
+    step: float = 0.0
 
     def number(self, frame):
         return round((frame.pts - self.start) / self.step)
@@ -107,7 +109,7 @@ def probe(file):
                 prints[number] = _fingerprint(frame)
         if not times:
             raise VideoError("has no frames")
-        info = Info(len(times), _rate(stream), *_even_times(times))
+        info = Info(len(times), frame.height, frame.width, _rate(stream), *_even_times(times))
     if info.step and not _seek_shows(file, info, prints):
         return dataclasses.replace(info, start=0, step=0.0)
     return info
@@ -147,9 +149,8 @@ def _even_times(times):
 class _Scaler:
     """Frames -> uint8 [H, W, 3] upright, square pixels, shorter side `size`."""
 
-    def __init__(self, size, stream):
-        self._size = size
-        self._pixel = float(stream.codec_context.sample_aspect_ratio or 1)  # width / height
+    def __init__(self, size, pixel=1.0):
+        self._size, self._pixel = size, pixel  # width / height of a pixel of the source
         self._reformatter = VideoReformatter()
 
     def __call__(self, frame):
@@ -161,6 +162,10 @@ class _Scaler:
             frame, width=width, height=height, format="rgb24", threads=1
         )
         return np.rot90(scaled.to_ndarray(), frame.rotation // 90)
+
+
+def _pixel_shape(stream):
+    return float(stream.codec_context.sample_aspect_ratio or 1)
 
 
 def _from_frame(container, stream, first, info):
@@ -184,7 +189,7 @@ def read(file, numbers, size, info):
     Raises VideoError rather than return a clip with a frame missing.
     """
     with _opened(file) as (container, stream):
-        scale, taken = _Scaler(size, stream), 0
+        scale, taken = _Scaler(size, _pixel_shape(stream)), 0
         for number, frame in _from_frame(container, stream, numbers[0], info):
             if number < numbers[taken]:
                 continue
@@ -212,7 +217,7 @@ def resample(file, size, fps):
     Shorter side `size`; time runs from the first frame to the last. With an fps of 0, every frame.
     """
     with _opened(file) as (container, stream):
-        scale, due, held = _Scaler(size, stream), 0, None
+        scale, due, held = _Scaler(size, _pixel_shape(stream)), 0, None
         for time, frame in _timed(container, stream):
             if not fps:
                 yield scale(frame)
@@ -226,6 +231,13 @@ def resample(file, size, fps):
         while held is not None and due / fps <= time + 1e-6:
             yield scale(held)
             due += 1
+
+
+def resize(video_THWC, size):
+    """uint8 [T, H, W, 3] -> the same frames with a shorter side of `size`."""
+    scale = _Scaler(size)
+    pictures = (av.VideoFrame.from_ndarray(p, format="rgb24") for p in video_THWC)
+    return np.stack([scale(picture) for picture in pictures])
 
 
 def _timed(container, stream):

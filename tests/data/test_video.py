@@ -44,7 +44,7 @@ def test_a_file_whose_seeks_lie_is_scanned(tmp_path, clip, numbers, monkeypatch)
     prints = iter(range(100))
     monkeypatch.setattr(video, "_fingerprint", lambda frame: next(prints))
     with open(path, "rb") as file:
-        assert video.probe(file) == video.Info(24, 24.0, 0, 0.0)
+        assert video.probe(file) == video.Info(24, 48, 64, 24.0)
     assert numbers(read(path, [7, 13])) == [7, 13]
 
 

@@ -1,0 +1,1 @@
+"""Builders of TensorFlow Datasets that need no TensorFlow."""
