@@ -28,7 +28,8 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxvid import config, data
+from jaxvid import config as config_lib
+from jaxvid import data
 from jaxvid.errors import UserError
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.multihost import to_global
@@ -49,8 +50,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "numpy", "grain", "av")
 
 def main(command):
     """Runs one of COMMANDS, prints its table and writes <workdir>/bench_<command>.json."""
-    settings, workdir = config.from_flags()
-    figures = COMMANDS[command](settings, _tokenizer(flags.FLAGS.latents))
+    config, workdir = config_lib.from_flags()
+    figures = COMMANDS[command](config, _tokenizer(flags.FLAGS.latents))
     facts = circumstances()
     print(f"bench {command} on {facts['devices']} x {facts['device']}, {facts['date']}")
     for name, value in figures.items():
@@ -64,18 +65,16 @@ def main(command):
 # The three benchmarks: (config, tokenizer or None) -> {figure: number}
 
 
-def step(settings, tokenizer):
+def step(config, tokenizer):
     """The training step on random clips, with plain matrix products as the measure of the machine.
 
     Steps and products take turns, so that whatever else the machine does slows both. FLOPs are
     those of matrix products and convolutions, forward and twice that backward.
     """
-    mesh = make_mesh(settings.mesh)
+    mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        batch = jax.device_put(
-            random_batch(settings, settings.data.batch_size), batch_sharding(mesh)
-        )
-        task, frozen, state, update = _program(settings, tokenizer, batch, mesh)
+        batch = jax.device_put(random_batch(config, config.data.batch_size), batch_sharding(mesh))
+        task, frozen, state, update = _program(config, tokenizer, batch, mesh)
         work = flops.of_step(task, state, frozen, batch)
         begin = time.perf_counter()
         update = update.lower(state, frozen, batch).compile()
@@ -86,11 +85,11 @@ def step(settings, tokenizer):
             state, metrics = update(state, frozen, batch)
             return metrics
 
-        dtype = jnp.dtype(settings.task.model.dtype)
-        square, alike = products(settings.task.model.width, dtype)
+        dtype = jnp.dtype(config.task.model.dtype)
+        square, alike = products(config.task.model.width, dtype)
         times, square_times, alike_times = take_turns(advance, square.run, alike.run)
 
-    frames = settings.data.batch_size * settings.data.frames
+    frames = config.data.batch_size * config.data.frames
     rate = work / statistics.median(times)
     square_rate = mesh.size * square.flops / min(square_times)
     alike_rate = mesh.size * alike.flops / min(alike_times)
@@ -112,16 +111,16 @@ def step(settings, tokenizer):
     }
 
 
-def sample(settings, tokenizer):
+def sample(config, tokenizer):
     """One clip with the exact cache and one with every frame recomputed in every iteration."""
-    frames, figures = settings.data.frames, {}
-    cond = {**random_batch(settings, 1), "num": 1}
+    frames, figures = config.data.frames, {}
+    cond = {**random_batch(config, 1), "num": 1}
     for memory in ("cache", "none"):
-        fields = ConfigDict(settings.task.to_dict())
+        fields = ConfigDict(config.task.to_dict())
         fields.sampler.memory = memory
         task = _task(fields, tokenizer)
         frozen = task.frozen()
-        params, _ = jax.jit(task.init)(jax.random.key(0), random_batch(settings, 1))
+        params, _ = jax.jit(task.init)(jax.random.key(0), random_batch(config, 1))
 
         def clip(task=task, params=params, frozen=frozen):
             return task.sample(params, jax.random.key(1), cond, frozen=frozen, frames=frames)
@@ -143,19 +142,19 @@ def sample(settings, tokenizer):
     }
 
 
-def input_pipeline(settings, tokenizer):
+def input_pipeline(config, tokenizer):
     """Frames per second out of the iterator alone, and the share of training spent waiting for it.
 
     The loop is that of `train`: the next batch is fetched while the device works on the last.
     """
-    mesh, size = make_mesh(settings.mesh), settings.data.batch_size
-    alone = data.throughput(settings.data, SECONDS)
-    options = dict(split="train", seed=settings.seed, batch_size=size)
+    mesh, size = make_mesh(config.mesh), config.data.batch_size
+    alone = data.throughput(config.data, SECONDS)
+    options = dict(split="train", seed=config.seed, batch_size=size)
     with (
         jax.set_mesh(mesh),
-        contextlib.closing(data.make_iterator(settings.data, **options)) as clips,
+        contextlib.closing(data.make_iterator(config.data, **options)) as clips,
     ):
-        _, frozen, state, update = _program(settings, tokenizer, next(clips), mesh)
+        _, frozen, state, update = _program(config, tokenizer, next(clips), mesh)
         last, waited, begin = None, 0.0, None
         for _ in range(1 + SHORT_RUN):
             asked = time.perf_counter()
@@ -171,7 +170,7 @@ def input_pipeline(settings, tokenizer):
     seconds = time.perf_counter() - begin
     return {
         "frames_per_s": alone,
-        "train_frames_per_s": SHORT_RUN * size * settings.data.frames / seconds,
+        "train_frames_per_s": SHORT_RUN * size * config.data.frames / seconds,
         "train_data_wait": waited / seconds,
     }
 
@@ -243,9 +242,9 @@ def take_turns(*functions):
     return times
 
 
-def random_batch(settings, size):
+def random_batch(config, size):
     """A batch of `size` clips of noise, of class 0 and without words."""
-    shapes = batch_shapes(settings.data, size)
+    shapes = batch_shapes(config.data, size)
     batch = {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items()}
     batch["video"] = np.random.default_rng(0).integers(0, 256, shapes["video"].shape, np.uint8)
     return batch
@@ -256,13 +255,13 @@ def _task(fields, tokenizer):
     return make_task(ConfigDict({**fields, "tokenizer": tokenizer}) if tokenizer else fields)
 
 
-def _program(settings, tokenizer, batch, mesh):
+def _program(config, tokenizer, batch, mesh):
     """(task, frozen weights, first state, step) of training; call inside the mesh."""
-    config.check_batch(settings, mesh.shape["data"] * mesh.shape["fsdp"])
-    task = _task(settings.task, tokenizer)
-    tx, schedule = make_optimizer(settings.optim, settings.steps)
-    init, shardings = make_init(task, tx, batch, settings, mesh)
-    return task, task.frozen(), init(), make_step(task, tx, schedule, settings, mesh, shardings)
+    config_lib.check_batch(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    task = _task(config.task, tokenizer)
+    tx, schedule = make_optimizer(config.optim, config.steps)
+    init, shardings = make_init(task, tx, batch, config, mesh)
+    return task, task.frozen(), init(), make_step(task, tx, schedule, config, mesh, shardings)
 
 
 def _tokenizer(latents):
@@ -300,6 +299,6 @@ def _cpu():
 COMMANDS = {"step": step, "data": input_pipeline, "sample": sample}
 
 if __name__ == "__main__":
-    config.define_flags()
+    config_lib.define_flags()
     flags.DEFINE_string("latents", "", "Time the network on TOKENSxCHANNELS latents, as in 32x4.")
-    config.run(main, commands=tuple(COMMANDS))
+    config_lib.run(main, commands=tuple(COMMANDS))
