@@ -151,7 +151,7 @@ def _waves(rng):
 # Each shape has the area of the unit disc. `scale` below is its half side, inradius or arm.
 _SQUARE = np.sqrt(np.pi) / 2
 _TRIANGLE = np.sqrt(np.pi / np.sqrt(27))
-_ARM = 0.36  # half width of the cross's arms in units of their length
+_ARM = 0.28  # half width of the cross's arms in units of their length
 _CROSS = np.sqrt(np.pi / (8 * _ARM - 4 * _ARM**2))
 REACH = {
     "circle": 1.0,
@@ -271,12 +271,11 @@ def describe(video_THWC):
     alignment_VTHW = (chroma_THW * np.conj(reference_V)[:, None, None, None]).real
     alignment_VTHW /= np.abs(reference_V)[:, None, None, None] ** 2
     nearest_THW = np.argmax(alignment_VTHW, axis=0)
-    seen = []
-    for i, colour in enumerate(COLOURS):
-        cover_THW = np.where(nearest_THW == i, np.clip(alignment_VTHW[i], 0.0, 1.0), 0.0)
-        found = _read_sprite(np.where(cover_THW > 0.2, cover_THW, 0.0), colour)
-        if found is not None:
-            seen.append(found)
+    # Steeper edges: neither noise on the ground nor a blur of the edge moves the half-way line.
+    cover_VTHW = np.clip(2.0 * alignment_VTHW - 0.5, 0.0, 1.0)
+    cover_VTHW *= nearest_THW == np.arange(len(COLOURS))[:, None, None, None]
+    found = [_read_sprite(cover_VTHW[i], colour) for i, colour in enumerate(COLOURS)]
+    seen = [pair for pair in found if pair is not None]
     seen.sort(key=lambda pair: -pair[0])
     sprites = tuple(attributes for _, attributes in seen)
     return Description(caption(sprites), sprites)
@@ -290,12 +289,13 @@ def _chroma(rgb):
 
 def _read_sprite(cover_THW, colour):
     """Coverage of one colour -> (radius, Attributes), or None where there is no such sprite."""
-    area_T = cover_THW.mean((1, 2))
-    full = np.quantile(area_T, 0.9)
-    radius = float(np.sqrt(full / np.pi))
+    radius = _radius(cover_THW)
     if radius < 0.8 * min(low for low, _ in SIZES.values()):
         return None
+    cover_THW = cover_THW * (np.abs(_centred(cover_THW)[0]) < 2.0 * radius)  # no stray pixels
+    radius = _radius(cover_THW)
     size = min(SIZES, key=lambda name: abs(np.mean(SIZES[name]) - radius))
+    area_T, full = cover_THW.mean((1, 2)), np.pi * radius**2
     shown_T = np.flatnonzero(area_T > 0.5 * full)  # what is half hidden still tells the way
     cover_THW, clear_T = cover_THW[shown_T], area_T[shown_T] > 0.96 * full
     z_THW, centre_T2 = _centred(cover_THW)
@@ -306,11 +306,16 @@ def _read_sprite(cover_THW, colour):
     return radius, Attributes(size, colour, shape, _read_direction(shown_T, centre_T2))
 
 
+def _radius(cover_THW):
+    """Radius of the disc of equal area, in the frames where least is hidden."""
+    return float(np.sqrt(np.quantile(cover_THW.mean((1, 2)), 0.9) / np.pi))
+
+
 def _centred(cover_THW):
     """Pixel positions from the centroid as complex [T, H, W], and the centroids [T, 2]."""
     H, W = cover_THW.shape[1:]
     x_W, y_H = (np.arange(W) + 0.5) / W, (np.arange(H) + 0.5) / H
-    mass_T = cover_THW.sum((1, 2))
+    mass_T = cover_THW.sum((1, 2)) + 1e-9
     x_T, y_T = cover_THW.sum(1) @ x_W / mass_T, cover_THW.sum(2) @ y_H / mass_T
     z_THW = (x_W - x_T[:, None])[:, None, :] + 1j * (y_H - y_T[:, None])[:, :, None]
     return z_THW, np.stack([x_T, y_T], axis=1)
@@ -321,7 +326,7 @@ _PROTOTYPES = {
     "circle": (0.0, 0.0, 1.0),
     "square": (0.0, 0.4286, 1.0472),
     "triangle": (0.6589, 0.0, 1.2092),
-    "cross": (0.0, 0.5114, 1.1713),
+    "cross": (0.0, 0.6840, 1.3356),
 }
 
 

@@ -50,7 +50,8 @@ class Info:
     step: float = 0.0
 
     def number(self, frame):
-        return round((frame.pts - self.start) / self.step)
+        """A frame's number by its time; -1, which nobody asks for, where a seek has lost it."""
+        return -1 if frame.pts is None else round((frame.pts - self.start) / self.step)
 
 
 @contextlib.contextmanager
@@ -147,21 +148,28 @@ def _even_times(times):
 
 
 class _Scaler:
-    """Frames -> uint8 [H, W, 3] upright, square pixels, shorter side `size`."""
+    """Frames -> uint8 [H, W, 3] upright, square pixels, shorter side `size`.
+
+    The first frame fixes the shape, should a stream change it on the way.
+    """
 
     def __init__(self, size, pixel=1.0):
         self._size, self._pixel = size, pixel  # width / height of a pixel of the source
         self._reformatter = VideoReformatter()
+        self._shape = None
 
     def __call__(self, frame):
-        shown = max(1, round(frame.width * self._pixel))
-        height, width = transforms.cover(frame.height, shown, self._size)
-        if height * width > MAX_PIXELS:
-            raise VideoError(f"is too long and narrow ({frame.width} x {frame.height})")
+        if self._shape is None:
+            width = max(1, round(frame.width * self._pixel))
+            self._shape = transforms.cover(frame.height, width, self._size)
+            self._turns = frame.rotation // 90
+            if self._shape[0] * self._shape[1] > MAX_PIXELS:
+                raise VideoError(f"is too long and narrow ({frame.width} x {frame.height})")
+        height, width = self._shape
         scaled = self._reformatter.reformat(
             frame, width=width, height=height, format="rgb24", threads=1
         )
-        return np.rot90(scaled.to_ndarray(), frame.rotation // 90)
+        return np.rot90(scaled.to_ndarray(), self._turns)
 
 
 def _pixel_shape(stream):

@@ -80,16 +80,26 @@ def hidden_share(view, frames):
     return max(shares)
 
 
-@pytest.mark.parametrize(("size", "difficulty"), [(64, 0.0), (64, 1.0), (32, 1.0)])
-def test_oracle_reads_the_caption_from_pixels(size, difficulty):
-    right = []
-    for index in range(120):
+def accuracy(size, difficulty, noise=0.0):
+    """Share of the clips without heavy occlusion whose whole description is read back."""
+    rng, right = np.random.default_rng(0), []
+    for index in range(100):
         view = sprites.scene(index, "validation")
         if hidden_share(view, 16) < 0.25:
             video = sprites.render(view, 16, size, difficulty=difficulty)
-            right.append(sprites.describe(video) == view.description)
-    assert len(right) > 80
-    assert np.mean(right) >= 0.95
+            video = np.clip(video + noise * rng.standard_normal(video.shape), 0, 255)
+            right.append(sprites.describe(video.astype(np.uint8)) == view.description)
+    assert len(right) > 70
+    return np.mean(right)
+
+
+@pytest.mark.parametrize(("size", "difficulty"), [(64, 0.0), (64, 1.0), (32, 1.0)])
+def test_oracle_reads_the_caption_from_pixels(size, difficulty):
+    assert accuracy(size, difficulty) >= 0.97
+
+
+def test_oracle_bears_noise():
+    assert accuracy(32, 0.25, noise=15.0) >= 0.95
 
 
 def test_oracle_sees_the_mirrored_and_the_reversed_clip():

@@ -70,6 +70,13 @@ def test_shorter_side_is_scaled_to_size(tmp_path, clip):
     assert read(tmp_path / "wide.mp4", [1], size=24).shape == (1, 24, 48, 3)
 
 
+def test_a_stream_that_changes_shape_keeps_the_first():
+    scale = video._Scaler(24)
+    for height, width in [(48, 96), (96, 48), (24, 24)]:
+        picture = np.zeros((height, width, 3), np.uint8)
+        assert scale(av.VideoFrame.from_ndarray(picture, format="rgb24")).shape == (24, 48, 3)
+
+
 def test_a_picture_filmed_upright_is_turned(tmp_path, clip):
     path = tmp_path / "bars.mp4"
     clip(path, 4)
