@@ -36,7 +36,7 @@ def get_config(options=""):
     if chosen.size != "tiny":
         _large(config)
     if chosen.cond == "text":
-        config.data.text_tokens = 16
+        config.data.text_tokens = 20  # the longest caption of a sprite clip has 19
     # One value for the data and the task: a change of data.frames or data.size reaches both.
     config.data.frames = frames = FieldReference(config.data.frames)
     config.data.size = size = FieldReference(config.data.size)
@@ -89,7 +89,7 @@ def get_config(options=""):
     config.task.condition = ConfigDict(
         dict(
             kind=chosen.cond,  # none, class or text
-            tokens=16 if chosen.cond == "text" else 1,  # context tokens (text: data.text_tokens)
+            tokens=20 if chosen.cond == "text" else 1,  # context tokens (text: data.text_tokens)
             width=64,  # numbers in a context token (text: data.text_width)
             num_classes=101,  # rows of the class table
             drop=0.1,  # probability that training hides the condition

@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
             batch_size=16,  # clips in a step, over all hosts
             flip=False,  # mirror half of the clips left to right
             crop="random",  # square cut out of a frame: random or center
-            difficulty=0.25,  # sprites: 0 is one shape on plain ground, 1 many on texture
+            difficulty=0.25,  # sprites: 0 is a plain grey ground, 1 a strongly textured one
             num_clips=4096,  # sprites: clips in the training split
             workers=0,  # processes that decode; 0 decodes in threads of this one
             threads=2,  # threads that decode, in each process
