@@ -7,6 +7,7 @@ The module jaxvid.data.<name> holds the source called <name>.
 """
 
 import importlib
+import math
 import time
 
 import grain
@@ -112,7 +113,10 @@ def make_iterator(config, *, split, seed, batch_size, process_index=None, proces
 
 
 def throughput(config, seconds):
-    """Frames per second that the training iterator delivers to one host, start-up excluded."""
+    """Frames per second that the training iterator delivers to one host.
+
+    The first `seconds` do not count: caches fill, and what was read ahead is used up.
+    """
     iterator = make_iterator(
         config,
         split="train",
@@ -121,11 +125,17 @@ def throughput(config, seconds):
         process_index=0,
         process_count=1,
     )
-    for _ in range(1 + 2 * config.threads):  # what was read ahead must not count
-        next(iterator)
-    begin, frames = time.perf_counter(), 0
-    while time.perf_counter() - begin < seconds:
-        frames += config.batch_size * next(iterator)["video"].shape[1]
+    _count(iterator, seconds)
+    begin = time.perf_counter()
+    frames = _count(iterator, seconds)
     rate = frames / (time.perf_counter() - begin)
     iterator.close()
     return rate
+
+
+def _count(iterator, seconds):
+    """Frames taken from an iterator in a time, at least one batch."""
+    frames, end = 0, time.perf_counter() + seconds
+    while not frames or time.perf_counter() < end:
+        frames += math.prod(next(iterator)["video"].shape[:2])
+    return frames

@@ -5,15 +5,18 @@ import os
 from absl import logging
 
 from jaxvid.data import clips, video
-from jaxvid.data.transforms import Window
+from jaxvid.data.transforms import Window, cover
 from jaxvid.errors import UserError
+
+KEPT_BYTES = 2**29  # of decoded frames in each process
 
 
 class Source:
     """Random windows of the videos below config.path; see `jaxvid.data.make_source`.
 
     Classes are the directories just below it. Files that cannot be decoded, or are shorter than the
-    window, are left out at the start, counted and named: in `skipped` and in one warning.
+    window, are left out at the start, counted and named: in `skipped` and in one warning. A split
+    whose frames, scaled, fit into KEPT_BYTES is decoded clip by clip as it is first read, and kept.
     """
 
     def __init__(self, config, split):
@@ -39,8 +42,15 @@ class Source:
                 f"data.path={self._root!r}: {clips.report(self.skipped, len(names))}; "
                 "give readable videos or a shorter window (data.frames, data.stride)"
             )
+        self._kept = {} if self._bytes() <= KEPT_BYTES else None
         self.num_classes = len(self._classes)
         self.captions = bool(self._classes)
+
+    def _bytes(self):
+        """Size of all frames of the split, scaled."""
+        infos = [info for _, info in self._clips]
+        sides = [cover(info.height, info.width, self._window.size) for info in infos]
+        return sum(3 * info.frames * H * W for info, (H, W) in zip(infos, sides))
 
     def __len__(self):
         return len(self._clips)
@@ -55,17 +65,26 @@ class Source:
         """A window of clip `index`: where `rng` puts it, the middle without one."""
         name, info = self._clips[index]
         start = self._window.start(info.frames, rng)
-        numbers = range(start, start + self._window.span, self._window.stride)
-        try:
-            with open(os.path.join(self._root, name), "rb") as file:
-                video_THWC = video.read(file, numbers, self._window.size, info)
-        except (OSError, video.VideoError) as error:
-            raise UserError(
-                f"clip={name}: {error}, though it was readable at the start; restore or remove it"
-            ) from error
+        window = slice(start, start + self._window.span, self._window.stride)
+        if self._kept is None:
+            video_THWC = self._decode(index, range(info.frames)[window])
+        else:
+            if index not in self._kept:
+                self._kept[index] = self._decode(index, range(info.frames))
+            video_THWC = self._kept[index][window]
         label = clips.class_of(name)
         return {
             "video": self._window.augment(video_THWC, rng),
             "label": self._classes.index(label) if self._classes else 0,
             "caption": label if self._classes else "",
         }
+
+    def _decode(self, index, numbers):
+        name, info = self._clips[index]
+        try:
+            with open(os.path.join(self._root, name), "rb") as file:
+                return video.read(file, numbers, self._window.size, info)
+        except (OSError, video.VideoError) as error:
+            raise UserError(
+                f"clip={name}: {error}, though it was readable at the start; restore or remove it"
+            ) from error

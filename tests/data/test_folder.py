@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxvid import data
-from jaxvid.data import clips, video
+from jaxvid.data import clips, folder, video
 from jaxvid.errors import UserError
 
 
@@ -74,7 +74,9 @@ def square(tmp_path, clip):
     return tmp_path
 
 
-def test_windows_move_with_the_rng_and_keep_their_stride(square, numbers):
+@pytest.mark.parametrize("kept", [0, 2**29])
+def test_windows_move_with_the_rng_and_keep_their_stride(square, numbers, kept, monkeypatch):
+    monkeypatch.setattr(folder, "KEPT_BYTES", kept)
     source = data.make_source(folder_config(square, size=64, stride=3), "train")
     rngs = map(np.random.default_rng, range(30))
     shown = {tuple(numbers(source.read(0, rng)["video"])) for rng in rngs}
@@ -143,6 +145,19 @@ def test_a_file_lost_while_running_is_named(tree):
     os.remove(tree / source.name(3))
     with pytest.raises(UserError, match=source.name(3)):
         source.read(3)
+
+
+def test_a_small_split_is_decoded_once_and_shows_the_same(square, monkeypatch):
+    read, calls = video.read, []
+    monkeypatch.setattr(video, "read", lambda *a: calls.append(len(a[1])) or read(*a))
+    config = folder_config(square, stride=2)
+    kept = data.make_source(config, "train")
+    monkeypatch.setattr(folder, "KEPT_BYTES", 3 * 14 * 32 * 32 - 1)
+    unkept = data.make_source(config, "train")
+    for seed in range(5):
+        windows = [source.read(0, np.random.default_rng(seed)) for source in (kept, unkept)]
+        np.testing.assert_array_equal(windows[0]["video"], windows[1]["video"])
+    assert calls == [14, 4, 4, 4, 4, 4]
 
 
 def test_batches_do_not_depend_on_hosts_or_threads(tree):
