@@ -13,6 +13,7 @@ nobody has vetted, happens in processes of bounded memory.
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -111,6 +112,15 @@ def _alone(work, name):
         return "brings the decoder down"
 
 
+@contextlib.contextmanager
+def _as_os_error():
+    """The writer reports a full disk and its like as a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+
+
 class Shards:
     """The ArrayRecord files of one split, begun anew when they reach SHARD_BYTES."""
 
@@ -126,13 +136,15 @@ class Shards:
             # Random access reads groups, and H.264 does not compress further.
             path = self._folder / f"{self._split}-{len(self._records) - 1:05d}"
             self._writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
-        self._writer.write(record)
+        with _as_os_error():
+            self._writer.write(record)
         self._size += len(record)
         self._records[-1] += 1
 
     def _finish_file(self):
         if self._writer is not None:
-            self._writer.close()
+            with _as_os_error():
+                self._writer.close()
             self._writer, self._size = None, 0
 
     def finish(self):

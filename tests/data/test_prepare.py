@@ -192,6 +192,21 @@ def test_nothing_usable_leaves_nothing(tmp_path, clip, capsys):
     assert os.listdir(tmp_path) == ["src"]
 
 
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, clip, capsys, monkeypatch):
+    class FullDisk(prepare.ArrayRecordWriter):
+        def close(self):
+            super().close()
+            raise RuntimeError("write() failed: No space left on device")
+
+    make_source_folder(tmp_path, clip, 2, 24)
+    monkeypatch.setattr(prepare, "ArrayRecordWriter", FullDisk)
+    capsys.readouterr()
+    assert run(tmp_path / "src", tmp_path / "set", "--size=48", "--frames=8") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith("set: write() failed: No space left on device")
+    assert os.listdir(tmp_path) == ["src"]
+
+
 def kill_the_process(name):
     """Stands for a file that crashes the decoder."""
     if name == "b":
