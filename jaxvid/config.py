@@ -27,6 +27,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from jaxvid.errors import UserError
+from jaxvid.parallel import host
 
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # so that --help lists our flags under the entry point that asks
@@ -205,6 +206,7 @@ def run(main, commands: tuple[str, ...] = ()) -> None:
 
     With `commands`, the command line must name one of them and it becomes main's argument.
     """
+    host.keep_memory()
     app.run(functools.partial(_main, main, commands), flags_parser=_parse)
 
 

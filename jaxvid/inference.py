@@ -24,13 +24,16 @@ class Run(NamedTuple):
     mesh: jax.sharding.Mesh
 
 
-def open_run(workdir):
+def open_run(workdir, sampler=None):
     """The Run in a work folder, on all devices of this machine, whatever it was trained on.
 
-    Reads config.json and the newest checkpoint, executes nothing stored and changes nothing.
-    Weights too large for one device are split: the mesh is fsdp alone. Raises UserError.
+    sampler: values that replace those of config.task.sampler. Reads config.json and the newest
+    checkpoint, executes nothing stored and changes nothing. Weights too large for one device are
+    split: the mesh is fsdp alone. Raises UserError.
     """
     config = config_lib.load(Path(workdir, "config.json"))
+    if sampler:
+        config.task.sampler.update(sampler)
     task = make_task(config.task)
     mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
     step, params = restore_weights(workdir, config, task, mesh)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxvid.kernels.attention import attention
 from jaxvid.layers import masks
 from jaxvid.layers.embed import rotary_angles, rotate
+from jaxvid.layers.linear import Linear
 from jaxvid.mixers import cache as kv
 from jaxvid.parallel.sharding import shard
 
@@ -39,8 +40,8 @@ class Attention(nn.Module):
 
     def setup(self):
         dense = dict(dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
-        self.qkv = nn.Dense(3 * self.width, **dense)
-        self.out = nn.Dense(self.width, **dense)
+        self.qkv = Linear(3 * self.width, **dense)
+        self.out = Linear(self.width, **dense)
         if self.qk_norm:
             self.q_norm = nn.RMSNorm(dtype=self.dtype)
             self.k_norm = nn.RMSNorm(dtype=self.dtype)

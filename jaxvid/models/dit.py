@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 
 from jaxvid.layers.embed import grid_sincos, sinusoid
+from jaxvid.layers.linear import Linear
 from jaxvid.mixers import MIXERS, cache
 from jaxvid.mixers.attention import Attention
 from jaxvid.parallel.sharding import shard
@@ -33,8 +34,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         dense = dict(dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
-        h = nn.gelu(nn.Dense(self.hidden, name="up", **dense)(x))
-        return nn.Dense(x.shape[-1], name="down", **dense)(h)
+        h = nn.gelu(Linear(self.hidden, name="up", **dense)(x))
+        return Linear(x.shape[-1], name="down", **dense)(h)
 
 
 class Block(nn.Module):
@@ -73,7 +74,7 @@ class Block(nn.Module):
         temporal = self._temporal(D)
         mlp = MLP(self.hidden, dtype=self.dtype, name="mlp")
         sublayers = 3 if self.factorised else 2
-        modulation = nn.Dense(
+        modulation = Linear(
             3 * sublayers * D,
             kernel_init=nn.initializers.zeros,
             dtype=self.dtype,
@@ -146,13 +147,13 @@ class DiT(nn.Module):
     @nn.compact
     def __call__(self, x_BTNC, t_BT, context_BME=None, state=None):
         dense = dict(dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
-        x_BTND = nn.Dense(self.width, name="embed", **dense)(x_BTNC)
+        x_BTND = Linear(self.width, name="embed", **dense)(x_BTNC)
         x_BTND = shard(x_BTND + grid_sincos(self.grid, self.width).astype(self.dtype), "BTND")
-        c_BTD = nn.Dense(self.width, name="time_in", **dense)(sinusoid(t_BT, TIME_FEATURES))
-        c_BTD = nn.Dense(self.width, name="time_out", **dense)(nn.silu(c_BTD))
+        c_BTD = Linear(self.width, name="time_in", **dense)(sinusoid(t_BT, TIME_FEATURES))
+        c_BTD = Linear(self.width, name="time_out", **dense)(nn.silu(c_BTD))
         context_BMD = None
         if context_BME is not None:
-            context_BMD = nn.Dense(self.width, name="context", **dense)(context_BME)
+            context_BMD = Linear(self.width, name="context", **dense)(context_BME)
 
         layers = nn.scan(
             nn.remat(Block, prevent_cse=False) if self.remat else Block,
@@ -172,7 +173,7 @@ class DiT(nn.Module):
             name="layers",
         )
         (_, x_BTND), state = layers((context_BMD, x_BTND), state, c_BTD)
-        head = nn.Dense(
+        head = Linear(
             x_BTNC.shape[-1], kernel_init=nn.initializers.zeros, dtype=jnp.float32, name="head"
         )
         return head(layer_norm(x_BTND)), state

@@ -201,39 +201,42 @@ class Task:
             window = self.window if memory == "window" else None
             options |= dict(given_BPNC=given_BPNC, window=window)
             x_BFNC = samplers.uncached(predict, x_BFNC, start, rng, **options)
-        video, _ = self.tokenizer.decode(
-            frozen, jnp.concatenate([given_BPNC, x_BFNC], axis=1), self.grid
-        )
-        return jnp.clip(video, -1, 1)
+        return self.decode(frozen, jnp.concatenate([given_BPNC, x_BFNC], axis=1))[0]
 
     def stream(self, params, rng, cond, *, frozen, frames=None):
-        """Yield the frames after `first_frames` as they finish: float32 [B, t, H, W, 3] in [-1, 1].
+        """Yield the latents [B, t, N, C] of a video as its frames finish, `first_frames` first.
 
-        The same video as `sample` with memory "cache", piece by piece; the work between two pieces
-        is one call of one compiled program, whatever the number of frames.
+        Decoded in turn by `decode` they are the video of `sample` with memory "cache". The work
+        between two pieces is one call of one compiled program, however long the video.
         """
         arrays = {name: value for name, value in cond.items() if name in CONDITIONS}
         batch = cond["num"]
         total = self.tokenizer.latents_for_frames(frames or self.frames)
-        z_BPNC, x_BFNC, state, decoder = self._begin(params, rng, arrays, frozen, batch, total)
-        P = z_BPNC.shape[1]
+        given_BPNC, x_BFNC, state = self._begin(params, rng, arrays, frozen, batch, total)
+        P = given_BPNC.shape[1]
         schedule = self.schedule(total - P)
+        if P:
+            yield given_BPNC
         for rows, done in samplers.pieces(samplers.plan(schedule)):
-            x_BFNC, state = self._advance(params, rng, x_BFNC, state, rows, batch, schedule, P)
-            video, decoder = self._decode(frozen, x_BFNC[:, done], decoder)
-            yield video
+            x_BFNC, state = self._advance(params, rng, x_BFNC, state, rows, schedule, P)
+            yield x_BFNC[:, done]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def decode(self, frozen, z_BTNC, state=None):
+        """The next latents of a stream -> (video float32 [B, t, H, W, 3] in [-1, 1], state)."""
+        video, state = self.tokenizer.decode(frozen, z_BTNC, self.grid, state)
+        return jnp.clip(video, -1, 1), state
 
     @functools.partial(jax.jit, static_argnums=(0, 5, 6))
     def _begin(self, params, rng, cond, frozen, batch, total):
-        """(given latents, noise, state that has read them, decoder state that has shown them)."""
+        """(given latents, noise of the others, state that has read the condition and the given)."""
         predict, start, given_BPNC = self._open(params, cond, frozen, batch, total)
         P = given_BPNC.shape[1]
         _, state = predict(given_BPNC, jnp.zeros((batch, P), jnp.int32), start)
-        decoder = self.tokenizer.decode(frozen, given_BPNC, self.grid)[1] if P else None
-        return given_BPNC, self._noise(rng, batch, P, total), state, decoder
+        return given_BPNC, self._noise(rng, batch, P, total), state
 
-    @functools.partial(jax.jit, static_argnums=(0, 6, 7, 8), donate_argnums=(3, 4))
-    def _advance(self, params, rng, x_BFNC, state, rows, batch, schedule, given):
+    @functools.partial(jax.jit, static_argnums=(0, 6, 7), donate_argnums=(3, 4))
+    def _advance(self, params, rng, x_BFNC, state, rows, schedule, given):
         predict = self._predict(params, given + schedule.frames)
         return samplers.advance(
             predict,
@@ -246,11 +249,6 @@ class Task:
             levels=self.noise.levels(schedule.sample_steps),
             given=given,
         )
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def _decode(self, frozen, z_BTNC, decoder):
-        video, decoder = self.tokenizer.decode(frozen, z_BTNC, self.grid, decoder)
-        return jnp.clip(video, -1, 1), decoder
 
     def _predict(self, params, total, context_BME=None):
         """The network of a stream of `total` latent frames, with guidance, as samplers call it."""

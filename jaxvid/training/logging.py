@@ -1,6 +1,7 @@
 """What a run says while it runs, and how fast it is."""
 
 import contextlib
+import resource
 import time
 
 import jax
@@ -119,6 +120,14 @@ def duration(seconds):
     if hours:
         return f"{hours}h {minutes:02d}m"
     return f"{minutes}m {seconds:02d}s" if minutes else f"{seconds}s"
+
+
+def peak_bytes(device):
+    """Most memory ever in use: of the device where it keeps count, else of this process."""
+    stats = device.memory_stats()
+    if stats:
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def say(*text):

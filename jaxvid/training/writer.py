@@ -52,12 +52,7 @@ class Writer:
         """uint8 clips -> samples/<step>/: an mp4 and a GIF each, and sheet.png with all."""
         if not self.lines:
             return
-        folder = self.workdir / "samples" / f"{step:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "sheet.png").write_bytes(video.contact_sheet(video_BTHWC))
-        for index, video_THWC in enumerate(video_BTHWC):
-            video.write_mp4(folder / f"{index}.mp4", video_THWC, FPS)
-            video.write_gif(folder / f"{index}.gif", video_THWC, FPS)
+        write_clips(self.workdir / "samples" / f"{step:06d}", video_BTHWC)
         if self.events:
             # As an image: tensorboardX.add_video writes nothing, silently, without moviepy.
             H, W = video_BTHWC.shape[2:4]
@@ -76,6 +71,15 @@ class Writer:
     def _event(self, step, **content):
         self.events.write_event(Event(wall_time=time.time(), step=step, **content))
         self.events.flush()
+
+
+def write_clips(folder, video_BTHWC):
+    """uint8 clips -> an mp4 and a GIF each, numbered, and sheet.png with all, a row each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sheet.png").write_bytes(video.contact_sheet(video_BTHWC))
+    for index, video_THWC in enumerate(video_BTHWC):
+        video.write_mp4(folder / f"{index}.mp4", video_THWC, FPS)
+        video.write_gif(folder / f"{index}.gif", video_THWC, FPS)
 
 
 def _drop_lines_past(path, step):

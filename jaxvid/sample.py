@@ -1,0 +1,134 @@
+"""Sample videos from a run: `python -m jaxvid.sample --workdir=DIR --frames=64 --num=4`.
+
+    [--first_frames=clip.mp4]                    continue a clip
+    [--prompt="a red square moves left"] [--label=3]   what a conditional model should show
+    [--schedule=ad --s=5 --steps=50 --guidance=1]      how frames are walked from noise to data
+
+Frames come out as a stream, each as soon as it is finished, from the averaged weights of the newest
+checkpoint. Prints the latency to the first frame, the speed with and without decoding and the peak
+memory, and leaves clips as mp4 and GIF with a contact sheet in --out.
+"""
+
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+
+from jaxvid import config as config_lib
+from jaxvid.data import text, video
+from jaxvid.data.transforms import to_uint8
+from jaxvid.errors import UserError
+from jaxvid.inference import open_run
+from jaxvid.training.logging import peak_bytes
+from jaxvid.training.writer import FPS, write_clips
+
+FLAGS = flags.FLAGS
+OVERRIDES = ("schedule", "s", "steps", "guidance")
+
+
+def main():
+    """Entry point."""
+    overrides = {name: FLAGS[name].value for name in OVERRIDES if FLAGS[name].present}
+    run = open_run(FLAGS.workdir, sampler=overrides)
+    frames = FLAGS.frames or run.config.data.frames
+    cond = conditions(run, FLAGS.num)
+    given = cond["first_frames"].shape[1] if "first_frames" in cond else 0
+    if given >= frames:
+        raise UserError(
+            f"frames={frames}: --first_frames already has {given}; ask for more than that"
+        )
+    with jax.set_mesh(run.mesh):
+        begin = time.perf_counter()
+        for _ in zip(range(2 if given else 1), pieces(run, cond, frames)):
+            pass  # compiles; the figures below are of a warm program
+        compiling = time.perf_counter() - begin
+        clips_BTHWC, times = timed(run, cond, frames)
+    out = Path(FLAGS.out or Path(FLAGS.workdir, "samples", f"stream-{run.step:06d}-{FLAGS.seed}"))
+    write_clips(out, clips_BTHWC)
+    print(report(times, compiling, FLAGS.num * (frames - given)))
+    print(f"{len(clips_BTHWC)} clips of {clips_BTHWC.shape[1]} frames at {FPS} fps: {out}")
+
+
+def conditions(run, num):
+    """The `cond` of `Task.sample` that the flags describe; UserError where they do not fit."""
+    cond, fields = {"num": num}, run.config.task.condition
+    for flag, kind in (("label", "class"), ("prompt", "text")):
+        if FLAGS[flag].present and fields.kind != kind:
+            raise UserError(
+                f"{flag}={FLAGS[flag].value}: this run's condition is {fields.kind!r}, "
+                f"not {kind!r}; leave --{flag} out"
+            )
+    if fields.kind == "class":
+        if not 0 <= FLAGS.label < fields.num_classes:
+            raise UserError(f"label={FLAGS.label}: use 0 to {fields.num_classes - 1}")
+        cond["label"] = np.full(num, FLAGS.label, np.int32)
+    if fields.kind == "text":
+        embedded_ME = text.embed(FLAGS.prompt, fields.tokens, fields.width)
+        cond["text"] = np.repeat(embedded_ME[None], num, axis=0)
+    if FLAGS.first_frames:
+        frames = FLAGS.num_first_frames or run.config.task.given
+        clip_THWC = video.read_clip(FLAGS.first_frames, frames, run.config.data.size)
+        cond["first_frames"] = np.repeat(clip_THWC[None], num, axis=0)
+    return cond
+
+
+def pieces(run, cond, frames):
+    """Yield (video of the next frames, seconds spent on latents, seconds spent on decoding)."""
+    rng = jax.random.key(FLAGS.seed)
+    latents = run.task.stream(run.params, rng, cond, frozen=run.frozen, frames=frames)
+    state, begin = None, time.perf_counter()
+    for z_BTNC in latents:
+        jax.block_until_ready(z_BTNC)
+        ready = time.perf_counter()
+        clip, state = run.task.decode(run.frozen, z_BTNC, state)
+        clip = to_uint8(np.asarray(clip))
+        decoded = time.perf_counter()
+        yield clip, ready - begin, decoded - ready
+        begin = time.perf_counter()
+
+
+def timed(run, cond, frames):
+    """(uint8 clips [B, F, H, W, 3], [(latent seconds, decoding seconds)] of generated pieces)."""
+    clips, *seconds = zip(*pieces(run, cond, frames))
+    times = list(zip(*seconds))
+    if "first_frames" in cond:
+        # Reading the given frames is part of the wait for the first new one.
+        (read, shown), (latent, decode), *rest = times
+        times = [(read + latent, shown + decode), *rest]
+    return np.concatenate(clips, axis=1), times
+
+
+def report(times, compiling, frames):
+    """The figures of a stream, a line each."""
+    latent, decode = (sum(column) for column in zip(*times))
+    peak = peak_bytes(jax.local_devices()[0])
+    return "\n".join(
+        [
+            f"compiled, with a first piece   {compiling:8.2f} s",
+            f"latency to the first frame     {sum(times[0]):8.2f} s",
+            f"speed with decoding            {frames / (latent + decode):8.2f} frames/s",
+            f"speed without decoding         {frames / latent:8.2f} frames/s",
+            f"peak memory                    {peak / 2**20:8.0f} MiB",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+    flags.DEFINE_integer("frames", None, "Frames of a clip. Default: as trained.", lower_bound=1)
+    flags.DEFINE_integer("num", 4, "Clips.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Of the noise.", lower_bound=0)
+    flags.DEFINE_string("first_frames", None, "Video file whose frames begin the clips.")
+    flags.DEFINE_integer(
+        "num_first_frames", None, "Frames read from it. Default: task.given.", lower_bound=1
+    )
+    flags.DEFINE_integer("label", 0, "Class to show.")
+    flags.DEFINE_string("prompt", "", "Caption to show.")
+    flags.DEFINE_string("schedule", None, "Overrides task.sampler.schedule.")
+    flags.DEFINE_float("s", None, "Overrides task.sampler.s.")
+    flags.DEFINE_integer("steps", None, "Overrides task.sampler.steps.", lower_bound=1)
+    flags.DEFINE_float("guidance", None, "Overrides task.sampler.guidance.")
+    flags.DEFINE_string("out", None, "Folder of the clips. Default: samples/ of the run.")
+    config_lib.run(main)

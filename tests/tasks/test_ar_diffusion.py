@@ -1,0 +1,273 @@
+"""The AR-Diffusion task: its objective, its conditions, its samples, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import ar_diffusion
+from jaxvid.data.transforms import normalize
+from jaxvid.errors import UserError
+from jaxvid.models.patches import Patches
+from jaxvid.tasks.ar_diffusion import Task
+
+
+def fields(options="", **changes):
+    """The config's task at the size of a test; changes are dotted fields, dots written as __."""
+    config = ar_diffusion.get_config(options)
+    config.update_from_flattened_dict(
+        {
+            "data.size": 8,
+            "data.frames": 6,
+            "task.patch": 4,
+            "task.given": 2,
+            "task.model.width": 16,
+            "task.model.depth": 1,
+            "task.model.heads": 2,
+            "task.model.unroll": 1,
+            "task.sampler.steps": 4,
+            "task.sampler.s": 2,
+            **{f"task.{name.replace('__', '.')}": value for name, value in changes.items()},
+        }
+    )
+    task = config.copy_and_resolve_references().task.to_dict()
+    assert task.pop("name") == "ar_diffusion"
+    return task
+
+
+def batch(num=2, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "video": rng.integers(0, 256, (num, 6, 8, 8, 3), dtype=np.uint8),
+        "id": np.arange(num, dtype=np.int32),
+        "label": np.arange(num, dtype=np.int32),
+        "text": rng.standard_normal((num, 16, 64)).astype(np.float32),
+    }
+
+
+def opened(task):
+    """Parameters off their zero initialisation."""
+    params, extra = jax.jit(task.init)(jax.random.key(0), batch())
+    assert extra == {}
+    return jax.tree.map(lambda p: p + 0.05 * jnp.sin(jnp.arange(p.size).reshape(p.shape)), params)
+
+
+def loss(task, params, rng=1, data=None):
+    value, (metrics, _) = jax.jit(
+        lambda params, data: task.loss(
+            params, data, jax.random.key(rng), step=0, frozen=task.frozen(), extra={}
+        )
+    )(params, data or batch())
+    return float(value), metrics
+
+
+@pytest.mark.parametrize("options", ["", "noise=flow", "cond=class", "cond=text"])
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+def test_a_network_of_zeros_has_the_loss_of_its_target(options, prediction):
+    """At initialisation the head is zero, so the unweighted error is the target's own power."""
+    task = Task(**fields(options, prediction=prediction, weight="uniform", clean_prefix=0.0))
+    params, _ = jax.jit(task.init)(jax.random.key(0), batch(64))
+    value, metrics = loss(task, params, data=batch(64))
+    power = float(np.square(normalize(batch(64)["video"])).mean())
+    bounds = {"x0": (power, power), "v": (min(power, 1), 1 + power)}[prediction]
+    assert bounds[0] - 1e-4 <= value <= bounds[1] + 1e-2
+    np.testing.assert_allclose(metrics["mse"], value, rtol=1e-6)
+
+
+def test_clean_frames_are_condition_and_not_target():
+    always = Task(**fields(clean_prefix=1.0, timesteps="full_sequence", prediction="x0"))
+    params = opened(always)
+    data = batch(1)
+    changed = {**data, "video": data["video"].copy()}
+    values = []
+    for rng in range(12):
+        # Frame 0 is in every prefix. What it shows matters to the loss through the others alone.
+        values.append(loss(always, params, rng, data)[0] - loss(always, params, rng, changed)[0])
+    assert values == [0.0] * 12
+    changed["video"][:, 0] = 255 - changed["video"][:, 0]
+    seen = [
+        loss(always, params, r, data)[0] != loss(always, params, r, changed)[0] for r in range(4)
+    ]
+    assert all(seen)
+
+
+class Spy(Task):
+    """Keeps which conditions training dropped."""
+
+    def _context(self, params, drop_B, batch):
+        jax.debug.callback(lambda drop_B: self.dropped.extend(np.asarray(drop_B)), drop_B)
+        return super()._context(params, drop_B, batch)
+
+
+def test_condition_is_dropped_at_the_stated_rate():
+    task = Spy(**fields("cond=class", condition__drop=0.2))
+    task.dropped = []
+    params = opened(task)
+    data = batch(256)
+    step = jax.jit(
+        lambda rng: task.loss(params, data, rng, step=0, frozen={}, extra={})[0],
+    )
+    for seed in range(16):
+        jax.block_until_ready(step(jax.random.key(seed)))
+    jax.effects_barrier()
+    assert len(task.dropped) == 16 * 256
+    assert abs(np.mean(task.dropped) - 0.2) < 4 * np.sqrt(0.2 * 0.8 / len(task.dropped))
+
+
+def test_the_null_context_is_a_row_of_its_own():
+    task = Task(**fields("cond=class", condition__num_classes=3))
+    params = opened(task)["conditioner"]
+    context_BME = task.conditioner.apply(
+        {"params": params}, jnp.array([True, False]), jnp.array([1, 1])
+    )
+    np.testing.assert_array_equal(context_BME[0], params["null"])
+    np.testing.assert_array_equal(context_BME[1], params["classes"][1])
+    assert np.abs(params["null"] - params["classes"]).max((1, 2)).min() > 0
+
+
+@pytest.mark.parametrize("options", ["", "cond=text", "noise=flow"])
+def test_a_sample_is_its_stream_and_begins_with_the_given_frames(options):
+    guidance = 2.0 if "text" in options else 1.0
+    task = Task(**fields(options, sampler__guidance=guidance))
+    params = opened(task)
+    data = batch()
+    cond = {"num": 2, "text": data["text"], "first_frames": data["video"][:, :2]}
+    rng = jax.random.key(3)
+    video = task.sample(params, rng, cond, frozen={}, frames=9)
+    assert video.shape == (2, 9, 8, 8, 3)
+    np.testing.assert_allclose(video[:, :2], normalize(data["video"][:, :2]), atol=1e-6)
+    parts = list(task.stream(params, rng, cond, frozen={}, frames=9))
+    assert [part.shape[1] for part in parts] == [2, *[1] * 7]
+    streamed = [task.decode({}, part)[0] for part in parts]
+    np.testing.assert_allclose(np.concatenate(streamed, axis=1), video, atol=1e-5)
+    whole = Task(**fields(options, sampler__guidance=guidance, sampler__memory="none"))
+    uncached = whole.sample(params, rng, cond, frozen={}, frames=9)
+    np.testing.assert_allclose(uncached, video, atol=1e-4)
+
+
+def test_guidance_one_is_the_condition_alone_and_zero_the_null():
+    data = batch()
+    rng, text = jax.random.key(0), data["text"]
+    make = {scale: Task(**fields("cond=text", sampler__guidance=scale)) for scale in (0.0, 1.0)}
+    params = opened(make[1.0])
+    params["conditioner"]["null"] = jnp.asarray(text[0])
+    free = make[0.0].sample(params, rng, {"num": 2, "text": text}, frozen={})
+    told = make[1.0].sample(params, rng, {"num": 2, "text": text[[0, 0]]}, frozen={})
+    np.testing.assert_allclose(free, told, atol=1e-5)
+
+
+class HalfRate:
+    """A tiny learned tokenizer: a frame is one token, every latent frame after the first is two.
+
+    Obeys the streaming contract: its state is the odd frame that waits for its partner.
+    """
+
+    channels = 5
+
+    def __init__(self):
+        self.params = {"basis": jax.random.normal(jax.random.key(0), (8 * 8 * 3, 5)) / 14}
+
+    def grid(self, size):
+        return (1, 1)
+
+    def latents_for_frames(self, frames):
+        return 1 + (frames - 1) // 2
+
+    def encode(self, params, video, state=None):
+        flat = video.reshape(*video.shape[:2], -1)
+        pairs = flat[:, 1:].reshape(len(flat), -1, 2, flat.shape[-1]).mean(2)
+        z = jnp.concatenate([flat[:, :1], pairs], axis=1) @ params["basis"]
+        return z[:, :, None], None
+
+    def decode(self, params, z, grid, state=None):
+        flat = z[:, :, 0] @ params["basis"].T
+        if state is None:
+            flat = jnp.concatenate([flat[:, :1], jnp.repeat(flat[:, 1:], 2, axis=1)], axis=1)
+        else:
+            flat = jnp.repeat(flat, 2, axis=1)
+        return flat.reshape(*flat.shape[:2], 8, 8, 3), jnp.ones(())
+
+
+def test_trains_and_samples_on_the_latents_of_a_frozen_tokenizer():
+    tokenizer = HalfRate()
+    task = Task(**{**fields(frames=5, weight="uniform"), "tokenizer": tokenizer})
+    data = {**batch(), "video": batch()["video"][:, :5]}
+    params, _ = jax.jit(task.init)(jax.random.key(0), data)
+    assert params["model"]["head"]["kernel"].shape[-1] == 5
+    frozen = task.frozen()
+    assert frozen is tokenizer.params
+
+    def value(params, frozen):
+        rng = jax.random.key(0)
+        return task.loss(params, data, rng, step=0, frozen=frozen, extra={})[0]
+
+    by_params, by_frozen = jax.jit(jax.grad(value, argnums=(0, 1)))(params, frozen)
+    assert np.abs(by_params["model"]["head"]["kernel"]).max() > 0
+    np.testing.assert_array_equal(by_frozen["basis"], 0)
+
+    cond = {"num": 2, "first_frames": data["video"][:, :3]}
+    video = task.sample(params, jax.random.key(1), cond, frozen=frozen, frames=7)
+    assert video.shape == (2, 7, 8, 8, 3)
+    state, parts = None, []
+    for z in task.stream(params, jax.random.key(1), cond, frozen=frozen, frames=7):
+        part, state = task.decode(frozen, z, state)
+        parts.append(part)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), video, atol=1e-5)
+
+
+def test_evaluate_scores_the_continuation_beside_the_copy():
+    task = Task(**fields())
+    data = batch()
+    data["video"][:] = data["video"][:, :1]  # nothing moves, so copying is perfect
+    metrics = jax.jit(lambda p: task.evaluate(p, data, jax.random.key(0), frozen={}))(opened(task))
+    assert metrics["loss_by_level"].shape == (2, 10)
+    assert (np.diff(metrics["loss_by_level"].mean(0)[[0, 9]]) > 0).all()
+    for name in ("psnr", "ssim", "psnr_copy_last", "ssim_copy_last"):
+        assert np.isnan(metrics[name][:, :2]).all() and not np.isnan(metrics[name][:, 2:]).any()
+    assert (metrics["ssim_copy_last"][:, 2:] > 0.999).all()
+    assert (metrics["psnr"][:, 2:] < metrics["psnr_copy_last"][:, 2:]).all()
+
+
+def test_masks_that_see_the_future_sample_without_a_cache():
+    options = dict(model__mixer__mask="leaky", sampler__memory="none")
+    task = Task(**fields("cond=class", **options))
+    video = task.sample(opened(task), jax.random.key(0), {"num": 1}, frozen={})
+    assert np.isfinite(video).all() and video.shape == (1, 6, 8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"patch": 3}, "patch=3: does not divide size=8"),
+        ({"model__heads": 3}, "heads=3: does not divide width=16"),
+        ({"timesteps": "fop"}, "timesteps='fop': unknown; use one of fopp"),
+        ({"condition__kind": "image"}, "condition.kind='image'"),
+        ({"condition__drop": 1.5}, "drop=1.5"),
+        ({"given": 6}, "given=6"),
+        ({"prediction": "y"}, "prediction='y'"),
+        ({"weight": "snr"}, "weight='snr'"),
+        ({"model__mixer__name": "lstm"}, "mixer.name='lstm'"),
+        ({"sampler__guidance": 2.0}, "guidance=2.0"),
+        ({"model__mixer__mask": "full"}, "memory='cache'"),
+        ({"sampler__s": 9}, "s=9"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_a_line(changes, words):
+    with pytest.raises(UserError, match=words.replace("(", "\\(")) as caught:
+        Task(**fields(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_too_small_a_step_between_frames_is_refused_when_it_matters():
+    task = Task(**fields(sampler__s=0))
+    with pytest.raises(UserError, match="s=0: 9 frames would be noisy at once but window=6"):
+        task.sample(opened(task), jax.random.key(0), {"num": 1}, frozen={}, frames=9)
+
+
+def test_patches_are_an_exact_inverse():
+    video = jnp.asarray(normalize(batch()["video"]))
+    patches = Patches(4)
+    z, _ = patches.encode({}, video)
+    assert z.shape == (2, 6, 4, 48)
+    np.testing.assert_array_equal(patches.decode({}, z, patches.grid(8))[0], video)
+    np.testing.assert_array_equal(z[0, 0, 1].reshape(4, 4, 3), video[0, 0, :4, 4:])
