@@ -11,8 +11,10 @@ import json
 import logging
 import math
 import os
+import shutil
 import traceback
 
+import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
@@ -106,6 +108,8 @@ class Checkpoints:
             config=ocp.args.JsonSave(json.loads(self.config.to_json())),
         )
         with self._one_line(f"save step {step}"):
+            self.manager.wait_until_finished()
+            _require_room(self.workdir, state)
             self.manager.save(step, args=items, metrics=metrics, force=True)
 
     def check_config(self):
@@ -195,6 +199,18 @@ def _score(config):
         return -math.inf if math.isnan(value) else value  # NaN is the worst
 
     return score
+
+
+def _require_room(folder, state):
+    """Raises OSError where a full disk is certain: orbax then fails halfway, and loudly.
+
+    Weights hardly compress; a fifth is left to that and to what is still zero.
+    """
+    need = 0.8 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        reason = f"{os.strerror(errno.ENOSPC)}: {free / 1e6:.1f} MB of {need / 1e6:.1f} MB"
+        raise OSError(errno.ENOSPC, reason)
 
 
 def _disk_trouble(error):

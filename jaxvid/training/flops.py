@@ -1,5 +1,6 @@
 """How much arithmetic a program is, and how much a device could do: the two halves of MFU."""
 
+import functools
 import math
 import time
 
@@ -69,6 +70,7 @@ def machine(devices):
     return None if None in promised else sum(promised)
 
 
+@functools.cache
 def measured(size=1024, repeats=5):
     """FLOP/s of the best of a few float32 products of square matrices, here and now."""
     matrix = jnp.ones((size, size), jnp.float32)

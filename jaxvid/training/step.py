@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxvid.parallel.sharding import replicated
-from jaxvid.training.state import stream
+from jaxvid.training.state import TrainState, stream
 
 
 def make_step(task, tx, schedule, config, mesh, shardings):
@@ -22,15 +22,24 @@ def make_step(task, tx, schedule, config, mesh, shardings):
         updates_done = state.step - state.skipped
         grads, metrics, extra = gradients(task, state, frozen, batch, rng, optim.accumulate)
         grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm) & all_finite(extra)
+
+        def if_finite(new, old):
+            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        # No update, instead of the old parameters: choosing between those would copy them.
+        updates = if_finite(updates, optax.tree.zeros_like(updates))
         params = optax.apply_updates(state.params, updates)
         ema = average(state.ema, params, optim.ema, updates_done)
-
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm) & all_finite(extra)
-        tried = state.replace(params=params, opt_state=opt_state, ema=ema, extra=extra)
-        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), tried, state)
-        state = state.replace(step=state.step + 1, skipped=state.skipped + ~finite)
-
+        state = TrainState(
+            step=state.step + 1,
+            skipped=state.skipped + ~finite,
+            params=params,
+            opt_state=if_finite(opt_state, state.opt_state),
+            ema=if_finite(ema, state.ema),
+            extra=if_finite(extra, state.extra),
+        )
         metrics |= {"grad_norm": grad_norm, "lr": schedule(updates_done)}
         metrics["skipped"] = state.skipped
         return state, jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), metrics)

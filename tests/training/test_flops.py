@@ -71,3 +71,18 @@ def test_peak():
     assert flops.peak(device("TPU v5p", "tpu"), "bfloat16") == 459e12
     assert flops.peak(device("TPU v5 lite", "tpu"), "float32") is None
     assert flops.peak(device("cpu", "cpu"), "float32") is None
+
+
+def test_the_machine_is_the_sum_of_its_devices(monkeypatch):
+    def device(kind, platform, process=0):
+        return SimpleNamespace(device_kind=kind, platform=platform, process_index=process)
+
+    assert flops.machine([device("TPU v4", "tpu")] * 4) == 4 * 275e12
+    assert flops.machine([device("TPU v4", "tpu"), device("TPU v99", "tpu")]) is None
+    monkeypatch.setattr(flops, "measured", lambda: 1e9)
+    assert flops.machine([device("cpu", "cpu")] * 8) == 1e9  # eight parts of one processor
+    assert flops.machine([device("cpu", "cpu", process) for process in (0, 0, 1)]) == 2e9
+
+
+def test_measured_is_a_rate_that_a_machine_can_have():
+    assert 1e8 < flops.measured(size=256, repeats=2) < 1e16

@@ -13,6 +13,11 @@ from pathlib import Path
 import numpy as np
 import portpicker
 import pytest
+import toy
+
+from jaxvid.errors import UserError
+from jaxvid.train import train
+from jaxvid.training import checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -174,16 +179,26 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(small_disk, straight):
-    """A state of 1.1 MB of noise fits twice, with the third save the disk is full."""
-    options = {"steps": 12, "task__width": 700, "checkpoint__every": 3, "checkpoint__keep": 5}
+    """A state of 1.8 MB of noise fits twice; where the third should go, the disk is full."""
+    options = {"steps": 12, "task__width": 1150, "checkpoint__every": 3, "checkpoint__keep": 5}
     options["compile_cache"] = str(straight.parent / "jax_cache")
     workdir = small_disk / "run"
     code, stderr = run(workdir, **options)
     assert code != 0
     (line,) = stderr.strip().splitlines()
     assert line.startswith("error: workdir=") and "No space left on device" in line
-    whole = sorted(int(path.name) for path in (workdir / "ckpt").iterdir() if path.name.isdigit())
-    assert whole and f"checkpoint {whole[-1]} is whole" in line
+    assert "checkpoint 6 is whole" in line
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     finish(workdir, **options)
     assert list(losses(workdir)) == list(range(1, 13))
+
+
+def test_a_disk_that_fills_up_while_orbax_writes(small_disk, monkeypatch):
+    """The same without the look at the free space beforehand: orbax fails, the rest holds."""
+    monkeypatch.setattr(checkpoint, "_require_room", lambda folder, state: None)
+    config = toy.config(steps=12, task__width=1150, checkpoint__keep=5)
+    with pytest.raises(UserError, match=r"No space left on device.*checkpoint 6 is whole") as error:
+        train(config, str(small_disk))
+    assert "\n" not in str(error.value)
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    assert int(train(config, str(small_disk)).step) == 12
