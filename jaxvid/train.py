@@ -25,7 +25,7 @@ from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.sharding import batch_sharding, shard_params
 from jaxvid.training import flops
 from jaxvid.training.checkpoint import Checkpoints
-from jaxvid.training.evaluation import make_evaluate, make_sample
+from jaxvid.training.evaluation import HeldOut
 from jaxvid.training.guard import Guard
 from jaxvid.training.logging import Log, Progress, parameter_table, say
 from jaxvid.training.optim import make_optimizer
@@ -58,17 +58,15 @@ def _train(config, workdir, mesh, stack):
     checkpoints = stack.enter_context(Checkpoints(workdir, config))
     checkpoints.check_config()
     clips = stack.enter_context(contextlib.closing(_iterator(config, "train", mesh)))
-    held_out = stack.enter_context(contextlib.closing(_iterator(config, "validation", mesh)))
+    validation = stack.enter_context(contextlib.closing(_iterator(config, "validation", mesh)))
 
     shapes = _peek(clips, config.data.batch_size)
     init, shardings = make_init(task, tx, shapes, config, mesh)
     target = _placed(jax.eval_shape(init), shardings)
     frozen = task.frozen()
-    if config.checkpoint.best:
-        rng = jax.random.key(0)
-        scores = jax.eval_shape(task.evaluate, target.params, shapes, rng, frozen=frozen)
-        checkpoints.check_best(scores)
     frozen = jax.device_put(frozen, shard_params(frozen, mesh, task.sharding_rules))
+    held_out = HeldOut(task, config, mesh, validation)
+    checkpoints.check_best(held_out.trace(target.weights, frozen, shapes))
     found = checkpoints.restore(target, clips)
     step, state = found or (0, init())
     if jax.process_index() == 0:
@@ -77,8 +75,6 @@ def _train(config, workdir, mesh, stack):
     say(f"{workdir}: {'resuming at' if found else 'starting at'} step {step} of {config.steps}")
 
     update = make_step(task, tx, schedule, config, mesh, shardings)
-    evaluate = make_evaluate(task, config, mesh, held_out)
-    sample = make_sample(task, config, mesh, held_out)
     writer = stack.enter_context(contextlib.closing(Writer(workdir, step, config.log.tensorboard)))
     source = data.make_source(config.data, "train")
     guard = Guard(config.optim.skip_nonfinite, source, skipped=int(state.skipped))
@@ -98,7 +94,7 @@ def _train(config, workdir, mesh, stack):
         last = step == config.steps
         if (_due(step, config.evaluate.every) or last) and not preempted:
             with progress.outside(metrics):
-                scores = evaluate(state.weights, frozen)
+                scores = held_out.evaluate(state.weights, frozen)
             log.settle(scores)
         if checkpoints.due(step):
             log.settle()  # so that the record never lags behind what is saved
@@ -108,9 +104,9 @@ def _train(config, workdir, mesh, stack):
             return state
         if _due(step, config.sample.every) and not last:
             with progress.outside(metrics):
-                writer.videos(step, sample(state.weights, frozen))
+                writer.videos(step, held_out.sample(state.weights, frozen))
 
-    writer.videos(step, sample(state.weights, frozen))
+    writer.videos(step, held_out.sample(state.weights, frozen))
     say(f"{workdir}: finished at step {step}")
     return state
 

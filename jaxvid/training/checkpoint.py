@@ -85,7 +85,7 @@ class Checkpoints:
     def check_best(self, metrics):
         """Raises UserError when checkpoint.best is not among the names of `evaluate`'s metrics."""
         best = self.config.checkpoint.best
-        if best.removeprefix("-") not in metrics:
+        if best and best.removeprefix("-") not in metrics:
             raise UserError(
                 f"checkpoint.best={best}: evaluate has no such metric; choose one of "
                 f"{', '.join(metrics)}, with a minus before it if less is better"

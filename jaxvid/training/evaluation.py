@@ -1,4 +1,4 @@
-"""Scores and samples of the averaged weights, the same clips and noise each time."""
+"""Scores and samples on held-out clips."""
 
 import jax
 import jax.numpy as jnp
@@ -10,44 +10,48 @@ from jaxvid.parallel.sharding import batch_sharding, replicated
 from jaxvid.training.state import EVALUATE, SAMPLE, stream
 
 
-def make_evaluate(task, config, mesh, held_out):
-    """Function (weights, frozen) -> {metric: mean over the same held-out batches every time}."""
-    score = jax.jit(task.evaluate, out_shardings=replicated(mesh))
-    first = held_out.get_state()
+class HeldOut:
+    """Scores and samples of a task: the same clips and the same noise every time.
 
-    def evaluate(weights, frozen):
-        held_out.set_state(first)
+    `iterator` yields this host's rows of the held-out batches; it is read from where it stands.
+    """
+
+    def __init__(self, task, config, mesh, iterator):
+        self.config, self.iterator, self.start = config, iterator, iterator.get_state()
+        self.rows = batch_sharding(mesh)
+        self.score = jax.jit(task.evaluate, out_shardings=replicated(mesh))
+
+        def clips(weights, frozen, batch):
+            rows = jnp.arange(config.sample.num) % config.data.batch_size
+            cond = {name: batch[name][rows] for name in ("label", "text") if name in batch}
+            cond["num"] = config.sample.num
+            return to_uint8(task.sample(weights, stream(config.seed, SAMPLE), cond, frozen=frozen))
+
+        self.clips = jax.jit(clips, out_shardings=replicated(mesh))
+
+    def trace(self, weights, frozen, batch):
+        """Names of the metrics. Nothing runs: bad settings show now, not at the first evaluation.
+
+        Arrays or shapes.
+        """
+        jax.eval_shape(self.clips, weights, frozen, batch)
+        return list(jax.eval_shape(self.score, weights, batch, jax.random.key(0), frozen=frozen))
+
+    def evaluate(self, weights, frozen):
+        """{metric: mean over config.evaluate.batches}."""
+        self.iterator.set_state(self.start)
         found = []
-        for index in range(config.evaluate.batches):
-            batch = to_global(next(held_out), batch_sharding(mesh))
-            rng = jax.random.fold_in(stream(config.seed, EVALUATE), index)
-            found.append(jax.device_get(score(weights, batch, rng, frozen=frozen)))
+        for index in range(self.config.evaluate.batches):
+            batch = to_global(next(self.iterator), self.rows)
+            rng = jax.random.fold_in(stream(self.config.seed, EVALUATE), index)
+            found.append(jax.device_get(self.score(weights, batch, rng, frozen=frozen)))
         return {name: _mean([scores[name] for scores in found]) for name in found[0]}
 
-    return evaluate
-
-
-def make_sample(task, config, mesh, held_out):
-    """Function (weights, frozen) -> uint8 clips [num, T, H, W, 3], from the same noise every time.
-
-    Conditions are those of the first held-out clips.
-    """
-    first = held_out.get_state()
-
-    def clips(weights, frozen, batch):
-        rows = jnp.arange(config.sample.num) % config.data.batch_size
-        cond = {name: batch[name][rows] for name in ("label", "text") if name in batch}
-        cond["num"] = config.sample.num
-        return to_uint8(task.sample(weights, stream(config.seed, SAMPLE), cond, frozen=frozen))
-
-    clips = jax.jit(clips, out_shardings=replicated(mesh))
-
-    def sample(weights, frozen):
-        held_out.set_state(first)
-        batch = to_global(next(held_out), batch_sharding(mesh))
-        return np.asarray(clips(weights, frozen, batch))
-
-    return sample
+    def sample(self, weights, frozen):
+        """uint8 clips [num, T, H, W, 3], under the conditions of the first held-out clips."""
+        self.iterator.set_state(self.start)
+        batch = to_global(next(self.iterator), self.rows)
+        return np.asarray(self.clips(weights, frozen, batch))
 
 
 def _mean(arrays):

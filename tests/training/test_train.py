@@ -162,10 +162,12 @@ def test_nan_without_end_stops_naming_the_clips(tmp_path):
             "checkpoint.best=-msr: evaluate has no such metric; choose one of mse",
         ),
         ({"optim__b1": 7.0}, "optim.b1=7.0"),
+        ({"task__refuse_to_sample": True}, "refuse_to_sample=True"),  # known before a first step
     ],
 )
 def test_bad_input_is_one_line(tmp_path, changes, message):
     assert message in error_of(toy.config(**changes), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 @pytest.fixture

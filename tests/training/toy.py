@@ -28,8 +28,8 @@ class Task:
         (r"out/kernel$", ("tensor", "fsdp")),
     )
 
-    def __init__(self, width=16, noise=0.1, nan_from=-1, nan_until=10**9):
-        self.width, self.noise = width, noise
+    def __init__(self, width=16, noise=0.1, nan_from=-1, nan_until=10**9, refuse_to_sample=False):
+        self.width, self.noise, self.refuse_to_sample = width, noise, refuse_to_sample
         self.nan_from, self.nan_until = nan_from, nan_until
 
     def init(self, rng, batch):
@@ -67,6 +67,8 @@ class Task:
         return {"mse": jnp.mean((guess_BX - truth_BX) ** 2, axis=1)}
 
     def sample(self, params, rng, cond, *, frozen, frames=None):
+        if self.refuse_to_sample:
+            raise UserError("task.refuse_to_sample=True: ask for something else")
         B, T, size = cond["num"], frames or 4, int((params["out"]["kernel"].shape[1] / 3) ** 0.5)
         noise_BX = jax.random.normal(rng, (B, self.width))
         frame_BHWC = (noise_BX @ params["out"]["kernel"]).reshape(B, 1, size, size, 3)
