@@ -287,13 +287,15 @@ def circumstances():
 
 
 def _cpu():
-    """Model and usable cores of the processor; /proc knows the model on Linux alone."""
+    """Model and usable cores of the processor, as far as the system tells."""
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):  # not on a Mac
+        cores = len(os.sched_getaffinity(0))
     try:
         model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     except OSError:
         model = None
-    name = model[1] if model else platform.machine()
-    return f"{name} ({len(os.sched_getaffinity(0))} cores)"
+    return f"{model[1] if model else platform.machine()} ({cores} cores)"
 
 
 COMMANDS = {"step": step, "data": input_pipeline, "sample": sample}
