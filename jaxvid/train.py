@@ -60,7 +60,7 @@ def _train(config, workdir, mesh, stack):
     clips = stack.enter_context(contextlib.closing(_iterator(config, "train", mesh)))
     validation = stack.enter_context(contextlib.closing(_iterator(config, "validation", mesh)))
 
-    shapes = _peek(clips, config.data.batch_size)
+    shapes = _peek(clips, config.data.batch_size, mesh)
     init, shardings = make_init(task, tx, shapes, config, mesh)
     target = _placed(jax.eval_shape(init), shardings)
     frozen = task.frozen()
@@ -164,12 +164,16 @@ def _iterator(config, split, mesh):
     )
 
 
-def _peek(iterator, batch_size):
+def _peek(iterator, batch_size, mesh):
     """Shapes of a global batch, from reading one: data that cannot be read fails right away."""
     start = iterator.get_state()
     rows = next(iterator)
     iterator.set_state(start)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), rows)
+    place = batch_sharding(mesh)  # told, so that what is traced for shapes serves the arrays too
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype, sharding=place)
+        for name, x in rows.items()
+    }
 
 
 def _placed(shapes, shardings):

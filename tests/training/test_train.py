@@ -1,5 +1,6 @@
 """Whole runs of the toy in this process; see test_resume.py for runs that are killed."""
 
+import functools
 import json
 
 import jax
@@ -105,13 +106,18 @@ def test_a_damaged_checkpoint_is_one_line(finished, tmp_path):
     assert "checkpoint 8" in message and "damaged" in message
 
 
-def test_more_steps_go_on_where_it_stopped(tmp_path, compiled):
-    """Bit for bit, or within 1e-5 on another mesh; the log has no gaps; nothing compiles twice."""
+def test_more_steps_go_on_where_it_stopped(tmp_path, compiled, monkeypatch):
+    """Bit for bit, or within 1e-5 on another mesh; the log has no gaps; nothing is built twice."""
     straight = train(toy.config().lock(), str(tmp_path / "straight"))
     train(toy.config(steps=4), str(tmp_path / "cut"))
     (tmp_path / "cut" / "metrics.jsonl").open("a").write('{"step": 5, "loss": 9}\n{"step": 6, "lo')
     compiled.clear()
-    resumed = train(toy.config(), str(tmp_path / "cut"))
+    traced = []
+    with monkeypatch.context() as patch:
+        for name in ("evaluate", "sample"):
+            patch.setattr(toy.Task, name, noted(traced, getattr(toy.Task, name)))
+        resumed = train(toy.config(), str(tmp_path / "cut"))
+    assert sorted(traced) == ["evaluate", "sample"]
     assert sorted(compiled) == ["jit(clips)", "jit(evaluate)", "jit(step)"]
     for a, b in zip(jax.tree.leaves(straight), jax.tree.leaves(resumed)):
         np.testing.assert_array_equal(a, b)
@@ -168,6 +174,17 @@ def test_nan_without_end_stops_naming_the_clips(tmp_path):
 def test_bad_input_is_one_line(tmp_path, changes, message):
     assert message in error_of(toy.config(**changes), tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def noted(calls, function):
+    """`function`, which adds its name to `calls`."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        calls.append(function.__name__)
+        return function(*args, **kwargs)
+
+    return wrapper
 
 
 @pytest.fixture
