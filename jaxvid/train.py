@@ -53,7 +53,8 @@ def train(config, workdir):
 
 
 def _train(config, workdir, mesh, stack):
-    task = make_task(config.task)
+    task, source = make_task(config.task), data.make_source(config.data, "train")
+    task.check(source)
     tx, schedule = make_optimizer(config.optim, config.steps)
     checkpoints = stack.enter_context(Checkpoints(workdir, config))
     checkpoints.check_config()
@@ -76,7 +77,6 @@ def _train(config, workdir, mesh, stack):
 
     update = make_step(task, tx, schedule, config, mesh, shardings)
     writer = stack.enter_context(contextlib.closing(Writer(workdir, step, config.log.tensorboard)))
-    source = data.make_source(config.data, "train")
     guard = Guard(config.optim.skip_nonfinite, source, skipped=int(state.skipped))
     work = flops.of_step(task, state, frozen, shapes)
     frames = shapes["video"].shape[0] * shapes["video"].shape[1]

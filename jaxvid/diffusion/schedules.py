@@ -116,7 +116,7 @@ class NoiseSchedule:
             return clipped / snr
         # |v error|^2 = |x0 error|^2 / sigma^2, for both meanings of v.
         root = jnp.sqrt(SNR_CLIP * snr)
-        inverse_sigma = 1 + root if self.is_flow else jnp.hypot(1, root)
+        inverse_sigma = 1 + root if self.is_flow else jnp.sqrt(1 + root**2)
         return SNR_CLIP * clipped / inverse_sigma**2
 
     def log_snr(self, t):

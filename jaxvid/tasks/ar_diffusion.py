@@ -89,6 +89,19 @@ class Task:
             window=self.window,
         )
 
+    def check(self, source):
+        """Raise UserError where the clips have more classes than the table, or no captions."""
+        kind, rows = self.condition["kind"], self.condition["num_classes"]
+        if kind == "class" and source.num_classes > rows:
+            raise UserError(
+                f"task.condition.num_classes={rows}: the data has {source.num_classes} classes; "
+                f"use {source.num_classes} or more"
+            )
+        if kind == "text" and not source.captions:
+            raise UserError(
+                "task.condition.kind='text': the data has no captions; use class or none"
+            )
+
     def init(self, rng, batch):
         """(params, extra) for a batch of arrays or of their shapes; see `tasks.base.Task`."""
         B = batch["video"].shape[0]
@@ -256,7 +269,8 @@ class Task:
         if "window" in mixer and mixer["window"] is None:
             # Nothing leaves a window as long as the stream, and a scan needs a cache of one size.
             mixer["window"] = total
-        model = self.model.clone(mixer=mixer)
+        # One layer a step of the scan: the sampler compiles the network for every size of window.
+        model = self.model.clone(mixer=mixer, unroll=1)
 
         def predict(x_BTNC, t_BT, state):
             if mixer.get("mask", "causal") == "causal":

@@ -15,6 +15,9 @@ class Task(Protocol):
     sharding_rules: tuple[tuple[str, tuple], ...]
     """(regular expression on a parameter's path, mesh axes of its trailing dimensions)."""
 
+    def check(self, source) -> None:
+        """Raise UserError where a data source (`data.make_source`) lacks what the task needs."""
+
     def init(self, rng, batch) -> tuple[Any, Any]:
         """(params, extra); extra persists but is not trained by gradient, {} if nothing does."""
 

@@ -34,6 +34,8 @@ FREE = (
     "compile_cache",
     "data.workers",
     "data.threads",
+    "task.sampler",
+    "task.given",
     "optim.skip_nonfinite",
 )
 

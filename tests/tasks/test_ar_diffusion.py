@@ -264,6 +264,20 @@ def test_too_small_a_step_between_frames_is_refused_when_it_matters():
         task.sample(opened(task), jax.random.key(0), {"num": 1}, frozen={}, frames=9)
 
 
+class Classes:
+    """A data source, as far as a task asks."""
+
+    num_classes, captions = 24, False
+
+
+def test_data_that_lack_the_condition_are_refused():
+    Task(**fields("cond=class", condition__num_classes=24)).check(Classes)
+    with pytest.raises(UserError, match="num_classes=23: the data has 24 classes"):
+        Task(**fields("cond=class", condition__num_classes=23)).check(Classes)
+    with pytest.raises(UserError, match="no captions"):
+        Task(**fields("cond=text")).check(Classes)
+
+
 def test_patches_are_an_exact_inverse():
     video = jnp.asarray(normalize(batch()["video"]))
     patches = Patches(4)

@@ -32,6 +32,9 @@ class Task:
         self.width, self.noise, self.refuse_to_sample = width, noise, refuse_to_sample
         self.nan_from, self.nan_until = nan_from, nan_until
 
+    def check(self, source):
+        """Any video will do."""
+
     def init(self, rng, batch):
         size = batch["video"][0, 0].size
         hidden, out = jax.random.split(rng)
