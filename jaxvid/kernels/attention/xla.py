@@ -1,0 +1,150 @@
+"""Attention in plain XLA: no pair is computed of which it is known beforehand that it is masked.
+
+Queries are taken in chunks of whole positions. Where positions are known while tracing, a chunk
+reads only the keys that some query of it may see, and carries no mask if all of them may see all.
+The backward pass keeps the logarithm of the softmax sums and recomputes the probabilities from it
+(FlashAttention, Dao et al. 2022, algorithm 4). Its products are those that XLA runs fast on CPU,
+which rules out a left operand contracted over its rows: the gradients of keys and values come out
+transposed.
+"""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_CHUNK = 128  # queries of a chunk at least; fewer waste less, but products run slower
+_CHUNKS = 16  # at most, as each is traced on its own
+_GAP = 64  # masked keys at least, to be worth cutting out
+_MASKED = -1e30  # in the place of -inf, which makes NaN of a row without keys
+
+_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+class Chunk(NamedTuple):
+    """Queries [start, stop), the runs [start, stop) of keys they read, and the mask over these.
+
+    No mask means that all is allowed.
+    """
+
+    start: int
+    stop: int
+    runs: tuple
+    mask_GM: np.ndarray | None
+
+
+def attention(q_BLAK, k_BMAK, v_BMAK, *, q_position_L, k_position_M, allow, scale):
+    """As `reference.attention`; positions in numpy are static, others give a dynamic mask."""
+    if isinstance(q_position_L, np.ndarray) and isinstance(k_position_M, np.ndarray):
+        chunks, mask_LM = plan(q_position_L, k_position_M, allow), None
+    else:
+        mask_LM = allow(q_position_L[:, None], k_position_M[None, :])
+        mask_LM = jnp.broadcast_to(mask_LM, (q_position_L.size, k_position_M.size))
+        chunks = [Chunk(0, q_position_L.size, ((0, k_position_M.size),), None)]
+    q_BALK, k_BAMK, v_BAMK = (x.swapaxes(1, 2) for x in (q_BLAK * scale, k_BMAK, v_BMAK))
+    return _attend(chunks, q_BALK, k_BAMK, v_BAMK, mask_LM).swapaxes(1, 2)
+
+
+def plan(q_position_L, k_position_M, allow):
+    """The chunks for static positions."""
+    L, M = q_position_L.size, k_position_M.size
+    least = max(_CHUNK, -(-L // _CHUNKS))
+    cuts = [0]
+    for change in np.flatnonzero(np.diff(q_position_L)) + 1:
+        if change - cuts[-1] >= least <= 2 * (L - change):
+            cuts.append(int(change))
+    return [
+        _chunk(start, stop, np.broadcast_to(mask_GM, (stop - start, M)))
+        for start, stop in itertools.pairwise([*cuts, L])
+        for mask_GM in [allow(q_position_L[start:stop, None], k_position_M[None, :])]
+    ]
+
+
+def _chunk(start, stop, mask_GM):
+    seen = np.flatnonzero(mask_GM.any(axis=0))
+    if seen.size == 0:
+        seen = np.zeros(1, int)  # a masked key, as there must be one
+    ends = np.flatnonzero(np.diff(seen) > _GAP)
+    runs = tuple(
+        (int(seen[first]), int(seen[last]) + 1)
+        for first, last in zip([0, *(ends + 1)], [*ends, seen.size - 1])
+    )
+    mask_GM = np.concatenate([mask_GM[:, first:last] for first, last in runs], axis=1)
+    return Chunk(start, stop, runs, None if mask_GM.all() else mask_GM)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(chunks, q_BALK, k_BAMK, v_BAMK, mask_LM):
+    return _forward(chunks, q_BALK, k_BAMK, v_BAMK, mask_LM)[0]
+
+
+def _forward(chunks, q_BALK, k_BAMK, v_BAMK, mask_LM):
+    ys, logs = [], []
+    for chunk in chunks:
+        score_BAGM = _scores(chunk, q_BALK, k_BAMK, mask_LM)
+        peak = score_BAGM.max(axis=-1, keepdims=True)
+        p_BAGM = jnp.exp(score_BAGM - peak)
+        total = p_BAGM.sum(axis=-1, keepdims=True)
+        v_chunk = _read(chunk, v_BAMK)
+        y_BAGK = _einsum("BAGM,BAMK->BAGK", p_BAGM.astype(v_chunk.dtype), v_chunk)
+        alive = peak > _MASKED / 2
+        ys.append(jnp.where(alive, y_BAGK / total, 0).astype(v_BAMK.dtype))
+        logs.append(jnp.where(alive, peak + jnp.log(total), 0))
+    y_BALK, log_BAL1 = jnp.concatenate(ys, 2), jnp.concatenate(logs, 2)
+    return y_BALK, (q_BALK, k_BAMK, v_BAMK, mask_LM, y_BALK, log_BAL1)
+
+
+def _backward(chunks, residuals, dy_BALK):
+    q_BALK, k_BAMK, v_BAMK, mask_LM, y_BALK, log_BAL1 = residuals
+    dtype = q_BALK.dtype
+    inner_BAL1 = (dy_BALK.astype(jnp.float32) * y_BALK).sum(axis=-1, keepdims=True)
+    dq, dk, dv = [], [], []
+    for chunk in chunks:
+        k_chunk, v_chunk = _read(chunk, k_BAMK), _read(chunk, v_BAMK)
+        q, dy, log, inner = (
+            x[:, :, chunk.start : chunk.stop] for x in (q_BALK, dy_BALK, log_BAL1, inner_BAL1)
+        )
+        p_BAGM = jnp.exp(_scores(chunk, q_BALK, k_BAMK, mask_LM) - log)
+        dp_BAGM = _einsum("BAGK,BAMK->BAGM", dy, v_chunk)
+        ds_BAGM = (p_BAGM * (dp_BAGM - inner)).astype(dtype)
+        dq.append(_einsum("BAGM,BAMK->BAGK", ds_BAGM, k_chunk))
+        dk.append(_einsum("BAGK,BAGM->BAKM", q, ds_BAGM))
+        dv.append(_einsum("BAGK,BAGM->BAKM", dy, p_BAGM.astype(dtype)))
+    dk_BAMK, dv_BAMK = (_total(chunks, d, k_BAMK.shape[2]).swapaxes(2, 3) for d in (dk, dv))
+    grads = (
+        jnp.concatenate(dq, 2).astype(dtype),
+        dk_BAMK.astype(dtype),
+        dv_BAMK.astype(v_BAMK.dtype),
+    )
+    # Fused into what comes next, the sums would be computed once per use.
+    return *jax.lax.optimization_barrier(grads), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _scores(chunk, q_BALK, k_BAMK, mask_LM):
+    """The masked scores of a chunk, float32 [B, A, G, M]."""
+    q_BAGK = q_BALK[:, :, chunk.start : chunk.stop]
+    score_BAGM = _einsum("BAGK,BAMK->BAGM", q_BAGK, _read(chunk, k_BAMK))
+    mask_GM = chunk.mask_GM if mask_LM is None else mask_LM
+    return score_BAGM if mask_GM is None else jnp.where(mask_GM, score_BAGM, _MASKED)
+
+
+def _read(chunk, x_BAMK):
+    """The keys or values that a chunk reads."""
+    return jnp.concatenate([x_BAMK[:, :, start:stop] for start, stop in chunk.runs], 2)
+
+
+def _total(chunks, parts, size):
+    """Sum over chunks of [B, A, K, keys read], each in its place among all `size` keys."""
+    total_BAKM = 0
+    for chunk, part in zip(chunks, parts):
+        sizes = [stop - start for start, stop in chunk.runs]
+        pieces = jnp.split(part, np.cumsum(sizes)[:-1], axis=3)
+        for piece, (start, stop) in zip(pieces, chunk.runs):
+            total_BAKM += jnp.pad(piece, [(0, 0)] * 3 + [(start, size - stop)])
+    return total_BAKM
