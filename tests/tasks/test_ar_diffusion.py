@@ -35,19 +35,19 @@ def fields(options="", **changes):
     return task
 
 
-def batch(num=2, seed=0):
+def batch(num=2, seed=0, size=8):
     rng = np.random.default_rng(seed)
     return {
-        "video": rng.integers(0, 256, (num, 6, 8, 8, 3), dtype=np.uint8),
+        "video": rng.integers(0, 256, (num, 6, size, size, 3), dtype=np.uint8),
         "id": np.arange(num, dtype=np.int32),
         "label": np.arange(num, dtype=np.int32),
-        "text": rng.standard_normal((num, 16, 64)).astype(np.float32),
+        "text": rng.standard_normal((num, 20, 64)).astype(np.float32),
     }
 
 
 def opened(task):
     """Parameters off their zero initialisation."""
-    params, extra = jax.jit(task.init)(jax.random.key(0), batch())
+    params, extra = jax.jit(task.init)(jax.random.key(0), batch(size=task.size))
     assert extra == {}
     return jax.tree.map(lambda p: p + 0.05 * jnp.sin(jnp.arange(p.size).reshape(p.shape)), params)
 
@@ -216,12 +216,13 @@ def test_trains_and_samples_on_the_latents_of_a_frozen_tokenizer():
 
 
 def test_evaluate_scores_the_continuation_beside_the_copy():
-    task = Task(**fields())
-    data = batch()
+    task = Task(**fields(size=12))  # SSIM needs 11 pixels
+    data = batch(size=12)
     data["video"][:] = data["video"][:, :1]  # nothing moves, so copying is perfect
     metrics = jax.jit(lambda p: task.evaluate(p, data, jax.random.key(0), frozen={}))(opened(task))
     assert metrics["loss_by_level"].shape == (2, 10)
-    assert (np.diff(metrics["loss_by_level"].mean(0)[[0, 9]]) > 0).all()
+    level_means = metrics["loss_by_level"].mean(0)
+    assert level_means[0] < level_means[9]
     for name in ("psnr", "ssim", "psnr_copy_last", "ssim_copy_last"):
         assert np.isnan(metrics[name][:, :2]).all() and not np.isnan(metrics[name][:, 2:]).any()
     assert (metrics["ssim_copy_last"][:, 2:] > 0.999).all()
