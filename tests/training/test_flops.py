@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import pytest
 
@@ -33,6 +34,15 @@ def test_convolutions():
         )
 
     assert flops.count(conv, image, kernel) == 2 * (2 * 4 * 4 * 10) * (3 * 3 * 3)
+
+
+def test_cudnn_attention():
+    """jax.nn.dot_product_attention on a GPU is one opaque primitive; here is one of its name."""
+    primitive = jax.extend.core.Primitive("dot_product_attention_fwd_wrapper")
+    primitive.def_abstract_eval(lambda q, k, v: q)
+    q_BLAK, kv_BMAK = (jax.ShapeDtypeStruct((2, n, 4, 8), jnp.bfloat16) for n in (6, 10))
+    products = 2 * (2 * 4) * 6 * 10 * 8 * 2
+    assert flops.count(primitive.bind, q_BLAK, kv_BMAK, kv_BMAK) == products
 
 
 def test_control_flow():
