@@ -140,11 +140,29 @@ def _read(chunk, x_BAMK):
 
 
 def _total(chunks, parts, size):
-    """Sum over chunks of [B, A, K, keys read], each in its place among all `size` keys."""
-    total_BAKM = 0
-    for chunk, part in zip(chunks, parts):
-        sizes = [stop - start for start, stop in chunk.runs]
-        pieces = jnp.split(part, np.cumsum(sizes)[:-1], axis=3)
-        for piece, (start, stop) in zip(pieces, chunk.runs):
-            total_BAKM += jnp.pad(piece, [(0, 0)] * 3 + [(start, size - stop)])
-    return total_BAKM
+    """Sum over chunks of [B, A, K, keys read], each in its place among all `size` keys.
+
+    Built from pieces between the ends of runs: XLA on CPU would fuse a sum of padded parts into
+    what follows, and compute it once for every use.
+    """
+    ends = {0, size}.union(*(run for chunk in chunks for run in chunk.runs))
+    pieces = []
+    for start, stop in itertools.pairwise(sorted(ends)):
+        zeros = jnp.zeros((*parts[0].shape[:3], stop - start), jnp.float32)
+        terms = [
+            part[..., at : at + stop - start]
+            for chunk, part in zip(chunks, parts)
+            for at in _offsets(chunk, start)
+        ]
+        pieces.append(functools.reduce(jnp.add, terms) if terms else zeros)
+    return jnp.concatenate(pieces, 3)
+
+
+def _offsets(chunk, key):
+    """Where among the keys that a chunk reads `key` is: [] or [offset]."""
+    before = 0
+    for start, stop in chunk.runs:
+        if start <= key < stop:
+            return [before + key - start]
+        before += stop - start
+    return []
