@@ -25,12 +25,13 @@ def grid_sincos(grid, width):
 
 
 def rotary_angles(frame_T, grid, width, base=10_000.0):
-    """Angles of 3-D rotary embedding -> [T, N, width // 2] float32.
+    """Angles of 3-D rotary embedding -> [T, N, width // 2] float32, in numpy if `frame_T` is.
 
     frame_T: absolute frame indices, so nothing bounds the length of a stream. grid: (H, W) of a
     frame's tokens. The half-width is shared evenly by time and by those axes of the grid longer
     than one; time takes the remainder (Su et al. 2021, one band per axis).
     """
+    xp = np if isinstance(frame_T, np.ndarray) else jnp
     height, columns = grid
     h_N, w_N = (axis.reshape(-1) for axis in np.mgrid[:height, :columns])
     spatial = [axis_N for axis_N, extent in ((h_N, height), (w_N, columns)) if extent > 1]
@@ -40,16 +41,22 @@ def rotary_angles(frame_T, grid, width, base=10_000.0):
 
     def band(position, size):
         frequency_K = (base ** (-np.arange(size) / max(size, 1))).astype(np.float32)
-        angle = jnp.asarray(position, jnp.float32)[..., None] * frequency_K
-        return jnp.broadcast_to(angle, (*shape, size))
+        return xp.broadcast_to(position.astype(np.float32)[..., None] * frequency_K, (*shape, size))
 
-    bands = [band(jnp.asarray(frame_T)[:, None], half - share * len(spatial))]
+    bands = [band(frame_T[:, None], half - share * len(spatial))]
     bands += [band(axis_N[None], share) for axis_N in spatial]
-    return jnp.concatenate(bands, axis=-1)
+    return xp.concatenate(bands, axis=-1)
 
 
 def rotate(x_BTNAK, angle_TNK):
-    """Rotate the halves of the last axis by angles [T, N, K // 2]; computes in float32."""
-    cos, sin = jnp.cos(angle_TNK)[:, :, None], jnp.sin(angle_TNK)[:, :, None]
-    a, b = jnp.split(x_BTNAK.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BTNAK.dtype)
+    """Rotate the halves of the last axis by angles [T, N, K // 2]; computes in float32.
+
+    The sines of angles in numpy are constants of the program. XLA on CPU fuses others into every
+    use, where each element of x computes its own, forward and backward.
+    """
+    xp = np if isinstance(angle_TNK, np.ndarray) else jnp
+    cos, sin = xp.cos(angle_TNK)[:, :, None], xp.sin(angle_TNK)[:, :, None]
+    x = x_BTNAK.astype(jnp.float32)
+    swapped = jnp.roll(x, x.shape[-1] // 2, axis=-1)
+    cos, sin = xp.concatenate([cos, cos], axis=-1), xp.concatenate([-sin, sin], axis=-1)
+    return (x * cos + swapped * sin).astype(x_BTNAK.dtype)
