@@ -51,11 +51,11 @@ def get_config(options=""):
             name="ar_diffusion",  # module of jaxvid.tasks
             size=size,  # pixels along each side of a frame (follows data.size)
             frames=frames,  # frames of a training clip (follows data.frames)
-            patch=4,  # pixels along each side of a token; must divide the size
-            prediction="v",  # what the network predicts: x0, eps or v
-            weight="uniform" if flow else "min_snr",  # loss: uniform, min_snr or fused_snr
+            patch=6 if tiny else 4,  # pixels along each side of a token; must divide the size
+            prediction="v" if flow else "x0",  # what the network predicts: x0, eps or v
+            weight="uniform",  # loss: uniform, x0, min_snr or fused_snr
             timesteps="fopp",  # noise of a training clip: fopp, iid, uniform or full_sequence
-            clean_prefix=0.25,  # probability that a training clip begins with clean frames
+            clean_prefix=0.5,  # probability that a training clip begins with clean frames
             given=4,  # clean frames before the continuation that evaluate scores
         )
     )
@@ -69,7 +69,7 @@ def get_config(options=""):
             qk_norm=True,  # normalise queries and keys
             dtype="float32" if tiny else "bfloat16",  # of the computation; parameters are float32
             remat=not tiny,  # compute the layers again in the backward pass, to save memory
-            unroll=depth if tiny else 1,  # layers per step of the scan over depth
+            unroll=1,  # layers per step of the scan over depth
         )
     )
     config.task.model.mixer = ConfigDict(

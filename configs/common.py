@@ -26,19 +26,19 @@ def get_config() -> ConfigDict:
     """The sections that every task has, at sizes for two CPU cores."""
     config = ConfigDict()
     config.seed = 0  # of parameters, data order, noise and dropout
-    config.steps = 1000  # optimiser steps in all
+    config.steps = 1500  # optimiser steps in all
 
     config.data = ConfigDict(
         dict(
             name="sprites",  # source: sprites, folder, array_record or tfds
             path="",  # where the clips are (not for sprites)
             frames=16,  # frames in a training window
-            size=32,  # pixels along each side of the square frames
+            size=24,  # pixels along each side of the square frames
             stride=1,  # source frames from one frame of the window to the next
-            batch_size=16,  # clips in a step, over all hosts
+            batch_size=8,  # clips in a step, over all hosts
             flip=False,  # mirror half of the clips left to right
             crop="random",  # square cut out of a frame: random or center
-            difficulty=0.25,  # sprites: 0 is a plain grey ground, 1 a strongly textured one
+            difficulty=0.0,  # sprites: 0 is a plain grey ground, 1 a strongly textured one
             num_clips=4096,  # sprites: clips in the training split
             workers=0,  # processes that decode; 0 decodes in threads of this one
             threads=2,  # threads that decode, in each process
@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
     )
     config.optim = ConfigDict(
         dict(
-            lr=1e-3,  # peak learning rate
+            lr=2e-3,  # peak learning rate
             warmup=100,  # steps of linear rise from 0 to the peak
             schedule="cosine",  # after the rise: constant, or cosine down to 0
             b1=0.9,  # AdamW: memory of the mean gradient

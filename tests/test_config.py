@@ -147,7 +147,7 @@ def test_differences_names_fields_and_values():
     [
         ("optim.clip", float("nan"), r"optim.clip=nan: must be at least 0"),
         ("seed", 2**32, r"seed=4294967296: must be between 0 and 4294967295"),
-        ("optim.accumulate", 3, r"data.batch_size=16: .*accumulate=3; try 15 or 18"),
+        ("optim.accumulate", 3, r"data.batch_size=8: .*accumulate=3; try 6 or 9"),
     ],
 )
 def test_validate_names_field_value_and_remedy(config, field, value, message):

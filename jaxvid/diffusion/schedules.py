@@ -13,7 +13,7 @@ import numpy as np
 from jaxvid.errors import UserError
 
 PREDICTIONS = ("x0", "eps", "v")
-WEIGHTS = ("uniform", "min_snr", "fused_snr")
+WEIGHTS = ("uniform", "x0", "min_snr", "fused_snr")
 SNR_CLIP = 5.0
 FUSED_SNR_DECAY = 0.96
 
@@ -94,7 +94,8 @@ class NoiseSchedule:
     def weight(self, t_BT, kind, prediction):
         """Loss weight of each frame, float32, shape of t_BT: frames on the last axis.
 
-        min_snr: min(SNR, 5) on the x0 error (Hang et al. 2023), restated for the prediction.
+        x0: the squared error of x0, whatever is predicted; min_snr: min(SNR, 5) times that
+        (Hang et al. 2023); both are restated for the prediction.
         fused_snr: the same with what the frames before already reveal (Diffusion Forcing,
         Chen et al. 2024); frame f depends on frames <= f only.
         """
@@ -105,6 +106,11 @@ class NoiseSchedule:
             )
         if kind == "uniform":
             return jnp.ones(t_BT.shape, jnp.float32)
+        if kind == "x0":
+            alpha, sigma = jnp.take(self.alpha_T, t_BT), jnp.take(self.sigma_T, t_BT)
+            return {"x0": jnp.ones_like(sigma), "v": sigma**2, "eps": (sigma / alpha) ** 2}[
+                prediction
+            ]
         snr = jnp.exp(self.log_snr(t_BT)) / SNR_CLIP
         clipped = jnp.minimum(snr, 1.0)
         if kind == "fused_snr":

@@ -236,17 +236,18 @@ def test_fused_weight_is_the_loop_over_frames(name, prediction):
     np.testing.assert_allclose(schedule.weight(t_BT, "fused_snr", prediction), expected, rtol=2e-4)
 
 
+@pytest.mark.parametrize("kind", ["x0", "min_snr"])
 @pytest.mark.parametrize("name, prediction", ALL)
-def test_min_snr_weighs_the_same_x0_error_whatever_is_predicted(name, prediction):
-    """weight * |prediction error|^2 = min(SNR, 5) * |x0 error|^2, the error taken through split."""
+def test_weights_of_the_x0_error_whatever_is_predicted(name, prediction, kind):
+    """weight * |prediction error|^2 = 1 or min(SNR, 5) * |x0 error|^2, the error through split."""
     schedule, t_BT = MADE[name], some_t(900, first=1)
     x0, eps = clip(10)
     x_t = schedule.add_noise(x0, eps, t_BT)
     wrong = schedule.target(x0, eps, t_BT, prediction) + 0.1
     x0_error = (schedule.split(wrong, x_t, t_BT, prediction)[0] - x0)[..., 0, 0]
-    snr = jnp.exp(schedule.log_snr(t_BT))
-    got = schedule.weight(t_BT, "min_snr", prediction) * 0.1**2
-    np.testing.assert_allclose(got, jnp.minimum(snr, 5) * x0_error**2, rtol=1e-2)
+    factor = 1 if kind == "x0" else jnp.minimum(jnp.exp(schedule.log_snr(t_BT)), 5)
+    got = schedule.weight(t_BT, kind, prediction) * 0.1**2
+    np.testing.assert_allclose(got, factor * x0_error**2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["linear", "flow"])
