@@ -117,11 +117,12 @@ def test_pieces_cut_the_plan_and_lose_nothing():
     assert iterations == list(plan.rows["iteration"])
 
 
-# AR-Diffusion's own sampler on a toy denoiser, tanh of the mean of the frames so far.
+# AR-Diffusion's sampler on a toy denoiser, tanh of the mean of the frames so far. Its own code
+# blends idle frames, which moves them by up to 6e-5; these are its numbers with them left alone.
 OFFICIAL = {
     0: [-0.137005, -0.081393, -0.087273, -0.018507, -0.027335, 0.054857, 0.042880, 0.134277],
-    2: [-0.137022, -0.081404, 0.017314, 0.072980, 0.104976, 0.151365, 0.157749, 0.196502],
-    5: [-0.137048, -0.081419, 0.025020, 0.080589, 0.108726, 0.153763, 0.158989, 0.196971],
+    2: [-0.136992, -0.081383, 0.017320, 0.072978, 0.104975, 0.151359, 0.157750, 0.196499],
+    5: [-0.136992, -0.081383, 0.025025, 0.080577, 0.108722, 0.153748, 0.158992, 0.196968],
 }
 
 
@@ -143,9 +144,8 @@ def test_official_sampler_on_a_toy_denoiser(s):
     empty = x_BFNC[:, :0]
     uncached = samplers.uncached(predict, x_BFNC, state, rng, given_BPNC=empty, **options)
     cached, _ = samplers.cached(predict, x_BFNC, state, rng, **options)
-    # Their finished frames grow by 2e-5 in every further iteration; ours are left alone.
-    np.testing.assert_allclose(uncached.reshape(-1), OFFICIAL[s], atol=6e-5)
-    np.testing.assert_allclose(cached.reshape(-1), OFFICIAL[s], atol=6e-5)
+    np.testing.assert_allclose(uncached.reshape(-1), OFFICIAL[s], atol=2e-5)
+    np.testing.assert_allclose(cached.reshape(-1), OFFICIAL[s], atol=2e-5)
 
 
 def test_guidance_combines_the_halves():
