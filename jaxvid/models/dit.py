@@ -35,7 +35,7 @@ class MLP(nn.Module):
     def __call__(self, x):
         dense = dict(dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
         h = nn.gelu(Linear(self.hidden, name="up", **dense)(x))
-        return Linear(x.shape[-1], name="down", **dense)(h)
+        return Linear(x.shape[-1], transposed=True, name="down", **dense)(h)
 
 
 class Block(nn.Module):

@@ -36,9 +36,9 @@ class Task:
     """
 
     sharding_rules = (
-        (r"(qkv|up|modulation|time_in|time_out|context)/kernel", ("fsdp", "tensor")),
-        (r"(temporal|spatial)/out/kernel|down/kernel", ("tensor", "fsdp")),
-        (r"(qkv|up)/bias", ("tensor",)),
+        (r"/(q|k|v|up|modulation|time_in|time_out|context|down)/kernel", ("fsdp", "tensor")),
+        (r"/out/kernel", ("tensor", "fsdp")),
+        (r"/(q|k|v|up)/bias", ("tensor",)),
     )
 
     def __init__(
