@@ -53,9 +53,11 @@ def get_config(options=""):
             frames=frames,  # frames of a training clip (follows data.frames)
             patch=6 if tiny else 4,  # pixels along each side of a token; must divide the size
             prediction="v" if flow else "x0",  # what the network predicts: x0, eps or v
-            weight="uniform",  # loss: uniform, x0, min_snr or fused_snr
+            weight="min_snr" if tiny else "uniform",  # loss: uniform, x0, min_snr or fused_snr
             timesteps="fopp",  # noise of a training clip: fopp, iid, uniform or full_sequence
-            clean_prefix=0.5,  # probability that a training clip begins with clean frames
+            clean_prefix=0.7
+            if tiny
+            else 0.5,  # probability that a training clip begins with clean frames
             given=4,  # clean frames before the continuation that evaluate scores
         )
     )
@@ -67,9 +69,10 @@ def get_config(options=""):
             mlp_ratio=4.0,  # hidden units of the MLP, in widths
             arrangement="factorised" if tiny else "joint",  # joint or factorised space and time
             qk_norm=True,  # normalise queries and keys
+            input_skip=tiny,  # lead the input past the network, by a share that time decides
             dtype="float32" if tiny else "bfloat16",  # of the computation; parameters are float32
             remat=not tiny,  # compute the layers again in the backward pass, to save memory
-            unroll=1,  # layers per step of the scan over depth
+            scan=not tiny,  # one program for all layers; False compiles longer, runs faster on CPU
         )
     )
     config.task.model.mixer = ConfigDict(
@@ -116,6 +119,7 @@ def _large(config):
     config.steps = 100_000
     config.data.size = 64
     config.data.batch_size = 64
+    config.optim.name = "adamw"
     config.optim.lr = 1e-4
     config.optim.warmup = 1000
     config.optim.ema = 0.9999

@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     """The sections that every task has, at sizes for two CPU cores."""
     config = ConfigDict()
     config.seed = 0  # of parameters, data order, noise and dropout
-    config.steps = 1500  # optimiser steps in all
+    config.steps = 2500  # optimiser steps in all
 
     config.data = ConfigDict(
         dict(
@@ -48,12 +48,14 @@ def get_config() -> ConfigDict:
     )
     config.optim = ConfigDict(
         dict(
+            name="muon",  # adamw; or muon for the matrices of layers, and AdamW for the rest
             lr=2e-3,  # peak learning rate
+            muon_lr=2e-2,  # the same for the matrices that Muon updates
             warmup=100,  # steps of linear rise from 0 to the peak
             schedule="cosine",  # after the rise: constant, or cosine down to 0
             b1=0.9,  # AdamW: memory of the mean gradient
             b2=0.99,  # AdamW: memory of the squared gradient
-            weight_decay=0.0,  # AdamW: decoupled weight decay, matrices only
+            weight_decay=0.0,  # decoupled, of matrices (muon: of its own only)
             clip=1.0,  # largest global norm of the gradient; 0 does not clip
             ema=0.999,  # memory of the weights that evaluate and sample use
             accumulate=1,  # parts that a batch is worked through in, to save memory

@@ -24,7 +24,7 @@ def settings(monkeypatch):
     monkeypatch.setattr(bench, "SHORT_RUN", 4)
     config = config_lib.read(FILE)
     config.data.update(frames=4, size=16, batch_size=8, num_clips=32)
-    config.task.model.update(width=16, depth=1, heads=2, unroll=1)
+    config.task.model.update(width=16, depth=1, heads=2)
     config.task.sampler.update(steps=4, s=2)
     config.task.update(patch=8, given=2)
     return config

@@ -1,5 +1,6 @@
 """The diffusion transformer of AR-Diffusion: one timestep per frame, causal in time, streaming."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -127,9 +128,12 @@ class DiT(nn.Module):
     width D, heads A (divides D), depth layers, grid (H, W) of a frame's tokens with H * W = N,
     arrangement "joint" (all tokens of all frames mix, as in the paper) or "factorised" (attention
     per frame, then the temporal mixer per location), mixer: its name in `mixers.MIXERS` and its
-    own options. remat recomputes each layer in the backward pass. unroll: layers per step of the
-    scan over depth, a matter of speed only; parameters are stacked along a leading depth axis
-    either way.
+    own options. input_skip adds the input to the output, by a learned share of each channel that
+    depends on the timestep (after Karras et al. 2022, where it is a formula): layers normalise,
+    and so lose how strong a token is, which matters little to latents of unit norm and much to
+    pixels. remat recomputes each layer in the backward pass. scan compiles one layer for all and
+    stacks their parameters along a leading depth axis; without it each layer is a program and a
+    subtree of its own, which takes longer to compile and on CPU runs a tenth faster.
     """
 
     width: int
@@ -140,9 +144,10 @@ class DiT(nn.Module):
     arrangement: str = "joint"
     mixer: Mapping[str, Any] = FrozenDict(name="softmax", window=16)
     qk_norm: bool = True
+    input_skip: bool = False
     dtype: Any = jnp.float32
     remat: bool = False
-    unroll: int = 1
+    scan: bool = True
 
     @nn.compact
     def __call__(self, x_BTNC, t_BT, context_BME=None, state=None):
@@ -155,14 +160,8 @@ class DiT(nn.Module):
         if context_BME is not None:
             context_BMD = Linear(self.width, name="context", **dense)(context_BME)
 
-        layers = nn.scan(
-            nn.remat(Block, prevent_cse=False) if self.remat else Block,
-            length=self.depth,
-            unroll=self.unroll,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-        )(
+        layer = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        options = dict(
             heads=self.heads,
             grid=self.grid,
             hidden=int(self.mlp_ratio * self.width),
@@ -170,10 +169,29 @@ class DiT(nn.Module):
             mixer=self.mixer,
             qk_norm=self.qk_norm,
             dtype=self.dtype,
-            name="layers",
         )
-        (_, x_BTND), state = layers((context_BMD, x_BTND), state, c_BTD)
-        head = Linear(
-            x_BTNC.shape[-1], kernel_init=nn.initializers.zeros, dtype=jnp.float32, name="head"
+        carry = (context_BMD, x_BTND)
+        if self.scan:
+            layers = nn.scan(
+                layer,
+                length=self.depth,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+            )
+            carry, state = layers(**options, name="layers")(carry, state, c_BTD)
+        else:
+            states = []
+            for i, before in enumerate(state or (None,) * self.depth):
+                carry, after = layer(**options, name=f"layer_{i}")(carry, before, c_BTD)
+                states.append(after)
+            state = tuple(states)
+        x_BTND = carry[1]
+        to_channels = functools.partial(
+            Linear, x_BTNC.shape[-1], kernel_init=nn.initializers.zeros, dtype=jnp.float32
         )
-        return head(layer_norm(x_BTND)), state
+        y_BTNC = to_channels(name="head")(layer_norm(x_BTND))
+        if self.input_skip:
+            share_BTC = to_channels(name="input_skip")(nn.silu(c_BTD))
+            y_BTNC += share_BTC[:, :, None] * x_BTNC
+        return y_BTNC, state

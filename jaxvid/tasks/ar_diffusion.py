@@ -269,8 +269,7 @@ class Task:
         if "window" in mixer and mixer["window"] is None:
             # Nothing leaves a window as long as the stream, and a scan needs a cache of one size.
             mixer["window"] = total
-        # One layer a step of the scan: the sampler compiles the network for every size of window.
-        model = self.model.clone(mixer=mixer, unroll=1)
+        model = self.model.clone(mixer=mixer)
 
         def predict(x_BTNC, t_BT, state):
             if mixer.get("mask", "causal") == "causal":

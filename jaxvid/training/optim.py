@@ -1,25 +1,43 @@
-"""The optimiser: AdamW with warm-up, a schedule, clipping, and decay on matrices only."""
+"""The optimiser: AdamW or Muon with warm-up, a schedule, clipping, and decay on matrices only."""
+
+import re
 
 import jax
 import optax
+from optax import contrib
 
 from jaxvid.errors import UserError
 from jaxvid.parallel.sharding import path_name
 
+NAMES = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine")
+
+# The matrices inside of transformer layers, which Muon is made for, alone or in stacks of layers.
+_HIDDEN = re.compile(r"/(q|k|v|out|up|down)/kernel$")
 
 
 def make_optimizer(config, steps):
     """(optax transformation, learning-rate schedule) of `config.optim` for a run of `steps`.
 
-    AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) after clipping by global norm (0 = none).
+    After clipping by global norm (0 = none), adamw (Loshchilov & Hutter 2019, arXiv:1711.05101) or
+    muon: orthogonalised momentum (Jordan 2024) at `muon_lr` for the matrices of attention and MLPs,
+    and AdamW with Nesterov momentum at `lr` for the rest.
     Raises UserError on values that cannot train.
     """
     _check(config)
     schedule = make_schedule(config, steps)
-    tx = optax.adamw(
-        schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decayed
-    )
+    if config.name == "adamw":
+        decay = dict(weight_decay=config.weight_decay, mask=decayed)
+        tx = optax.adamw(schedule, b1=config.b1, b2=config.b2, **decay)
+    else:
+        tx = contrib.muon(
+            lambda step: config.muon_lr / config.lr * schedule(step),
+            weight_decay=config.weight_decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_learning_rate=schedule,
+            muon_weight_dimension_numbers=hidden,
+        )
     if config.clip:
         tx = optax.chain(optax.clip_by_global_norm(config.clip), tx)
     return tx, schedule
@@ -49,13 +67,27 @@ def decayed(params):
     return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
+def hidden(params):
+    """Tree of how Muon sees each matrix it updates, the last two axes; None for what AdamW does."""
+
+    def seen(path, leaf):
+        if _HIDDEN.search(path_name(path)):
+            return contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+        return None
+
+    return jax.tree_util.tree_map_with_path(seen, params)
+
+
 def _check(config):
+    if config.name not in NAMES:
+        raise UserError(f"optim.name={config.name}: unknown; use one of {', '.join(NAMES)}")
     if config.schedule not in SCHEDULES:
         raise UserError(
             f"optim.schedule={config.schedule}: unknown; use one of {', '.join(SCHEDULES)}"
         )
-    if config.lr <= 0:
-        raise UserError(f"optim.lr={config.lr}: the learning rate must be positive")
+    for field in ("lr", "muon_lr"):
+        if config[field] <= 0:
+            raise UserError(f"optim.{field}={config[field]}: a learning rate must be positive")
     for field in ("b1", "b2", "ema"):
         if not 0 <= config[field] < 1:
             raise UserError(f"optim.{field}={config[field]}: must be at least 0 and less than 1")

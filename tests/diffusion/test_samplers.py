@@ -62,7 +62,7 @@ def draw(schedule, memory, model, params, state, given=0, window=None, solver=No
 
 
 @pytest.mark.parametrize(
-    "s, frames", [(0, 16), (4, 16), (5, 16), (10, 16), (50, 16), (4, 40), (10, 40)]
+    "s, frames", [(0, 16)] + [(s, frames) for s in (4, 5, 10, 50) for frames in (16, 40)]
 )
 def test_cached_equals_uncached(s, frames):
     schedule = schedulers.ad(frames, N, s, window=16)

@@ -15,7 +15,7 @@ from tests.mixers.test_mixers import disturbed
 ARRANGEMENTS = ("joint", "factorised")
 
 
-def build(arrangement, frames=laws.FRAMES, **mixer):
+def build(arrangement, frames=laws.FRAMES, scan=True, **mixer):
     """(apply, params, x): the DiT as a stream layer, started from a context."""
     model = DiT(
         width=16,
@@ -24,6 +24,8 @@ def build(arrangement, frames=laws.FRAMES, **mixer):
         grid=(2, 1),
         arrangement=arrangement,
         mixer={"name": "softmax", **mixer},
+        input_skip=True,
+        scan=scan,
     )
     rng = jax.random.key(0)
     x = jax.random.normal(rng, (1, frames, 2, 3))
@@ -39,9 +41,9 @@ def build(arrangement, frames=laws.FRAMES, **mixer):
 
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-@pytest.mark.parametrize("mixer", [{"window": 4, "sinks": 1}])
-def test_streaming(arrangement, mixer):
-    apply, params, x = build(arrangement, **mixer)
+@pytest.mark.parametrize("scan", [True, False])
+def test_streaming(arrangement, scan):
+    apply, params, x = build(arrangement, scan=scan, window=4, sinks=1)
     laws.streaming(functools.partial(apply, params), x)
 
 
@@ -69,21 +71,25 @@ def test_the_papers_network_has_the_papers_parameters():
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 671_864_836
 
 
-@pytest.mark.parametrize("options", [{"remat": True}, {"unroll": 2}])
-def test_remat_and_unroll_change_no_result(options):
+def test_remat_and_layers_apart_change_no_result():
     x, t = jnp.ones((1, 3, 2, 3)), jnp.zeros((1, 3), jnp.int32)
     plain = DiT(width=16, depth=2, heads=2, grid=(2, 1))
     params = disturbed(plain.init(jax.random.key(0), x, t))
 
-    def loss(params, model):
-        return jnp.square(model.apply(params, x, t)[0]).mean()
+    def loss(params, **options):
+        if not options.get("scan", True):
+            model = dict(params["params"])
+            stack = model.pop("layers")
+            model |= {f"layer_{i}": jax.tree.map(lambda p, i=i: p[i], stack) for i in range(2)}
+            params = {"params": model}
+        return jnp.square(plain.clone(**options).apply(params, x, t)[0]).mean()
 
-    gradient = jax.jit(jax.grad(loss), static_argnums=1)
-    for got, wanted in zip(
-        jax.tree.leaves(gradient(params, plain.clone(**options))),
-        jax.tree.leaves(gradient(params, plain)),
-    ):
-        np.testing.assert_allclose(got, wanted, atol=1e-6)
+    def gradient(**options):
+        return jax.tree.leaves(jax.jit(jax.grad(functools.partial(loss, **options)))(params))
+
+    for options in ({"remat": True}, {"scan": False}):
+        for got, wanted in zip(gradient(**options), gradient(), strict=True):
+            np.testing.assert_allclose(got, wanted, atol=1e-6)
 
 
 def test_a_frame_is_modulated_by_its_own_timestep_alone():

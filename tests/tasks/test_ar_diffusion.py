@@ -24,7 +24,6 @@ def fields(options="", **changes):
             "task.model.width": 16,
             "task.model.depth": 1,
             "task.model.heads": 2,
-            "task.model.unroll": 1,
             "task.sampler.steps": 4,
             "task.sampler.s": 2,
             **{f"task.{name.replace('__', '.')}": value for name, value in changes.items()},

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import toy
 
@@ -10,7 +11,16 @@ from jaxvid.training.optim import decayed, make_optimizer, make_schedule
 
 @pytest.mark.parametrize(
     "field, value",
-    [("lr", 0.0), ("lr", -1.0), ("b1", 1.0), ("b2", -0.1), ("ema", 1.0), ("schedule", "cosin")],
+    [
+        ("name", "adam"),
+        ("lr", 0.0),
+        ("lr", -1.0),
+        ("muon_lr", 0.0),
+        ("b1", 1.0),
+        ("b2", -0.1),
+        ("ema", 1.0),
+        ("schedule", "cosin"),
+    ],
 )
 def test_bad_values_are_one_line_naming_the_field(field, value):
     config = toy.config(**{f"optim__{field}": value})
@@ -52,3 +62,31 @@ def test_decay_spares_biases_norms_and_vectors():
     updates, _ = tx.update(zeros, tx.init(params), params)
     np.testing.assert_allclose(updates["dense"]["kernel"], -0.1, rtol=1e-6)
     assert not updates["stacked_norm"]["scale"].any() and not updates["dense"]["bias"].any()
+
+
+def test_muon_orthogonalises_the_matrices_of_layers_and_leaves_the_rest_to_adamw():
+    rng = np.random.default_rng(0)
+    params = {
+        "layers": {
+            "q": {"kernel": rng.normal(size=(3, 8, 8)), "bias": rng.normal(size=(3, 8))},
+            "up": {"kernel": rng.normal(size=(3, 8, 16))},
+        },
+        "head": {"kernel": rng.normal(size=(8, 8))},
+    }
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    config = toy.config(optim__warmup=0, optim__clip=0.0, optim__schedule="constant").optim
+
+    config.update(name="muon", lr=1e-3, muon_lr=0.5, weight_decay=0.0)
+
+    def updates(tx):
+        return tx.update(params, tx.init(params), params)[0]
+
+    muon = updates(make_optimizer(config, 10)[0])
+    nadam = updates(optax.nadamw(1e-3, b1=config.b1, b2=config.b2, weight_decay=0.0))
+    for get in (lambda tree: tree["head"]["kernel"], lambda tree: tree["layers"]["q"]["bias"]):
+        np.testing.assert_allclose(get(muon), get(nadam), rtol=1e-6)
+    # Each layer of a stack by itself: singular values near 1, times sqrt(columns / rows) and lr.
+    for name, size in (("q", 0.5), ("up", 0.5 * 2**0.5)):
+        singular = np.linalg.svd(muon["layers"][name]["kernel"], compute_uv=False)
+        assert singular.shape == (3, 8)
+        assert 0.4 * size < singular.min() and singular.max() < 1.3 * size

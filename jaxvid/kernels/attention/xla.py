@@ -19,6 +19,7 @@ import numpy as np
 _CHUNK = 128  # queries of a chunk at least; fewer waste less, but products run slower
 _CHUNKS = 16  # at most, as each is traced on its own
 _GAP = 64  # masked keys at least, to be worth cutting out
+_SMALL = 4096  # scores of a matrix that is quicker to transpose than to contract over its rows
 _MASKED = -1e30  # in the place of -inf, which makes NaN of a row without keys
 
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -111,8 +112,8 @@ def _backward(chunks, residuals, dy_BALK):
         dp_BAGM = _einsum("BAGK,BAMK->BAGM", dy, v_chunk)
         ds_BAGM = (p_BAGM * (dp_BAGM - inner)).astype(dtype)
         dq.append(_einsum("BAGM,BAMK->BAGK", ds_BAGM, k_chunk))
-        dk.append(_einsum("BAGK,BAGM->BAKM", q, ds_BAGM))
-        dv.append(_einsum("BAGK,BAGM->BAKM", dy, p_BAGM.astype(dtype)))
+        dk.append(_over_queries(q, ds_BAGM))
+        dv.append(_over_queries(dy, p_BAGM.astype(dtype)))
     dk_BAMK, dv_BAMK = (_total(chunks, d, k_BAMK.shape[2]).swapaxes(2, 3) for d in (dk, dv))
     grads = (
         jnp.concatenate(dq, 2).astype(dtype),
@@ -124,6 +125,15 @@ def _backward(chunks, residuals, dy_BALK):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _over_queries(x_BAGK, p_BAGM):
+    """Sum over queries of x times p, float32 [B, A, K, M]."""
+    if p_BAGM.shape[2] * p_BAGM.shape[3] > _SMALL:
+        return _einsum("BAGK,BAGM->BAKM", x_BAGK, p_BAGM)
+    # XLA would undo the transposition, and take several times as long for small matrices.
+    p_BAMG = jax.lax.optimization_barrier(p_BAGM.swapaxes(2, 3))
+    return _einsum("BAMG,BAGK->BAMK", p_BAMG, x_BAGK).swapaxes(2, 3)
 
 
 def _scores(chunk, q_BALK, k_BAMK, mask_LM):
