@@ -1,0 +1,205 @@
+"""Linear attention: every implementation against the token recurrence, which has its own oracle."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxvid.kernels.linear_attention import linear_attention
+
+# name: (tokens, key width, value width, kind of decay, whether sequences are packed)
+CASES = {
+    "one token": (1, 16, 16, "token", False),
+    "no decay": (65, 96, 96, None, False),
+    "no decay, packed": (130, 16, 16, None, True),
+    "decay of a head": (64, 128, 64, "head", False),
+    "decay of a token": (63, 64, 256, "token", False),
+    "decay of a token, long": (1000, 16, 24, "token", True),
+    "decay of a channel": (65, 64, 16, "channel", False),
+    "decay of a channel, packed": (150, 24, 16, "channel", True),
+}
+
+
+def inputs(case, strength="mixed", batch=2, heads=2):
+    """((q, k, v, log_decay, initial_state), segment_ids) with decays by the name of their strength.
+
+    mixed: some next to nothing, some that forget, most between them.
+    """
+    L, K, V, kind, packed = CASES[case]
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(batch, L, heads, width)) for width in (K, K, V))
+    shape = {"head": (heads,), "token": (batch, L, heads), "channel": k.shape}.get(kind)
+    decay = None
+    if shape:
+        weak, strong, some = (
+            1e-4 * rng.random(shape),
+            np.full(shape, 50.0),
+            rng.exponential(0.3, shape),
+        )
+        mixed = np.choose(rng.integers(0, 6, shape), [weak, weak, strong, some, some, some])
+        decay = -{"weak": weak, "strong": strong, "mixed": mixed}[strength]
+    state = rng.normal(size=(batch, heads, K, V))
+    # Segments of all lengths, one of them a single token, not the same in both rows.
+    cuts = np.stack(
+        [np.roll(np.isin(np.arange(L), [20, 21, 66, 128]), row) for row in range(batch)]
+    )
+    segment_ids = jnp.asarray(np.cumsum(cuts, axis=1)) if packed else None
+    cast = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))
+    return cast((q, k, v, decay, state)), segment_ids
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "chunk"))
+def value_and_grads(arrays, segment_ids=None, *, implementation, chunk=None):
+    """{name: array} of the outputs and, under random cotangents, of all gradients."""
+
+    def outputs(q, k, v, log_decay, state):
+        y, state = linear_attention(
+            q,
+            k,
+            v,
+            log_decay,
+            initial_state=state,
+            segment_ids=segment_ids,
+            return_state=True,
+            chunk=chunk,
+            implementation=implementation,
+        )
+        return {"y": y, "state": state}
+
+    values, pull = jax.vjp(outputs, *arrays)
+    rng = jax.random.key(1)
+    grads = pull({n: jax.random.normal(rng, x.shape).astype(x.dtype) for n, x in values.items()})
+    names = ("dq", "dk", "dv", "dlog_decay", "dinitial_state")
+    return values | {name: x for name, x in zip(names, grads) if x is not None}
+
+
+def assert_close(got, wanted, value=1e-5, gradient=1e-4):
+    """Errors of outputs and of gradients, each in units of the largest element (1e-6 at least)."""
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        exact = np.asarray(wanted[name], np.float64)
+        error = np.abs(np.asarray(got[name], np.float64) - exact).max()
+        error /= max(np.abs(exact).max(), 1e-6)
+        assert error <= (gradient if name.startswith("d") else value), f"{name} is off by {error}"
+
+
+def brute_force(arrays, segment_ids):
+    """y_i = scale sum_{j <= i} q_i exp(g_{j+1} + .. + g_i) k_j v_j in float64, pair by pair."""
+    q, k, v, g, state = (np.asarray(x, np.float64) for x in arrays)
+    g = np.broadcast_to(g[..., None] if g.ndim == 3 else g, k.shape)
+    y, last = np.zeros(v.shape), np.zeros(state.shape)
+    for b, i, a in np.ndindex(q.shape[:3]):
+        segment = np.zeros(q.shape[1], int) if segment_ids is None else np.asarray(segment_ids[b])
+        memory = np.exp(g[b, : i + 1, a].sum(0))[:, None] * state[b, a] * (segment[i] == segment[0])
+        for j in np.flatnonzero(segment[: i + 1] == segment[i]):
+            memory += np.outer(np.exp(g[b, j + 1 : i + 1, a].sum(0)) * k[b, j, a], v[b, j, a])
+        y[b, i, a], last[b, a] = q[b, i, a] @ memory * q.shape[3] ** -0.5, memory
+    return {"y": y, "state": last}
+
+
+@pytest.mark.parametrize("case", ["decay of a token", "decay of a channel, packed"])
+def test_reference_equals_brute_force(case):
+    arrays, segment_ids = inputs(case, batch=1)
+    got = value_and_grads(arrays, segment_ids, implementation="reference")
+    assert_close({name: got[name] for name in ("y", "state")}, brute_force(arrays, segment_ids))
+
+
+@pytest.mark.parametrize("implementation", ["chunked"])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_reference(case, implementation):
+    arrays, segment_ids = inputs(case)
+    wanted = value_and_grads(arrays, segment_ids, implementation="reference")
+    assert_close(value_and_grads(arrays, segment_ids, implementation=implementation), wanted)
+
+
+@pytest.mark.parametrize("strength", ["weak", "strong"])
+@pytest.mark.parametrize("case", ["decay of a token", "decay of a channel"])
+def test_extreme_decays(case, strength):
+    arrays, _ = inputs(case, strength)
+    wanted = value_and_grads(arrays, implementation="reference")
+    assert_close(value_and_grads(arrays, implementation="chunked", chunk=16), wanted)
+
+
+@pytest.mark.parametrize(
+    "case, chunk",
+    [("decay of a token", 1), ("decay of a token", 24), ("decay of a channel", 4096)],
+)
+def test_chunk_changes_no_result(case, chunk):
+    arrays, _ = inputs(case)
+    wanted = value_and_grads(arrays, implementation="chunked", chunk=16)
+    assert_close(value_and_grads(arrays, implementation="chunked", chunk=chunk), wanted)
+
+
+@pytest.mark.parametrize("case", ["decay of a token, long", "decay of a channel"])
+def test_bfloat16_keeps_its_dtype_and_the_state_of_float32(case):
+    exact, segment_ids = inputs(case)
+    arrays = [x.astype(jnp.bfloat16) for x in exact[:3]] + [*exact[3:]]
+    exact = [x.astype(jnp.float32) for x in arrays]
+    wanted = value_and_grads(exact, segment_ids, implementation="reference")
+    got = value_and_grads(arrays, segment_ids, implementation="chunked", chunk=16)
+    for name in ("y", "dq", "dk", "dv"):
+        assert got[name].dtype == jnp.bfloat16
+    assert got["state"].dtype == got["dlog_decay"].dtype == jnp.float32
+    assert_close(got, wanted, value=0.01, gradient=0.02)
+
+
+@pytest.mark.parametrize("case", ["decay of a token", "decay of a channel"])
+def test_a_sequence_may_be_cut_anywhere(case):
+    (q, k, v, g, state), _ = inputs(case)
+    run = jax.jit(functools.partial(linear_attention, return_state=True))
+    whole = run(q, k, v, g, initial_state=state)
+    ys = []
+    for part in (slice(0, 1), slice(1, 40), slice(40, None)):
+        y, state = run(*(x[:, part] for x in (q, k, v, g)), initial_state=state)
+        ys.append(y)
+    assert_close(dict(y=jnp.concatenate(ys, 1), state=state), dict(y=whole[0], state=whole[1]))
+
+
+def test_packed_segments_equal_separate_calls():
+    arrays, segment_ids = inputs("decay of a token, long", batch=1)
+    (q, k, v, g), segment_ids = jax.tree.map(lambda x: x[:, :60], (arrays[:4], segment_ids))
+    state = arrays[4]
+    run = jax.jit(linear_attention, static_argnames="implementation")
+    packed = run(q, k, v, g, segment_ids=segment_ids, initial_state=state)
+    cuts = [0, *(np.flatnonzero(np.diff(segment_ids[0])) + 1), None]
+    alone = [
+        run(
+            *(x[:, start:stop] for x in (q, k, v, g)),
+            initial_state=None if start else state,
+            implementation="reference",
+        )
+        for start, stop in itertools.pairwise(cuts)
+    ]
+    assert_close(dict(y=packed), dict(y=jnp.concatenate(alone, axis=1)))
+
+
+def test_minus_infinity_is_a_decay():
+    """What came before leaves no trace, and no NaN."""
+    (q, k, v, g, state), _ = inputs("decay of a token")
+    g = jnp.full_like(g, -jnp.inf)
+    values = value_and_grads((q, k, v, g, state), implementation="chunked")
+    own = jnp.sum(q * k, axis=-1, keepdims=True) * v * q.shape[-1] ** -0.5
+    assert_close(dict(y=values["y"]), dict(y=own))
+    assert all(np.isfinite(x).all() for x in values.values())
+    assert not values["dinitial_state"].any() and not values["dlog_decay"].any()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(k_BLAK=jnp.ones((1, 4, 2, 5))), "q, k, v of shapes"),
+        (dict(log_decay=jnp.ones((1, 4))), r"log_decay of shape \[1, 4\]: must be \[2\] or \[1, 4"),
+        (dict(initial_state=jnp.ones((1, 2, 8))), "initial_state of shape"),
+        (dict(segment_ids=jnp.ones((4,), int)), "segment_ids of shape"),
+        (dict(chunk=0), "chunk=0: must be at least 1"),
+        (dict(implementation="cuda"), "implementation='cuda': use auto, "),
+    ],
+)
+def test_bad_input_is_answered_in_one_line(changes, message):
+    x = jnp.ones((1, 4, 2, 8))
+    with pytest.raises(ValueError, match=message) as error:
+        linear_attention(**{**dict(q_BLAK=x, k_BLAK=x, v_BLAV=x), **changes})
+    assert "\n" not in str(error.value)
