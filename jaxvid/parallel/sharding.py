@@ -75,5 +75,11 @@ def shard(x, letters):
         return x
     if x.ndim != len(letters):
         raise ValueError(f"letters {letters!r} for an array of shape {x.shape}")
-    spec = (_fit(LETTER_AXES.get(letter), size, mesh) for letter, size in zip(letters, x.shape))
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+    return jax.lax.with_sharding_constraint(x, partition_letters(letters, x.shape, mesh))
+
+
+def partition_letters(letters, shape, mesh):
+    """PartitionSpec of an activation by its axis letters."""
+    return PartitionSpec(
+        *(_fit(LETTER_AXES.get(letter), size, mesh) for letter, size in zip(letters, shape))
+    )

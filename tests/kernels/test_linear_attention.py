@@ -2,13 +2,18 @@
 
 import functools
 import itertools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jaxvid.kernels.linear_attention import linear_attention
+from jaxvid.kernels.linear_attention import linear_attention, tpu
 
 # name: (tokens, key width, value width, kind of decay, whether sequences are packed)
 CASES = {
@@ -203,3 +208,116 @@ def test_bad_input_is_answered_in_one_line(changes, message):
     with pytest.raises(ValueError, match=message) as error:
         linear_attention(**{**dict(q_BLAK=x, k_BLAK=x, v_BLAV=x), **changes})
     assert "\n" not in str(error.value)
+
+
+# Pallas kernels for TPU
+
+
+@pytest.mark.parametrize(
+    "case, chunk",
+    [("no decay, packed", 128), ("decay of a token, long", 256), ("decay of a channel", 128)],
+)
+def test_tpu_kernels_interpreted(case, chunk, capfd):
+    """Chunks in order, heads and rows in any; memory starts as NaN and races are looked for."""
+    arrays, segment_ids = inputs(case)
+    params = pltpu.InterpretParams(detect_races=True, random_seed=0)
+    with pltpu.force_tpu_interpret_mode(params):
+        got = value_and_grads(arrays, segment_ids, implementation="tpu", chunk=chunk)
+        jax.block_until_ready(got)
+    assert "RACE" not in capfd.readouterr().out
+    assert_close(got, value_and_grads(arrays, segment_ids, implementation="reference"))
+
+
+def products(chunk, width, per_channel):
+    """Multiply-adds per token, whole tiles: forward, and backward with saved states."""
+    levels = chunk.bit_length() - 1 if per_channel else 1
+    scores = chunk * width
+    return scores * (levels + 1) + 2 * width**2, scores * (3 * levels + 2) + 4 * width**2
+
+
+def kernels(chunk, width, per_channel, sharding=None):
+    """(forward and backward kernel, its arguments, the multiply-adds and the bytes they take)."""
+    B, L, A, K = 2, 1024, 4, width
+    decay = (B, A, L, K) if per_channel else (B, A, 1, L)
+    x, g, state = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for shape, dtype in [
+            ((B, A, L, K), jnp.bfloat16),
+            (decay, jnp.float32),
+            ((B, A, K, K), jnp.float32),
+        ]
+    )
+
+    @jax.jit
+    def run(inputs, cotangents):
+        values, pull = jax.vjp(functools.partial(tpu.attend, chunk), *inputs)
+        return values, pull(cotangents)
+
+    # Read q, k, v and write y; read q, k, v, dy and write dq, dk, dv; read the decay twice, write
+    # its gradient; states and cotangents at both ends, and between chunks states out and in.
+    size = 11 * 2 * B * A * L * K + 3 * 4 * math.prod(decay)
+    size += B * A * K * K * (4 * 4 + 2 * 2 * L // chunk)
+    return (
+        run,
+        ((x, x, x, g, state), (x, state)),
+        B * A * L * sum(products(chunk, K, per_channel)),
+        size,
+    )
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_tpu_kernels_estimate_their_cost(per_channel):
+    run, arguments, multiply_adds, size = kernels(128, 64, per_channel)
+    closed = [run.trace(*arguments).jaxpr]
+    estimates = []
+    while closed:
+        for equation in closed.pop().eqns:
+            if equation.primitive.name == "pallas_call":
+                estimates.append(equation.params["cost_estimate"])
+            else:
+                closed += jax.core.jaxprs_in_params(equation.params)
+    assert len(estimates) == 2
+    assert sum(cost.flops for cost in estimates) == 2 * multiply_adds
+    assert sum(cost.bytes_accessed for cost in estimates) == size
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_tpu_kernels_compile(topology, monkeypatch):
+    pytest.importorskip("libtpu", reason="libtpu is not installed")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU machine to ask about itself
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    tiles = [(128, 64), (128, 128), (256, 128), (128, 256)]
+    for tile in [*((*tile, False) for tile in tiles), (128, 128, True), (128, 96, True)]:
+        run, arguments, multiply_adds, _ = kernels(*tile, SingleDeviceSharding(devices[0]))
+        compiled = run.lower(*arguments).compile()
+        assert compiled.as_text().count("tpu_custom_call") == 2
+        assert compiled.cost_analysis()["flops"] == pytest.approx(2 * multiply_adds, rel=0.05)
+
+
+def mesh_with_sequence():
+    names = ("data", "fsdp", "tensor", "seq")
+    return jax.make_mesh((2, 1, 2, 2), names, axis_types=(AxisType.Auto,) * 4)
+
+
+@pytest.mark.parametrize("case", ["decay of a head", "decay of a channel, packed"])
+def test_sharded_equals_whole(case):
+    arrays, segment_ids = inputs(case)
+    wanted = value_and_grads(arrays, segment_ids, implementation="reference")
+    with jax.set_mesh(mesh_with_sequence()):
+        got = value_and_grads(arrays, segment_ids, implementation="chunked", chunk=32)
+    assert_close(got, wanted)
+
+
+def test_on_a_mesh_the_sequence_is_exchanged_by_states_alone():
+    arrays, _ = inputs("decay of a head")
+    mesh = mesh_with_sequence()
+    with jax.set_mesh(mesh):
+        spec = PartitionSpec("data", "seq", "tensor")
+        tokens = [jax.device_put(x, NamedSharding(mesh, spec)) for x in arrays[:3]]
+        run = jax.jit(functools.partial(linear_attention, implementation="chunked"))
+        program = run.lower(*tokens, arrays[3]).compile().as_text()
+    gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather", program)
+    sizes = [math.prod(map(int, shape.split(","))) for shape in gathered]
+    assert sizes and max(sizes) <= arrays[4].size  # two parts of a quarter of the states each

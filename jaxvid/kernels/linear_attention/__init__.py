@@ -1,10 +1,14 @@
 """Linear attention with decay: attention without softmax, by a state of constant size."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
-from jaxvid.kernels.linear_attention import chunked, reference
+from jaxvid.kernels.linear_attention import chunked, reference, sharded, tpu
 
 IMPLEMENTATIONS = {
+    "tpu": tpu.linear_attention,
     "chunked": chunked.linear_attention,
     "reference": reference.linear_attention,
 }
@@ -41,7 +45,9 @@ def linear_attention(
     can be packed; the first segment sees the initial state, the last one's state is returned.
     chunk: tokens that are worked on at once, which changes the speed alone. implementation: a name
     of IMPLEMENTATIONS, which raises NotImplementedError where it does not apply, or "auto", the
-    first that applies. Raises ValueError where shapes do not fit.
+    fastest for the platform that applies. Raises ValueError where shapes do not fit.
+
+    On a mesh, batch and heads are split as everywhere, and L over an axis `seq` if there is one.
     """
     _check(q_BLAK, k_BLAK, v_BLAV, log_decay, initial_state, segment_ids, chunk, implementation)
     B, L, A, K = q_BLAK.shape
@@ -53,12 +59,34 @@ def linear_attention(
         chunk=chunk,
     )
     log_decay = _resolve(log_decay, segment_ids, (B, L, A))
-    if implementation == "auto":
-        implementation = "reference" if L == 1 else "chunked"
-    y_BLAV, state_BAKV = IMPLEMENTATIONS[implementation](
-        q_BLAK, k_BLAK, v_BLAV, log_decay, **arguments
-    )
-    return (y_BLAV, state_BAKV) if return_state else y_BLAV
+    for name in _fastest(L) if implementation == "auto" else (implementation,):
+        attend = IMPLEMENTATIONS[name]
+        if _on_mesh(name):
+            attend = functools.partial(sharded.linear_attention, attend)
+        try:
+            y_BLAV, state_BAKV = attend(q_BLAK, k_BLAK, v_BLAV, log_decay, **arguments)
+        except NotImplementedError:
+            if implementation != "auto":
+                raise
+        else:
+            return (y_BLAV, state_BAKV) if return_state else y_BLAV
+
+
+def _fastest(length):
+    """Names of IMPLEMENTATIONS by the platform of the program; the last always applies."""
+    device = jax.sharding.get_abstract_mesh().abstract_device  # that of a mesh not of this machine
+    platform = device.platform if device else jax.default_backend()
+    if length == 1:
+        return ("reference",)
+    return (platform, "chunked") if platform in IMPLEMENTATIONS else ("chunked",)
+
+
+def _on_mesh(name):
+    """Whether to split the work by hand: sequences always, kernels that XLA cannot split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return False
+    return mesh.shape.get(sharded.SEQUENCE, 1) > 1 or name not in ("chunked", "reference")
 
 
 def _resolve(log_decay, segment_ids, shape_BLA):
