@@ -5,7 +5,8 @@
         --config.data.path=DIR
 
 Options: size=tiny|s|b|l|xl (tiny is made for two CPU cores, xl is the paper's 672 M parameters),
-data=sprites|folder|array_record|tfds, cond=none|class|text, noise=diffusion|flow.
+data=sprites|folder|array_record|tfds, cond=none|class|text, noise=diffusion|flow,
+mixer=softmax|linear|lightning|gla (all but softmax remember a stream in a state of constant size).
 """
 
 from ml_collections import ConfigDict, FieldReference
@@ -30,6 +31,7 @@ def get_config(options=""):
         data=("sprites", "folder", "array_record", "tfds"),
         cond=("none", "class", "text"),
         noise=("diffusion", "flow"),
+        mixer=("softmax", "linear", "lightning", "gla"),
     )
     config = common.get_config()
     config.data.name = chosen.data
@@ -75,14 +77,14 @@ def get_config(options=""):
             scan=not tiny,  # one program for all layers; False compiles longer, runs faster on CPU
         )
     )
-    config.task.model.mixer = ConfigDict(
-        dict(
-            name="softmax",  # temporal mixer, a name in jaxvid.mixers
-            window=frames,  # frames that a frame sees, its own included (follows data.frames)
-            sinks=0,  # first frames that stay visible beyond the window
-            mask="causal",  # causal; full (not causal) or leaky (peers' weights) cannot stream
-        )
-    )
+    config.task.model.mixer = ConfigDict()
+    config.task.model.mixer.name = chosen.mixer  # temporal mixer, a name in jaxvid.mixers
+    if chosen.mixer == "softmax":
+        config.task.model.mixer.window = frames  # frames it sees, its own too (follows data.frames)
+        config.task.model.mixer.sinks = 0  # first frames that stay visible beyond the window
+        config.task.model.mixer.mask = "causal"  # or full or leaky, which cannot stream
+    if chosen.mixer == "lightning":
+        config.task.model.mixer.slopes = "lightning"  # how fast heads forget; or fla or sglang
     config.task.noise = ConfigDict(
         dict(
             name="flow" if flow else "linear",  # linear, linear_baseline, cosine, sigmoid or flow

@@ -9,9 +9,16 @@ proves it for every row of the table). A mixer also has
 
 which reads the context (text, class) that comes before the first frame of `tokens` tokens.
 
-Every mixer is built as `Mixer(heads=, grid=, window=, sinks=, qk_norm=, dtype=, name=)`.
+Every mixer is built as `Mixer(width=, heads=, grid=, qk_norm=, dtype=, name=)` with options of its
+own beside these: what a window is, say, only attention knows.
 """
 
 from jaxvid.mixers.attention import Attention
+from jaxvid.mixers.linear_attention import GLA, Lightning, LinearAttention
 
-MIXERS = {"softmax": Attention}
+MIXERS = {
+    "softmax": Attention,
+    "linear": LinearAttention,
+    "lightning": Lightning,
+    "gla": GLA,
+}

@@ -36,9 +36,12 @@ class Task:
     """
 
     sharding_rules = (
-        (r"/(q|k|v|up|modulation|time_in|time_out|context|down)/kernel", ("fsdp", "tensor")),
+        (
+            r"/(q|k|v|gate|decay_out|up|modulation|time_in|time_out|context|down)/kernel",
+            ("fsdp", "tensor"),
+        ),
         (r"/out/kernel", ("tensor", "fsdp")),
-        (r"/(q|k|v|up)/bias", ("tensor",)),
+        (r"/(q|k|v|gate|decay_out|up)/bias", ("tensor",)),
     )
 
     def __init__(

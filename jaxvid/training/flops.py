@@ -90,6 +90,8 @@ def _count(jaxpr):
             total += _dot(eqn)
         elif eqn.primitive.name == "conv_general_dilated":
             total += _convolution(eqn)
+        elif eqn.primitive.name == "pallas_call" and eqn.params["cost_estimate"]:
+            total += eqn.params["cost_estimate"].flops
         elif eqn.primitive.name.startswith("dot_product_attention_fwd"):
             q_BLAK, k_BMAK = (variable.aval for variable in eqn.invars[:2])
             total += 4 * q_BLAK.size * k_BMAK.shape[1]  # cuDNN computes masked pairs too

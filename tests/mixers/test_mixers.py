@@ -9,6 +9,7 @@ import pytest
 
 from jaxvid.layers import masks
 from jaxvid.mixers import MIXERS, cache
+from jaxvid.mixers.linear_attention import slopes
 from tests import laws
 
 # One row per variant: the mixer's name and its options. A new mixer joins the laws by its row.
@@ -17,6 +18,9 @@ ROWS = [
     ("softmax", {"window": 4}),
     ("softmax", {"window": 3, "sinks": 2}),
     ("softmax", {"window": 1, "qk_norm": False}),
+    ("linear", {}),
+    ("lightning", {"slopes": "fla"}),
+    ("gla", {}),
 ]
 
 
@@ -57,6 +61,42 @@ def test_causality(name, options):
 @pytest.mark.parametrize("name, options", [row for row in ROWS if row[1].get("window") != 1])
 def test_gradients(name, options):
     laws.gradients(*build(name, options, (2, 3)))
+
+
+@pytest.mark.parametrize("name", ["linear", "lightning", "gla"])
+def test_what_a_recurrent_mixer_remembers_does_not_grow(name):
+    apply, params, x = build(name, {}, (2, 3))
+    _, first = apply(params, x[:, :1], None)
+    _, later = apply(params, x[:, 1:], first)
+    assert first.shape == later.shape == (2, 2, 8, 9 if name == "linear" else 8)
+    assert first.dtype == jnp.float32
+
+
+def test_linear_attention_is_a_mean_weighted_by_the_kernel():
+    """With all queries and keys zero, elu + 1 is one, and the mean is that of all tokens so far."""
+    apply, params, x = build("linear", {"qk_norm": False}, (2, 3))
+    zero = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * (path[1].key not in "qk"), params
+    )
+    out, value = params["params"]["out"], params["params"]["v"]
+    v = x @ value["kernel"] + value["bias"]
+    tokens = 6 * np.arange(1, laws.FRAMES + 1)[:, None]
+    mean = v.sum(2).cumsum(1) / tokens
+    expected = (mean @ out["kernel"] + out["bias"])[:, :, None]
+    y, _ = apply(zero, x, None)
+    np.testing.assert_allclose(y, jnp.broadcast_to(expected, y.shape), atol=1e-5)
+
+
+def test_published_slopes():
+    powers = 2.0 ** -np.arange(1, 9)
+    np.testing.assert_allclose(slopes("lightning", 8), powers * (1 + 1e-5))
+    np.testing.assert_allclose(slopes("lightning", 8, layer=7, layers=8), powers * 1e-5, rtol=1e-9)
+    np.testing.assert_allclose(slopes("fla", 4, layer=1, layers=4), 1.5 * np.arange(4))
+    np.testing.assert_allclose(slopes("sglang", 8, layer=1, layers=5), powers * (1 + 1e-5))
+    twelve = np.concatenate([powers, 2.0 ** -np.array([0.5, 1.5, 2.5, 3.5])])
+    np.testing.assert_allclose(slopes("lightning", 12), twelve * (1 + 1e-5))
+    with pytest.raises(ValueError, match="slopes='alibi': unknown; use one of lightning, "):
+        slopes("alibi", 8)
 
 
 @pytest.mark.parametrize("mask", ["full", "leaky"])

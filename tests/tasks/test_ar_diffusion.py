@@ -235,6 +235,15 @@ def test_masks_that_see_the_future_sample_without_a_cache():
     assert np.isfinite(video).all() and video.shape == (1, 6, 8, 8, 3)
 
 
+def test_a_recurrent_mixer_samples_the_same_from_its_state_as_from_all_frames():
+    videos = []
+    for memory in ("cache", "none"):
+        task = Task(**fields("cond=class,mixer=gla", sampler__memory=memory))
+        cond = {"num": 2, "label": np.arange(2)}
+        videos.append(task.sample(opened(task), jax.random.key(0), cond, frozen={}, frames=9))
+    np.testing.assert_allclose(*videos, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [

@@ -49,7 +49,10 @@ def linear_attention(
 
     On a mesh, batch and heads are split as everywhere, and L over an axis `seq` if there is one.
     """
-    _check(q_BLAK, k_BLAK, v_BLAV, log_decay, initial_state, segment_ids, chunk, implementation)
+    check(q_BLAK, k_BLAK, v_BLAV, log_decay, initial_state, segment_ids, chunk)
+    if implementation not in ("auto", *IMPLEMENTATIONS):
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"implementation={implementation!r}: use auto, {known}")
     B, L, A, K = q_BLAK.shape
     if initial_state is None:
         initial_state = jnp.zeros((B, A, K, v_BLAV.shape[-1]))
@@ -58,7 +61,7 @@ def linear_attention(
         state_BAKV=initial_state.astype(jnp.float32),
         chunk=chunk,
     )
-    log_decay = _resolve(log_decay, segment_ids, (B, L, A))
+    log_decay = resolve(log_decay, segment_ids, (B, L, A))
     for name in _fastest(L) if implementation == "auto" else (implementation,):
         attend = IMPLEMENTATIONS[name]
         if _on_mesh(name):
@@ -89,7 +92,7 @@ def _on_mesh(name):
     return mesh.shape.get(sharded.SEQUENCE, 1) > 1 or name not in ("chunked", "reference")
 
 
-def _resolve(log_decay, segment_ids, shape_BLA):
+def resolve(log_decay, segment_ids, shape_BLA):
     """None, or float32 [B, L, A] or [B, L, A, K] from FORGET, where a segment starts, to 0."""
     if log_decay is None and segment_ids is None:
         return None
@@ -102,7 +105,7 @@ def _resolve(log_decay, segment_ids, shape_BLA):
     return jnp.where(starts_BL.reshape(*starts_BL.shape, *(1,) * (g.ndim - 2)), FORGET, g)
 
 
-def _check(q, k, v, log_decay, initial_state, segment_ids, chunk, implementation):
+def check(q, k, v, log_decay, initial_state, segment_ids, chunk):
     """Raise ValueError, one line that names the argument, for what cannot be meant."""
     if q.ndim != 4 or k.shape != q.shape or v.shape[:-1] != q.shape[:-1] or q.shape[1] == 0:
         raise ValueError(
@@ -121,7 +124,3 @@ def _check(q, k, v, log_decay, initial_state, segment_ids, chunk, implementation
     require("segment_ids", segment_ids, (B, L))
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk}: must be at least 1")
-    if implementation not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(
-            f"implementation={implementation!r}: use auto, {' or '.join(IMPLEMENTATIONS)}"
-        )

@@ -14,7 +14,7 @@ import numpy as np
 CHUNK = 64
 GRAIN = 1 / 64  # of the part of a decay that adds up without rounding
 
-_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def linear_attention(q_BLAK, k_BLAK, v_BLAV, log_decay, *, scale, state_BAKV, chunk):
@@ -30,7 +30,7 @@ def linear_attention(q_BLAK, k_BLAK, v_BLAV, log_decay, *, scale, state_BAKV, ch
         within, g = _by_channel, split(log_decay, G)
     q, k, v = (split(x, G) for x in (q_BLAK * scale, k_BLAK, v_BLAV))
     y, read_SBAGK, write_SBAGK, keep = within(q, k, v, g)
-    written_SBAKV = _einsum("SBAGK,SBAGV->SBAKV", write_SBAGK, v)
+    written_SBAKV = einsum("SBAGK,SBAGV->SBAKV", write_SBAGK, v)
 
     def step(state_BAKV, chunk):
         keep_BAK, written_BAKV = chunk
@@ -38,7 +38,7 @@ def linear_attention(q_BLAK, k_BLAK, v_BLAV, log_decay, *, scale, state_BAKV, ch
 
     keep = jnp.broadcast_to(keep, (*written_SBAKV.shape[:3], keep.shape[3]))
     state_BAKV, before_SBAKV = jax.lax.scan(step, state_BAKV, (keep, written_SBAKV))
-    y += _einsum("SBAGK,SBAKV->SBAGV", read_SBAGK, before_SBAKV.astype(q.dtype))
+    y += einsum("SBAGK,SBAKV->SBAGV", read_SBAGK, before_SBAKV.astype(q.dtype))
     return join(y, L).astype(v_BLAV.dtype), state_BAKV
 
 
@@ -62,13 +62,23 @@ def join(x_SBAGV, length):
 
 @jax.checkpoint
 def _by_head(q, k, v, g_SBAG):
-    """One decay per head and token: the scores take the factors exp(g_{j+1} + .. + g_i)."""
+    """One decay per head and token: a factor of every score."""
+    factor_SBAGH, read_SBAG, write_SBAG, keep_SBA1 = decays(g_SBAG)
+    p_SBAGH = einsum("SBAGK,SBAHK->SBAGH", q, k) * factor_SBAGH
+    y = einsum("SBAGH,SBAHV->SBAGV", p_SBAGH.astype(v.dtype), v)
+    read = q * read_SBAG[..., None].astype(q.dtype)
+    write = k * write_SBAG[..., None].astype(k.dtype)
+    return y, read, write, keep_SBA1
+
+
+def decays(g_SBAG):
+    """exp(g_{j+1} + .. + g_i) from j to i, 0 where j > i; from before the chunk to i; from j to the
+    chunk's end; and over the whole chunk: [.., G, G], [.., G], [.., G] and [.., 1]."""
     # Differences of long sums would lose the small decays among the large. What is a multiple of
     # GRAIN adds up exactly (24 bits hold 2048 decays of -128), and the sum of the rest is small.
     coarse = jax.lax.stop_gradient(jnp.round(g_SBAG / GRAIN) * GRAIN)
     coarse, fine = jnp.cumsum(coarse, axis=-1), jnp.cumsum(g_SBAG - coarse, axis=-1)
-    from_i, to_j = (..., slice(None), None), (..., None, slice(None))
-    last = (..., slice(-1, None))
+    from_j, to_i, last = (..., None, slice(None)), (..., slice(None), None), (..., slice(-1, None))
 
     def between(i, j):
         return (coarse[i] - coarse[j]) + (fine[i] - fine[j])
@@ -76,14 +86,10 @@ def _by_head(q, k, v, g_SBAG):
     # Where i = j nothing lies between, so that no rounded difference may pass a gradient.
     G = g_SBAG.shape[-1]
     i, j = np.arange(G)[:, None], np.arange(G)
-    to_i_GG = jnp.where(i > j, between(from_i, to_j), np.where(i == j, 0, -np.inf))
+    to_i_GH = jnp.where(i > j, between(to_i, from_j), np.where(i == j, 0, -np.inf))
     to_last_G = jnp.where(j < G - 1, between(last, ...), 0)
-    p_SBAGG = _einsum("SBAGK,SBAHK->SBAGH", q, k) * jnp.exp(to_i_GG)
-    y = _einsum("SBAGH,SBAHV->SBAGV", p_SBAGG.astype(v.dtype), v)
     total = coarse + fine
-    read = q * jnp.exp(total)[..., None].astype(q.dtype)
-    write = k * jnp.exp(to_last_G)[..., None].astype(k.dtype)
-    return y, read, write, jnp.exp(total[last])
+    return jnp.exp(to_i_GH), jnp.exp(total), jnp.exp(to_last_G), jnp.exp(total[last])
 
 
 @jax.checkpoint
@@ -103,8 +109,8 @@ def _by_channel(q, k, v, g_SBAGK):
         )
         read = q_right * jnp.exp(since_right).astype(q.dtype)
         write = k_left * jnp.exp(until_left).astype(k.dtype)
-        p = _einsum("SBAPGK,SBAPHK->SBAPGH", read, write)
-        y_right = _einsum("SBAPGH,SBAPHV->SBAPGV", p.astype(v.dtype), v_left)
+        p = einsum("SBAPGK,SBAPHK->SBAPGH", read, write)
+        y_right = einsum("SBAPGH,SBAPHV->SBAPGV", p.astype(v.dtype), v_left)
         y += _whole(jnp.zeros_like(y_right), y_right)
         since = _whole(since_left, since_right + since_left[..., -1:, :])
         until = _whole(until_left + since_right[..., -1:, :], until_right)
