@@ -1,0 +1,71 @@
+"""The gated delta rule in plain XLA, a chunk at a time (Yang et al. 2025, section 3.3).
+
+The writes of a chunk hang together: each takes out what the earlier ones put in. They solve a
+triangular system, whose inverse is found once for all states; only what the state before a chunk
+adds to them is sequential.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxvid.kernels.linear_attention.chunked import CHUNK, decays, einsum, join, split
+
+
+def gated_delta(q_BLAK, k_BLAK, v_BLAV, beta_BLA, log_decay, *, scale, state_BAKV, chunk):
+    """As `reference.gated_delta`; log_decay is -128 or more."""
+    L = q_BLAK.shape[1]
+    G = min(chunk or CHUNK, L)
+    q, k, v, beta = (split(x, G) for x in (q_BLAK * scale, k_BLAK, v_BLAV, beta_BLA))
+    g = jnp.zeros((1, 1, 1, G)) if log_decay is None else split(log_decay, G)
+    p_SBAGH, read, write, keep, own_SBAGV, taken_SBAGK = _within(q, k, v, beta, g)
+
+    def step(state_BAKV, chunk):
+        own_BAGV, taken_BAGK, write_BAGK, keep_BA1 = chunk
+        taken_BAGV = einsum("BAGK,BAKV->BAGV", taken_BAGK, state_BAKV.astype(taken_BAGK.dtype))
+        new_BAGV = (own_BAGV - taken_BAGV).astype(own_BAGV.dtype)
+        written_BAKV = einsum("BAGK,BAGV->BAKV", write_BAGK, new_BAGV)
+        return keep_BA1[..., None] * state_BAKV + written_BAKV, (state_BAKV, new_BAGV)
+
+    keep = jnp.broadcast_to(keep, (*q.shape[:3], 1))
+    state_BAKV, (before_SBAKV, new_SBAGV) = jax.lax.scan(
+        step, state_BAKV, (own_SBAGV, taken_SBAGK, write, keep)
+    )
+    y_SBAGV = einsum("SBAGH,SBAHV->SBAGV", p_SBAGH, new_SBAGV)
+    y_SBAGV += einsum("SBAGK,SBAKV->SBAGV", read, before_SBAKV.astype(q.dtype))
+    return join(y_SBAGV, L).astype(v_BLAV.dtype), state_BAKV
+
+
+@jax.checkpoint
+def _within(q, k, v, beta_SBAG, g_SBAG):
+    """What a chunk does whatever the state S before it: its writes are `own` - `taken` S."""
+    factor_GH, read, write, keep = decays(g_SBAG)
+    beta = beta_SBAG.astype(jnp.float32)[..., None]
+    G = q.shape[3]
+    earlier_GH = jnp.tri(G, k=-1)
+    overlap_SBAGH = einsum("SBAGK,SBAHK->SBAGH", k, k)
+    inverse_SBAGH = _inverse(beta * overlap_SBAGH * factor_GH * earlier_GH).astype(v.dtype)
+    own_SBAGV = einsum("SBAGH,SBAHV->SBAGV", inverse_SBAGH, (beta * v).astype(v.dtype))
+    decayed_k = (beta * read[..., None] * k).astype(k.dtype)
+    taken_SBAGK = einsum("SBAGH,SBAHK->SBAGK", inverse_SBAGH, decayed_k)
+    p_SBAGH = einsum("SBAGK,SBAHK->SBAGH", q, k) * factor_GH
+    return (
+        p_SBAGH.astype(v.dtype),
+        q * read[..., None].astype(q.dtype),
+        k * write[..., None].astype(k.dtype),
+        keep,
+        own_SBAGV.astype(v.dtype),
+        taken_SBAGK.astype(k.dtype),
+    )
+
+
+def _inverse(lower_GG):
+    """(1 + lower)^-1 of strictly lower triangular matrices, in full float32.
+
+    The series of powers of -lower ends with its size, and (1 + x)(1 + x^2)(1 + x^4) .. is its sum.
+    """
+    power = -lower_GG
+    inverse = jnp.eye(power.shape[-1]) + power
+    for _ in range((power.shape[-1] - 1).bit_length() - 1):
+        power = jnp.matmul(power, power, precision="highest")
+        inverse += jnp.matmul(inverse, power, precision="highest")
+    return inverse

@@ -1,0 +1,93 @@
+"""The gated delta rule: chunks against the token recurrence, and what the rule promises."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxvid.kernels.gated_delta import gated_delta
+from tests.kernels.test_linear_attention import assert_close
+
+
+def inputs(L, K=16, V=24, decay=None, batch=2, heads=2):
+    """(q, k, v, beta, log_decay, initial_state) with keys of norm 1 and beta in (0, 2)."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(batch, L, heads, width)) for width in (K, K, V))
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    beta = rng.uniform(0, 2, (batch, L, heads))
+    if decay == "token":
+        some = rng.exponential(0.3, beta.shape)
+        decay = -np.where(rng.random(beta.shape) < 0.1, 50.0, some)
+    state = rng.normal(size=(batch, heads, K, V))
+    arrays = (q, k, v, beta, decay, state)
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays)
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "chunk"))
+def value_and_grads(arrays, segment_ids=None, *, implementation="chunked", chunk=None):
+    def outputs(q, k, v, beta, log_decay, state):
+        y, state = gated_delta(
+            q,
+            k,
+            v,
+            beta,
+            log_decay,
+            initial_state=state,
+            segment_ids=segment_ids,
+            return_state=True,
+            chunk=chunk,
+            implementation=implementation,
+        )
+        return {"y": y, "state": state}
+
+    values, pull = jax.vjp(outputs, *arrays)
+    rng = jax.random.key(1)
+    grads = pull({n: jax.random.normal(rng, x.shape).astype(x.dtype) for n, x in values.items()})
+    names = ("dq", "dk", "dv", "dbeta", "dlog_decay", "dinitial_state")
+    return values | {name: x for name, x in zip(names, grads) if x is not None}
+
+
+@pytest.mark.parametrize("L, decay, chunk", [(65, None, 64), (150, "token", 32), (1, "token", 1)])
+def test_equals_reference(L, decay, chunk):
+    arrays = inputs(L, decay=decay)
+    segment_ids = jnp.asarray([np.arange(L) // 40, np.arange(L) // 7])
+    got = value_and_grads(arrays, segment_ids, chunk=chunk)
+    assert_close(got, value_and_grads(arrays, segment_ids, implementation="reference"))
+
+
+def test_a_written_value_is_read_back_and_overwritten():
+    """With beta 1 a key returns the value that was written to it last, whatever others hold."""
+    keys = jnp.eye(4)[jnp.array([0, 1, 2, 0, 3, 1])]
+    values = jax.random.normal(jax.random.key(0), (6, 5))
+    k, v = keys[None, :, None], values[None, :, None]
+    _, state = gated_delta(
+        k, k, v, jnp.ones((1, 6, 1)), return_state=True, implementation="chunked"
+    )
+    np.testing.assert_allclose(state[0, 0], values[jnp.array([3, 5, 2, 4])], atol=1e-6)
+
+
+def test_bfloat16_keeps_its_dtype():
+    exact = inputs(100, decay="token")
+    arrays = [x.astype(jnp.bfloat16) for x in exact[:3]] + [*exact[3:]]
+    wanted = value_and_grads([x.astype(jnp.float32) for x in arrays], implementation="reference")
+    got = value_and_grads(arrays)
+    assert got["y"].dtype == got["dq"].dtype == jnp.bfloat16
+    assert got["state"].dtype == jnp.float32
+    assert_close(got, wanted, value=0.02, gradient=0.03)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(beta_BLA=jnp.ones((1, 4))), r"beta of shape \[1, 4\]: must be \[1, 4, 2\]"),
+        (dict(log_decay=jnp.ones((1, 4, 2, 8))), "log_decay by channel"),
+        (dict(implementation="tpu"), "implementation='tpu': use auto, chunked, reference"),
+    ],
+)
+def test_bad_input_is_answered_in_one_line(changes, message):
+    x = jnp.ones((1, 4, 2, 8))
+    arguments = dict(q_BLAK=x, k_BLAK=x, v_BLAV=x, beta_BLA=x[..., 0])
+    with pytest.raises(ValueError, match=message):
+        gated_delta(**{**arguments, **changes})
