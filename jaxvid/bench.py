@@ -3,6 +3,7 @@
     python -m jaxvid.bench step --config=configs/ar_diffusion.py     training step, MFU, memory
     python -m jaxvid.bench data --config=configs/ar_diffusion.py     input pipeline, waiting share
     python -m jaxvid.bench sample --config=configs/ar_diffusion.py   cached and uncached sampling
+    python -m jaxvid.bench kernels --op=linear_attention             kernels beside softmax, a plot
 
 `--latents=32x4` puts 32 latent tokens of 4 channels in the place of a frame's patches, so that the
 network can be timed at the size of a tokenizer's output without one.
@@ -11,6 +12,7 @@ network can be timed at the size of a tokenizer's output without one.
 import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -31,6 +33,7 @@ from ml_collections import ConfigDict
 from jaxvid import config as config_lib
 from jaxvid import data
 from jaxvid.errors import UserError
+from jaxvid.kernels import linear_attention
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.multihost import to_global
 from jaxvid.parallel.sharding import batch_sharding
@@ -45,17 +48,24 @@ from jaxvid.training.step import make_step
 SECONDS = 15.0  # of measuring, start-up and compilation aside
 FEWEST = 5  # repetitions, however long they take
 SHORT_RUN = 40  # steps
+LENGTHS = (1024, 2048, 4096, 8192, 16384)  # tokens of a kernel
+LARGEST_SCORES = 2**31  # bytes of softmax's matrix
+KINDS = ("plain", "decay")
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "grain", "av")
 
 
 def main(command):
     """Runs one of COMMANDS, prints its table and writes <workdir>/bench_<command>.json."""
-    config, workdir = config_lib.from_flags()
-    figures = COMMANDS[command](config, _tokenizer(flags.FLAGS.latents))
+    if command == "kernels":
+        workdir, figures = flags.FLAGS.workdir, kernels(flags.FLAGS.op)
+        plot(figures, Path(workdir, "bench_kernels.png"))
+    else:
+        config, workdir = config_lib.from_flags()
+        figures = COMMANDS[command](config, _tokenizer(flags.FLAGS.latents))
     facts = circumstances()
     print(f"bench {command} on {facts['devices']} x {facts['device']}, {facts['date']}")
     for name, value in figures.items():
-        print(f"  {name:<26}{value:>12,.5g}")
+        print(f"  {name:<42}{value:>12,.5g}")
     path = Path(workdir, f"bench_{command}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**facts, "figures": figures}, indent=2) + "\n")
@@ -177,7 +187,99 @@ def input_pipeline(config, tokenizer):
     }
 
 
+def kernels(op):
+    """Every implementation of linear attention beside causal softmax attention, over lengths.
+
+    Named <contender>_<tokens>_<forward or both>: the best milliseconds, the FLOP/s and bytes/s of
+    the chunk algorithm in it, and the share of what this device could do at the rates of a plain
+    product and a plain copy, measured in turn with it. Softmax stands alone: it does other work.
+    """
+    cpu = jax.default_backend() == "cpu"
+    B, A, K, dtype = (2, 4, 64, jnp.float32) if cpu else (4, 16, 128, jnp.bfloat16)
+    square, _ = products(K, dtype)
+    large = jnp.ones(2**24 if cpu else 2**28, dtype)
+    copy = jax.jit(lambda x: x + 1)
+    figures = {}
+    for L in LENGTHS:
+        runs = {}
+        for name, attend in contenders(op, B, L, A).items():
+            runs[f"{name}_{L}_forward"] = jax.jit(attend)
+            runs[f"{name}_{L}_both"] = jax.jit(jax.grad(attend, argnums=(0, 1, 2, 4)))
+        x = jax.random.normal(jax.random.key(0), (4, B, L, A, K), dtype)
+        g_BLA = -jax.random.uniform(jax.random.key(1), (B, L, A))
+        square_s, copy_s, *times = take_turns(
+            square.run,
+            functools.partial(copy, large),
+            *(functools.partial(run, *x, g_BLA) for run in runs.values()),
+        )
+        rate, bandwidth = square.flops / min(square_s), 2 * large.nbytes / min(copy_s)
+        for name, seconds in zip(runs, times):
+            figures[f"{name}_ms"] = 1e3 * min(seconds)
+            if not name.startswith("softmax"):
+                operations, moved = (B * L * A * each for each in work(name, K))
+                moved *= x.dtype.itemsize
+                figures[f"{name}_gflop_per_s"] = operations / min(seconds) / 1e9
+                figures[f"{name}_gb_per_s"] = moved / min(seconds) / 1e9
+                limit = max(operations / rate, moved / bandwidth)
+                figures[f"{name}_share_of_limit"] = limit / min(seconds)
+    return figures
+
+
 # Parts
+
+
+def work(name, K):
+    """(FLOPs, numbers moved) per token and head of a run of `kernels`, by the chunk algorithm.
+
+    Whole tiles of scores count, and states between chunks that forward saves for backward.
+    """
+    implementation, *_, direction = name.split("_")
+    chunk = getattr(linear_attention, implementation).CHUNK
+    if direction == "forward":
+        return 4 * K * (chunk + K), 4 * K
+    return K * (14 * chunk + 12 * K), 11 * K + 2 * K * K / chunk
+
+
+def contenders(op, B, L, A):
+    """{name: function of (q, k, v, dy, g) -> a scalar} of what applies here and fits in memory."""
+    attend = OPS[op]
+
+    def linear(implementation, decayed):
+        def run(q, k, v, dy, g):
+            g = g if decayed else None
+            return jnp.vdot(attend(q, k, v, g, implementation=implementation), dy)
+
+        return run
+
+    def softmax(q, k, v, dy, g):
+        return jnp.vdot(jax.nn.dot_product_attention(q, k, v, is_causal=True), dy)
+
+    platform = jax.default_backend()
+    names = ["chunked", *({platform} & set(linear_attention.IMPLEMENTATIONS))]
+    found = {f"{name}_{kind}": linear(name, kind == "decay") for name in names for kind in KINDS}
+    if 4 * B * A * L**2 <= LARGEST_SCORES:
+        found["softmax"] = softmax
+    return found
+
+
+def plot(figures, path):
+    """Milliseconds over tokens, one line for each contender; nothing without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: matplotlib is not installed; pip install 'jaxvid[plot]'")
+        return
+    lines = {}
+    for name, value in figures.items():
+        if match := re.fullmatch(r"(.+)_(\d+)_(forward|both)_ms", name):
+            lines.setdefault(f"{match[1]}, {match[3]}", []).append((int(match[2]), value))
+    figure = Figure(layout="constrained")
+    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds")
+    for name, points in lines.items():
+        axes.plot(*zip(*points), "o--" if name.endswith("forward") else "o-", label=name)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,8 +403,15 @@ def _cpu():
 
 
 COMMANDS = {"step": step, "data": input_pipeline, "sample": sample}
+OPS = {"linear_attention": linear_attention.linear_attention}
 
 if __name__ == "__main__":
-    config_lib.define_flags()
-    flags.DEFINE_string("latents", "", "Time the network on TOKENSxCHANNELS latents, as in 32x4.")
-    config_lib.run(main, commands=tuple(COMMANDS))
+    if "kernels" in sys.argv[1:]:
+        flags.DEFINE_enum("op", "linear_attention", list(OPS), "Operation to time.")
+        flags.DEFINE_string("workdir", "runs/kernels", "Folder for the figures and the plot.")
+    else:
+        config_lib.define_flags()
+        flags.DEFINE_string(
+            "latents", "", "Time the network on TOKENSxCHANNELS latents, as in 32x4."
+        )
+    config_lib.run(main, commands=(*COMMANDS, "kernels"))

@@ -59,6 +59,25 @@ def test_data(settings, monkeypatch):
     assert 0 <= figures["train_data_wait"] < 1
 
 
+def test_kernels(settings, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "LENGTHS", (256,))
+    monkeypatch.setattr(bench, "LARGEST_SCORES", 0)
+    figures = bench.kernels("linear_attention")
+    for direction, products in (("forward", 2 * 64 + 2 * 64), ("both", 7 * 64 + 6 * 64)):
+        name = f"chunked_decay_256_{direction}"
+        flop = 2 * 2 * 256 * 4 * 64 * products
+        assert figures[f"{name}_gflop_per_s"] == pytest.approx(flop / figures[f"{name}_ms"] / 1e6)
+        assert figures[f"{name}_gb_per_s"] > 0 and figures[f"{name}_share_of_limit"] > 0
+    bench.plot(figures, tmp_path / "kernels.png")
+
+
+def test_softmax_competes_while_its_scores_fit(monkeypatch):
+    monkeypatch.setattr(bench, "LARGEST_SCORES", 4 * 2 * 4 * 256**2)
+    for tokens, fits in ((256, True), (257, False)):
+        found = bench.contenders("linear_attention", 2, tokens, 4)
+        assert ("softmax" in found) == fits and {"chunked_plain", "chunked_decay"} <= set(found)
+
+
 def test_functions_take_turns(settings):
     calls = []
 
