@@ -22,12 +22,15 @@ def run(layer, x, plan):
     return jnp.concatenate(outputs, axis=1)
 
 
-def streaming(layer, x, plans=PLANS, tolerance=1e-5):
-    """However the stream is cut, the outputs are the same, values and gradients."""
+def streaming(layer, x, plans=PLANS, tolerance=1e-5, gradients=True):
+    """However the stream is cut, the outputs are the same, values and (if asked) gradients."""
     compiled = jax.jit(layer)
     whole = run(compiled, x, [x.shape[1]])
     for plan in plans:
         np.testing.assert_allclose(run(compiled, x, plan), whole, atol=tolerance, err_msg=f"{plan}")
+
+    if not gradients:
+        return
 
     def loss(x, plan):
         y = run(layer, x, plan)
@@ -38,29 +41,48 @@ def streaming(layer, x, plans=PLANS, tolerance=1e-5):
     np.testing.assert_allclose(in_two, in_one, atol=10 * tolerance)
 
 
-def causality(layer, x, reach=2):
+def causality(layer, x, reach=2, first=lambda k: k, gradients=True):
     """No output depends on a later frame, exactly; each depends on its own and `reach - 1` before.
 
-    Proved twice: by perturbing a frame, after which earlier outputs are bit-identical, and by the
-    gradient of one frame's output, which is exactly zero at later frames.
+    first(k): the first output that frame k of the input belongs to, which never decreases.
+
+    Proved twice: by perturbing a frame, after which earlier outputs are bit-identical, and (if
+    asked) by the gradient of one frame's output, which is exactly zero at later frames.
     """
     T = x.shape[1]
-    forward = jax.jit(lambda x: layer(x, None)[0])
-    y = np.asarray(forward(x))
+    forward = jax.jit(layer)
+    y = np.asarray(forward(x, None)[0])
     for k in range(T):
-        changed = np.asarray(forward(x.at[:, k].add(1.0)))
-        np.testing.assert_array_equal(changed[:, :k], y[:, :k], err_msg=f"frame {k} leaks back")
-        for later in range(k, min(k + reach, T)):
+        changed = np.array(x)
+        changed[:, k] += 1
+        changed = np.asarray(forward(changed, None)[0])
+        begin = first(k)
+        np.testing.assert_array_equal(changed[:, :begin], y[:, :begin], f"frame {k} leaks back")
+        for later in range(begin, min(first(k + reach), y.shape[1])):
             assert np.abs(changed[:, later] - y[:, later]).max() > 0, f"{later} ignores {k}"
+    if not gradients:
+        return
 
     @jax.jit
     def gradient(x, frame):
         return jax.grad(lambda x: jnp.square(layer(x, None)[0][:, frame]).sum())(x)
 
-    for k in range(T):
-        moved = np.abs(gradient(x, k)).reshape(x.shape[0], T, -1).max((0, 2))
-        np.testing.assert_array_equal(moved[k + 1 :], 0, err_msg=f"frame {k} sees the future")
-        assert (moved[max(k - reach + 1, 0) : k + 1] > 0).all(), f"frame {k} ignores its past"
+    for frame in range(y.shape[1]):
+        moved = np.abs(gradient(x, frame)).reshape(x.shape[0], T, -1).max((0, 2))
+        future = [k for k in range(T) if first(k) > frame]
+        near = [k for k in range(T) if first(k) <= frame < first(k + reach)]
+        np.testing.assert_array_equal(moved[future], 0, f"frame {frame} sees the future")
+        assert (moved[near] > 0).all(), f"frame {frame} ignores its past"
+
+
+def image(layer, x):
+    """A stream of one frame begins every stream that begins with that frame.
+
+    To rounding: programs for one frame and for more may add in another order.
+    """
+    forward = jax.jit(layer)
+    alone, whole = forward(x[:, :1], None)[0], forward(x, None)[0]
+    np.testing.assert_allclose(alone, whole[:, : alone.shape[1]], atol=2e-6)
 
 
 def gradients(layer, params, x):

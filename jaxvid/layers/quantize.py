@@ -423,6 +423,9 @@ class KL(_NoCodebook):
         return z_q, None, {"loss": self.weight * kl, "kl": kl, "std": std.mean()}
 
 
+QUANTIZERS = {"vq": VQ, "fsq": FSQ, "lfq": LFQ, "bsq": BSQ, "kl": KL}
+
+
 def _require(holds, message):
     if not holds:
         raise UserError(f"task.quantizer.{message}")

@@ -13,11 +13,13 @@ Every mixer is built as `Mixer(width=, heads=, grid=, qk_norm=, dtype=, name=)` 
 own beside these: what a window is, say, only attention knows.
 """
 
+from jaxvid.mixers.alibi import Alibi
 from jaxvid.mixers.attention import Attention
 from jaxvid.mixers.linear_attention import GLA, Lightning, LinearAttention
 
 MIXERS = {
     "softmax": Attention,
+    "alibi": Alibi,
     "linear": LinearAttention,
     "lightning": Lightning,
     "gla": GLA,

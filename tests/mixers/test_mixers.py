@@ -18,6 +18,7 @@ ROWS = [
     ("softmax", {"window": 4}),
     ("softmax", {"window": 3, "sinks": 2}),
     ("softmax", {"window": 1, "qk_norm": False}),
+    ("alibi", {"window": 3, "sinks": 2}),
     ("linear", {}),
     ("lightning", {"slopes": "fla"}),
     ("gla", {}),

@@ -1,0 +1,81 @@
+"""Softmax attention over a stream whose scores fall off with the distance in frames."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from jaxvid.layers import masks
+from jaxvid.layers.bias import COSINE_SCALE, MASKED, CosineNorm, alibi_slopes, attend
+from jaxvid.layers.linear import Linear
+from jaxvid.mixers import cache as kv
+from jaxvid.parallel.sharding import shard
+
+
+class Alibi(nn.Module):
+    """Frame-block causal attention with linear biases instead of positions (Press et al. 2022).
+
+    x_BTND -> y_BTND in `dtype`: the temporal attention of C-ViViT (Villegas et al. 2023). State: a
+    `KVCache`. The scores of all pairs are held at once, so it suits one location over time better
+    than all tokens of a clip. width, heads, window, sinks: as of `mixers.attention.Attention`.
+    qk_norm: cosine similarity times 8, with a learned scale per channel. grid: tokens of a frame,
+    which have no positions within it.
+    """
+
+    width: int
+    heads: int
+    grid: tuple[int, int] = (1, 1)
+    window: int | None = None
+    sinks: int = 0
+    qk_norm: bool = True
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        dense = dict(use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
+        self.qkv = Linear(3 * self.width, **dense)
+        self.out = Linear(self.width, **dense)
+        if self.qk_norm:
+            self.q_norm = CosineNorm(dtype=self.dtype)
+            self.k_norm = CosineNorm(dtype=self.dtype)
+
+    def _project(self, x):
+        """x [..., D] -> q, k, v [..., A, K]."""
+        qkv = self.qkv(x).reshape(*x.shape[:-1], self.heads, 3, self.width // self.heads)
+        q, k, v = (qkv[..., i, :] for i in range(3))
+        return (self.q_norm(q), self.k_norm(k), v) if self.qk_norm else (q, k, v)
+
+    def _attend(self, q_BLAK, k_BMAK, v_BMAK, bias_ALM):
+        scale = COSINE_SCALE if self.qk_norm else None
+        q, k, v = shard(q_BLAK, "BLAK"), shard(k_BMAK, "BMAK"), shard(v_BMAK, "BMAK")
+        return attend(q, k, v, bias_ALM, scale)
+
+    def _bias(self, q_position_L, k_position_M):
+        """-slope (q - k) where q may see k; the context is no distance away from anything."""
+        q_L1, k_1M = q_position_L[:, None], k_position_M[None]
+        xp = np if isinstance(k_position_M, np.ndarray) else jnp
+        distance_LM = xp.where(k_1M == masks.CONTEXT, 0, q_L1 - k_1M).astype(np.float32)
+        allowed_LM = masks.causal(self.window, self.sinks)(q_L1, k_1M)
+        slope_A11 = alibi_slopes(self.heads)[:, None, None]
+        return xp.where(allowed_LM, -slope_A11 * distance_LM, np.float32(MASKED))
+
+    def prefill(self, context_BMD, tokens):
+        """Read the context that precedes the first frame -> (y_BMD, state); it sees only itself."""
+        q, k, v = self._project(context_BMD)
+        y = self._attend(q, k, v, None)
+        return self.out(y.reshape(context_BMD.shape)), kv.start(k, v, tokens)
+
+    def __call__(self, x_BTND, state=None):
+        B, T, N, D = x_BTND.shape
+        q_BTNAK, k_BTNAK, v_BTNAK = self._project(x_BTND)
+        if state is None:
+            nothing = jnp.zeros((B, 0, self.heads, D // self.heads), self.dtype)
+            state = kv.start(nothing, nothing, N)
+        y_BTND = jnp.zeros((B, T, N, D), self.dtype)
+        if x_BTND.size > 0:
+            k_BMAK, v_BMAK, position_M = kv.extend(state, k_BTNAK, v_BTNAK)
+            bias_ALM = self._bias(position_M[-T * N :], position_M)
+            q_BLAK = q_BTNAK.reshape(B, T * N, *q_BTNAK.shape[3:])
+            y_BLAK = self._attend(q_BLAK, k_BMAK, v_BMAK, bias_ALM)
+            y_BTND = self.out(y_BLAK.reshape(B, T, N, D))
+        return y_BTND, kv.append(state, k_BTNAK, v_BTNAK, window=self.window, sinks=self.sinks)

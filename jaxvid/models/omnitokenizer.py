@@ -1,0 +1,21 @@
+"""OmniTokenizer: windows in space, causal attention in time (Wang et al. 2024)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax.core import FrozenDict
+
+from jaxvid.models.cvivit import CViViT
+
+
+class OmniTokenizer(CViViT):
+    """`CViViT` with other layers: its encoder ends in windows, cells are told apart by rotation.
+
+    mixer "softmax" turns by frame too, which stands in for the linear bias that the released code
+    computes and then drops.
+    """
+
+    t_patch: int = 4
+    encode_blocks: str = "ttww"
+    position: str = "rope"
+    mixer: Mapping[str, Any] = FrozenDict(name="softmax")

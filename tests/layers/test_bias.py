@@ -1,0 +1,57 @@
+"""Biased attention against loops; slopes against published ones; every grid has its bias."""
+
+import jax
+import numpy as np
+
+from jaxvid.layers.bias import ContinuousBias, TableBias, alibi_slopes, attend
+
+
+def test_slopes_of_a_power_of_two_and_of_twelve():
+    np.testing.assert_array_equal(alibi_slopes(8), 0.5 ** np.arange(1, 9))
+    assert alibi_slopes(8)[-1] == 0.00390625
+    np.testing.assert_allclose(alibi_slopes(12)[:8], alibi_slopes(8))
+    np.testing.assert_allclose(
+        alibi_slopes(12)[8:], [0.70711, 0.35355, 0.17678, 0.08839], atol=1e-5
+    )
+
+
+def test_attention_with_a_bias_by_hand():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, n, 3, 4)) for n in (2, 5, 5))
+    bias = rng.standard_normal((3, 2, 5))
+    y = jax.jit(attend)(*(x.astype(np.float32) for x in (q, k, v, bias)))
+    for b, i, a in np.ndindex(2, 2, 3):
+        p = np.exp(k[b, :, a] @ q[b, i, a] / 2 + bias[a, i])
+        np.testing.assert_allclose(y[b, i, a], p @ v[b, :, a] / p.sum(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_depends_on_the_offset_alone_and_serves_every_grid():
+    for module in (ContinuousBias(heads=2, width=8), TableBias(heads=2, window=5)):
+        params = jax.jit(module.init, static_argnums=1)(jax.random.key(0), (3, 5))
+        apply = jax.jit(module.apply, static_argnums=1)
+        bias = np.asarray(apply(params, (3, 5))).reshape(2, 3, 5, 3, 5)
+        for dy, dx in ((1, 2), (0, -1), (-2, 3)):
+            cells = [
+                bias[:, y, x, y - dy, x - dx]
+                for y, x in np.ndindex(3, 5)
+                if 0 <= y - dy < 3 and 0 <= x - dx < 5
+            ]
+            np.testing.assert_allclose(np.ptp(cells, axis=0), 0, atol=1e-6)
+            assert np.abs(cells[0] - bias[:, 0, 0, 0, 0]).max() > 1e-4
+        part = np.asarray(apply(params, (2, 4))).reshape(2, 2, 4, 2, 4)
+        np.testing.assert_allclose(part, bias[:, :2, :4, :2, :4], atol=1e-6)
+
+
+def test_continuous_bias_reads_logarithmic_offsets():
+    """Swin v2's formula, layer by layer, for the offset (2, -1)."""
+    module = ContinuousBias(heads=2, width=8)
+    params = jax.jit(module.init, static_argnums=1)(jax.random.key(0), (3, 2))
+    weights = jax.device_get(params["params"])
+    x = np.array([np.log(3.0), -np.log(2.0)])
+    for name in ("in", "hidden"):
+        x = x @ weights[name]["kernel"] + weights[name]["bias"]
+        x = np.where(x > 0, x, 0.1 * x)
+    wanted = x @ weights["out"]["kernel"] + weights["out"]["bias"]
+    bias = jax.jit(module.apply, static_argnums=1)(params, (3, 2))
+    bias = np.asarray(bias).reshape(2, 3, 2, 3, 2)
+    np.testing.assert_allclose(bias[:, 2, 0, 0, 1], wanted, rtol=1e-5)
