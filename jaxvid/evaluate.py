@@ -1,9 +1,10 @@
 """Score a run on held-out clips: `python -m jaxvid.evaluate --workdir=DIR [--batches=N]`.
 
-Uses the averaged weights of the newest checkpoint and the config of the run. Prints the loss by
-noise level and the quality of continuations by frame, beside that of repeating the last given
-frame, and leaves in the work folder evaluate.json with these figures, and evaluate.png and
-evaluate.mp4 with true clips above their continuations.
+Uses the averaged weights of the newest checkpoint and the config of the run. Of a model that
+generates, prints the loss by noise level and the quality of continuations by frame, beside that of
+repeating the last given frame; of a tokenizer, the quality of rebuilt clips by frame and the use of
+its codes. Leaves in the work folder evaluate.json with these figures, and evaluate.png and
+evaluate.mp4 with true clips above what became of them.
 """
 
 import contextlib
@@ -38,8 +39,7 @@ def main():
         print(report(scores))
         document = {"step": run.step, "clips": clips, **{k: _json(v) for k, v in scores.items()}}
         (folder / "evaluate.json").write_text(json.dumps(document, indent=2) + "\n")
-        if "given" in run.config.task:
-            write_pictures(run, folder)
+        write_pictures(run, folder)
 
 
 def score(run, batches):
@@ -81,12 +81,14 @@ def report(scores):
 
 
 def write_pictures(run, folder):
-    """True clips above their continuations: evaluate.png row by row, evaluate.mp4 side by side."""
+    """True clips above continued or rebuilt ones: evaluate.png by row, evaluate.mp4 tiled."""
     with contextlib.closing(_held_out(run)) as iterator:
         batch = {name: rows[:SHOWN] for name, rows in next(iterator).items()}
     truth = batch["video"]
     cond = {name: batch[name] for name in ("label", "text") if name in batch}
-    cond |= {"num": len(truth), "first_frames": truth[:, : run.config.task.given]}
+    cond |= {"num": len(truth), "video": truth}
+    if "given" in run.config.task:
+        cond["first_frames"] = truth[:, : run.config.task.given]
     rng = stream(run.config.seed, EVALUATE)
     guess = run.task.sample(run.params, rng, cond, frozen=run.frozen, frames=truth.shape[1])
     pairs = np.stack([truth, to_uint8(np.asarray(guess))])  # [2, B, T, H, W, 3]

@@ -32,6 +32,11 @@ def main():
     """Entry point."""
     overrides = {name: FLAGS[name].value for name in OVERRIDES if FLAGS[name].present}
     run = open_run(FLAGS.workdir, sampler=overrides)
+    if not hasattr(run.task, "stream"):
+        raise UserError(
+            f"workdir={FLAGS.workdir}: task {run.config.task.name} does not generate video; "
+            "use python -m jaxvid.evaluate to see what it does"
+        )
     frames = FLAGS.frames or run.config.data.frames
     cond = conditions(run, FLAGS.num)
     given = cond["first_frames"].shape[1] if "first_frames" in cond else 0

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 class Linear(nn.Module):
     """x [..., D] -> x kernel + bias [..., features], float32 parameters, computed in `dtype`.
 
+    use_bias: False leaves the bias out.
+
     The leading axes are merged, so that the layer is one product of two matrices: apart, the
     kernel's gradient contracts several axes at once, for which XLA on CPU copies an operand.
 
@@ -20,6 +22,7 @@ class Linear(nn.Module):
     """
 
     features: int
+    use_bias: bool = True
     transposed: bool = False
     kernel_init: Any = nn.initializers.lecun_normal()
     dtype: Any = jnp.float32
@@ -31,8 +34,9 @@ class Linear(nn.Module):
             return kernel.T if self.transposed else kernel
 
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x, kernel, bias = (part.astype(self.dtype) for part in (x, kernel, bias))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         y = jax.lax.dot_general(rows, kernel, (((1,), (int(self.transposed),)), ((), ())))
-        return (y + bias).reshape(*x.shape[:-1], self.features)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return y.reshape(*x.shape[:-1], self.features)

@@ -163,16 +163,14 @@ class VQ:
             return {}
         rng_start, rng_restart = jax.random.split(rng)
         z_LZ = jax.lax.stop_gradient(self._place(z)).reshape(-1, self.channels)
-        carried = self._average(codebook, z_LZ, ids.reshape(-1))
+        means = self._average(codebook, z_LZ, ids.reshape(-1))
         if self.kmeans:
-            carried = jax.lax.cond(
-                codebook["updates"] == 0,
-                lambda: self._k_means(codebook, z_LZ, rng_start),
-                lambda: carried,
+            means = jax.lax.cond(
+                codebook["updates"] == 0, lambda: self._k_means(z_LZ, rng_start), lambda: means
             )
         if self.restart:
-            carried = self._restart(carried, z_LZ, rng_restart)
-        return {**carried, "updates": codebook["updates"] + 1}
+            means = self._restart(means, z_LZ, rng_restart)
+        return {**means, "updates": codebook["updates"] + 1}
 
     def _average(self, codebook, z_LZ, ids_L):
         count_V, sum_VZ = self._totals(z_LZ, ids_L)
@@ -184,10 +182,9 @@ class VQ:
             "code_VZ": self._place(sum_VZ / smoothed_V[:, None]),
             "count_V": count_V,
             "sum_VZ": sum_VZ,
-            "updates": codebook["updates"],
         }
 
-    def _k_means(self, codebook, z_LZ, rng):
+    def _k_means(self, z_LZ, rng):
         """Lloyd's iterations from random tokens; a centre without tokens stays where it is."""
 
         def iterate(_, code_VZ):
@@ -202,18 +199,16 @@ class VQ:
             "code_VZ": code_VZ,
             "count_V": count_V,
             "sum_VZ": code_VZ * count_V[:, None],
-            "updates": codebook["updates"],
         }
 
-    def _restart(self, carried, z_LZ, rng):
+    def _restart(self, means, z_LZ, rng):
         token_VZ = _pick(z_LZ, self.codes, rng)
-        dead_V = carried["count_V"] < self.restart
+        dead_V = means["count_V"] < self.restart
         dead_V1 = dead_V[:, None]
         return {
-            "code_VZ": jnp.where(dead_V1, token_VZ, carried["code_VZ"]),
-            "count_V": jnp.where(dead_V, self.restart, carried["count_V"]),
-            "sum_VZ": jnp.where(dead_V1, self.restart * token_VZ, carried["sum_VZ"]),
-            "updates": carried["updates"],
+            "code_VZ": jnp.where(dead_V1, token_VZ, means["code_VZ"]),
+            "count_V": jnp.where(dead_V, self.restart, means["count_V"]),
+            "sum_VZ": jnp.where(dead_V1, self.restart * token_VZ, means["sum_VZ"]),
         }
 
     def _place(self, z):

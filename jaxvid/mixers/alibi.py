@@ -33,16 +33,15 @@ class Alibi(nn.Module):
 
     def setup(self):
         dense = dict(use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
-        self.qkv = Linear(3 * self.width, **dense)
-        self.out = Linear(self.width, **dense)
+        self.q, self.k, self.v, self.out = (Linear(self.width, **dense) for _ in range(4))
         if self.qk_norm:
             self.q_norm = CosineNorm(dtype=self.dtype)
             self.k_norm = CosineNorm(dtype=self.dtype)
 
     def _project(self, x):
         """x [..., D] -> q, k, v [..., A, K]."""
-        qkv = self.qkv(x).reshape(*x.shape[:-1], self.heads, 3, self.width // self.heads)
-        q, k, v = (qkv[..., i, :] for i in range(3))
+        heads = (*x.shape[:-1], self.heads, self.width // self.heads)
+        q, k, v = (project(x).reshape(heads) for project in (self.q, self.k, self.v))
         return (self.q_norm(q), self.k_norm(k), v) if self.qk_norm else (q, k, v)
 
     def _attend(self, q_BLAK, k_BMAK, v_BMAK, bias_ALM):

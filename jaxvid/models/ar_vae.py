@@ -37,9 +37,9 @@ class LatentAttention(nn.Module):
         M = latent_BTMD.shape[2]
         dense = dict(dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
         q = Linear(D, name="q", **dense)(x_BTND).reshape(B, T, N, self.heads, -1)
-        kv_BTMX = Linear(2 * D, name="kv", **dense)(latent_BTMD)
         k, v = (
-            kv_BTMX.reshape(B, T, M, self.heads, 2, D // self.heads)[..., i, :] for i in range(2)
+            Linear(D, name=name, **dense)(latent_BTMD).reshape(B, T, M, self.heads, -1)
+            for name in ("k", "v")
         )
         q, k = (nn.RMSNorm(dtype=self.dtype, name=f"{n}_norm")(x) for n, x in (("q", q), ("k", k)))
         if state is None:

@@ -70,7 +70,7 @@ class Stem(nn.Module):
     `is_first`: the video begins with the first frame of the stream. stem "split" gives that frame
     a map of its own (C-ViViT); "shared" repeats it to fill a group (Cosmos), so that images and
     video train the same weights. patchify: "linear" or "haar". patch_norm: LayerNorm of the pixels
-    of a patch, as the peers have it, which hides the brightness of flat patches.
+    of a patch and of its token, as the peers have it, which hides how bright a flat patch is.
     """
 
     width: int
@@ -95,9 +95,10 @@ class Stem(nn.Module):
     def _embed(self, name, video_BTHWC, t_patch):
         cut, _ = PATCHIFY[self.patchify]
         x_BTHWD = cut(video_BTHWC.astype(self.dtype), (t_patch, self.patch, self.patch))
-        if self.patch_norm:
-            x_BTHWD = LayerNorm(dtype=self.dtype, name=f"{name}_pixels")(x_BTHWD)
-        x_BTHWD = Linear(self.width, dtype=self.dtype, kernel_init=_xavier, name=name)(x_BTHWD)
+        embed = Linear(self.width, dtype=self.dtype, kernel_init=_xavier, name=name)
+        if not self.patch_norm:
+            return embed(x_BTHWD)
+        x_BTHWD = embed(LayerNorm(dtype=self.dtype, name=f"{name}_pixels")(x_BTHWD))
         return LayerNorm(dtype=self.dtype, name=f"{name}_norm")(x_BTHWD)
 
 
@@ -142,7 +143,7 @@ class FeedForward(nn.Module):
         h = LayerNorm(dtype=self.dtype, name="norm")(x)
         gate = nn.gelu(Linear(self.hidden, name="gate", **dense)(h), approximate=False)
         h = Linear(self.hidden, name="up", **dense)(h) * gate
-        return Linear(x.shape[-1], name="down", **dense)(h)
+        return Linear(x.shape[-1], transposed=True, name="down", **dense)(h)
 
 
 class FrameAttention(nn.Module):
@@ -209,12 +210,11 @@ class WindowAttention(nn.Module):
 
 
 def _heads(module, x, shape, bias):
-    """LayerNorm, then q, k, v [*shape, A, K]; heads outermost, so that sharding splits none."""
+    """LayerNorm, then q, k, v [*shape, A, K]."""
     h = LayerNorm(dtype=module.dtype, name="norm")(x)
-    D = x.shape[-1]
-    dense = Linear(3 * D, use_bias=bias, dtype=module.dtype, kernel_init=_xavier, name="qkv")
-    qkv = dense(h).reshape(*shape, module.heads, 3, D // module.heads)
-    return [qkv[..., i, :] for i in range(3)]
+    dense = dict(use_bias=bias, dtype=module.dtype, kernel_init=_xavier)
+    projected = (Linear(x.shape[-1], name=name, **dense)(h) for name in ("q", "k", "v"))
+    return [part.reshape(*shape, module.heads, -1) for part in projected]
 
 
 class SpatialBlock(nn.Module):

@@ -34,5 +34,6 @@ class Task(Protocol):
         """Video float32 [B, frames, H, W, 3] in [-1, 1].
 
         cond: {"num": B} and optionally label int32 [B], text float32 [B, M, E] and first_frames
-        uint8 [B, P, H, W, 3], which begin the video.
+        uint8 [B, P, H, W, 3], which begin the video. video uint8 [B, T, H, W, 3], a true clip with
+        these conditions, is for tasks that reconstruct; those that generate leave it alone.
         """

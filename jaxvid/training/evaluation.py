@@ -23,7 +23,7 @@ class HeldOut:
 
         def clips(weights, frozen, batch):
             rows = jnp.arange(config.sample.num) % config.data.batch_size
-            cond = {name: batch[name][rows] for name in ("label", "text") if name in batch}
+            cond = {name: batch[name][rows] for name in ("label", "text", "video") if name in batch}
             cond["num"] = config.sample.num
             return to_uint8(task.sample(weights, stream(config.seed, SAMPLE), cond, frozen=frozen))
 

@@ -25,7 +25,7 @@ def batch_shapes(fields, size):
 
 
 def restore_weights(workdir, config, task, mesh):
-    """(step, weights) of the newest whole checkpoint: the average, or the parameters without one.
+    """(step, weights) of the newest whole checkpoint, as `TrainState.weights` has them.
 
     Reads nothing else and changes nothing, so the run may go on meanwhile. Any mesh will do.
     Raises UserError where there is no checkpoint or it is not of this model.
@@ -37,21 +37,22 @@ def restore_weights(workdir, config, task, mesh):
     step = max(steps)
 
     def init(batch):
-        return task.init(jax.random.key(0), jax.tree.map(jnp.zeros_like, batch))[0]
+        return task.init(jax.random.key(0), jax.tree.map(jnp.zeros_like, batch))
 
-    shapes = jax.eval_shape(init, batch_shapes(config.data, 1))
+    part = "ema" if config.optim.ema else "params"
+    params, extra = jax.eval_shape(init, batch_shapes(config.data, 1))
+    shapes = {part: params, "extra": extra} if extra else {part: params}
     places = shard_params(shapes, mesh, task.sharding_rules)
     wanted = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
     )
-    part = "ema" if config.optim.ema else "params"
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             found = checkpointer.restore(
                 os.path.join(folder, str(step), "state"),
                 args=ocp.args.PyTreeRestore(
-                    {part: wanted},
-                    restore_args=ocp.checkpoint_utils.construct_restore_args({part: wanted}),
+                    wanted,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
                     partial_restore=True,
                 ),
             )
@@ -60,4 +61,4 @@ def restore_weights(workdir, config, task, mesh):
         raise UserError(
             f"workdir={workdir}: checkpoint {step} does not fit its config or is damaged ({reason})"
         ) from error
-    return step, found[part]
+    return step, {**found[part], **found.get("extra", {})}

@@ -33,8 +33,11 @@ class TrainState:
 
     @property
     def weights(self):
-        """What is evaluated and sampled: the average, or the parameters where none is kept."""
-        return self.ema or self.params
+        """What is evaluated and sampled: the average, or the parameters where none is kept.
+
+        What `extra` holds takes its place among them.
+        """
+        return {**(self.ema or self.params), **self.extra}
 
 
 def make_init(task, tx, batch, config, mesh):

@@ -3,13 +3,17 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxvid.errors import UserError
 from jaxvid.layers.quantize import BSQ, FSQ, KL, LFQ, VQ
 from jaxvid.models.ar_vae import ARVAE
+from jaxvid.models.blocks import PEG, WindowAttention
 from jaxvid.models.cvivit import CViViT
 from jaxvid.models.omnitokenizer import OmniTokenizer
+from jaxvid.models.tokenizer import Tokenizer
 from tests import laws
 
 SIZE = (6, 10)  # of frames: grids of 3 x 5
@@ -18,27 +22,22 @@ VIT = dict(patch=2, temporal_depth=1, **SMALL)
 
 # One row per variant: a network and the frames in a latent. A new tokenizer joins by its row.
 # With a window, all later pieces of a stream share a compiled program.
-WINDOWED = {"name": "softmax", "window": 2}
 ROWS = {
     "cvivit": (
         CViViT(encode_blocks="t", decode_blocks="t", mixer={"name": "alibi", "window": 3}, **VIT),
         2,
     ),
-    "cvivit_shared_haar": (
-        CViViT(
-            encode_blocks="t",
+    "omnitokenizer": (
+        OmniTokenizer(
+            encode_blocks="tw",
             decode_blocks="t",
-            t_patch=4,
+            window=2,
             stem="shared",
             patchify="haar",
             patch_norm=True,
-            mixer=WINDOWED,
+            mixer={"name": "softmax", "window": 2},
             **VIT,
         ),
-        4,
-    ),
-    "omnitokenizer": (
-        OmniTokenizer(encode_blocks="tw", decode_blocks="t", window=2, mixer=WINDOWED, **VIT),
         4,
     ),
     "ar_vae": (ARVAE(size=SIZE, patch=2, tokens=3, depth=1, window=2, **SMALL), 1),
@@ -54,7 +53,7 @@ QUANTIZERS = {
 
 @functools.cache
 def opened(name):
-    """(encode, decode, video, z): the two sides as stream layers, and what they may be given."""
+    """(encode, decode, video, z, params): both sides as stream layers, and what they are given."""
     network, _ = ROWS[name]
     rng = np.random.default_rng(0)
     video = rng.uniform(-1, 1, (1, laws.FRAMES, *SIZE, 3)).astype(np.float32)
@@ -69,13 +68,13 @@ def opened(name):
     def decode(z, state):
         return network.apply(params, z, state, method="decode")
 
-    return encode, decode, video, z
+    return encode, decode, video, z, params
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_encoding_is_a_causal_stream(name):
     """A latent ends with the last frame of its group and knows them all."""
-    encode, _, video, z = opened(name)
+    encode, _, video, z, _ = opened(name)
     assert jax.eval_shape(encode, video, None)[0].shape == z.shape
     laws.streaming(encode, video, gradients=False)
     laws.image(encode, video)
@@ -85,9 +84,115 @@ def test_encoding_is_a_causal_stream(name):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_decoding_is_a_causal_stream(name):
-    _, decode, video, z = opened(name)
+    _, decode, video, z, _ = opened(name)
     assert jax.eval_shape(decode, z, None)[0].shape == video.shape
     T, t = z.shape[1], ROWS[name][1]
     laws.streaming(decode, z, plans=([1] * T, [1, 1, 0, T - 2]), gradients=False)
     laws.image(decode, z)
     laws.causality(decode, z, first=lambda k: max(1 + (k - 1) * t, 0), gradients=False)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_quantizing_leaks_nothing(name):
+    """Codes of earlier latents are the same to the bit when a later frame changes."""
+    quantizer = QUANTIZERS[name]
+    encode, _, video, _, _ = opened("cvivit")
+    encode, quantize = jax.jit(encode), jax.jit(quantizer)
+    trained, carried = jax.jit(quantizer.init)(jax.random.key(0))
+    z, ids, _ = quantize(encode(video, None)[0], {**trained, **carried})
+    for frame in (1, 6, 12):
+        changed = video.copy()
+        changed[:, frame] *= -1
+        group = (frame + 1) // 2
+        other, other_ids, _ = quantize(encode(changed, None)[0], {**trained, **carried})
+        np.testing.assert_array_equal(other[:, :group], z[:, :group])
+        assert np.abs(other[:, group] - z[:, group]).max() > 0
+        if ids is not None:
+            np.testing.assert_array_equal(other_ids[:, :group], ids[:, :group])
+
+
+def test_tokens_of_a_stream_are_those_of_the_clip_and_say_all_of_it():
+    tokenizer = Tokenizer(ROWS["cvivit"][0], QUANTIZERS["fsq"])
+    _, _, video, _, params = opened("cvivit")
+    params = {"network": params["params"], "codebook": {}}
+    shapes, carried = jax.eval_shape(lambda: tokenizer.init(jax.random.key(0), SIZE))
+    assert jax.tree.structure(shapes) == jax.tree.structure(params) and carried == {}
+    tokens, encode = jax.jit(tokenizer.tokens), jax.jit(tokenizer.encode)
+    ids = tokens(params, video)[0]
+    assert ids.shape == (1, tokenizer.latents_for_frames(13), 15) and ids.dtype == jnp.int32
+    np.testing.assert_array_equal(laws.run(lambda x, s: tokens(params, x, s), video, [1, 12]), ids)
+    z = encode(params, video)[0]
+    np.testing.assert_array_equal(jax.jit(tokenizer.lookup)(params, ids), z)
+    assert z.shape[-1] == tokenizer.channels
+    shape = jax.eval_shape(lambda z: tokenizer.decode(params, z, tokenizer.grid(SIZE))[0], z).shape
+    assert shape == video.shape and tokenizer.frames_for_latents(7) == 13
+
+
+@pytest.mark.parametrize("frames, size, t_patch, tokens", [(11, 128, 2, 1536), (17, 256, 4, 5120)])
+def test_the_papers_token_counts(frames, size, t_patch, tokens):
+    network = CViViT(features=8, channels=8, t_patch=t_patch)
+    tokenizer = Tokenizer(network, VQ())
+    H, W = tokenizer.grid(size)
+    assert tokenizer.latents_for_frames(frames) * H * W == tokens
+
+
+def test_the_papers_network_has_the_peers_parameters():
+    """512 wide, 4 + 4 layers a side, patches of 2 x 8 x 8: 51.3 M in the public C-ViViT."""
+    network = CViViT(features=8, channels=8, patch_norm=True)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 3, 16, 16, 3)))
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert abs(count / 1e6 - 51.3) < 0.1
+
+
+def test_windows_know_nothing_of_each_other():
+    """A grid of 3 x 5 in windows of 2: the odd row and column make windows of their own."""
+    layer = WindowAttention(heads=2, window=2)
+    x = np.random.default_rng(0).standard_normal((1, 3, 5, 8), np.float32)
+    params = jax.jit(layer.init)(jax.random.key(0), x)
+    apply = jax.jit(layer.apply)
+    y = apply(params, x)
+    for row, column in ((0, 0), (1, 3), (2, 4)):
+        changed = x.copy()
+        changed[0, row, column, 0] += 1
+        moved = np.abs(apply(params, changed) - y)[0].max(-1) > 0
+        rows, columns = np.mgrid[:3, :5]
+        np.testing.assert_array_equal(
+            moved, (rows // 2 == row // 2) & (columns // 2 == column // 2)
+        )
+
+
+def test_position_generator_is_a_convolution_padded_with_the_past():
+    x = np.random.default_rng(0).standard_normal((2, 4, 3, 5, 6), np.float32)
+    layer = PEG()
+    params = jax.jit(layer.init)(jax.random.key(0), x)
+    y, _ = jax.jit(layer.apply)(params, x)
+    wanted = jax.lax.conv_general_dilated(
+        x,
+        params["params"]["kernel"],
+        window_strides=(1, 1, 1),
+        padding=((2, 0), (1, 1), (1, 1)),
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+        feature_group_count=6,
+    )
+    np.testing.assert_allclose(y, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "shape, started, message",
+    [
+        ((10, 6, 10), False, "frames=10: .* use 9 or 11"),
+        ((3, 6, 10), True, "frames=3: .* use 2 or 4"),
+        ((9, 6, 9), False, "patch=2: does not divide frames of 6 x 9"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_does(shape, started, message):
+    encode, _, video, _, _ = opened("cvivit")
+    x = jax.ShapeDtypeStruct((1, *shape, 3), jnp.float32)
+    state = jax.eval_shape(encode, video, None)[1] if started else None
+    with pytest.raises(UserError, match=message):
+        jax.eval_shape(encode, x, state)
+
+
+def test_a_tokenizer_of_one_size_refuses_others():
+    with pytest.raises(UserError, match=r"size=\(8, 8\)"):
+        ROWS["ar_vae"][0].grid((8, 8))

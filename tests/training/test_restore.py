@@ -31,7 +31,7 @@ def test_the_averaged_weights_come_back_on_all_devices(finished):
     before = sorted(workdir.rglob("*"))
     run = open_run(str(workdir))
     assert (run.step, run.config.task.name) == (4, "toy")
-    same(run.params, state.ema)
+    same(run.params, state.weights)
     assert not np.array_equal(state.ema["out"]["kernel"], state.params["out"]["kernel"])
     assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(run.params))
     assert jax.device_get(run.frozen) == {"scale": 2}
@@ -40,7 +40,7 @@ def test_the_averaged_weights_come_back_on_all_devices(finished):
 
 def test_without_an_average_the_parameters_come_back(tmp_path):
     state = train(toy.config(steps=2, optim__ema=0.0), str(tmp_path))
-    same(open_run(str(tmp_path)).params, state.params)
+    same(open_run(str(tmp_path)).params, {**state.params, **state.extra})
 
 
 def test_an_unfinished_save_is_passed_over(finished, tmp_path):
@@ -49,7 +49,7 @@ def test_an_unfinished_save_is_passed_over(finished, tmp_path):
     shutil.copytree(tmp_path / "ckpt" / "4", tmp_path / "ckpt" / "5.orbax-checkpoint-tmp")
     run = open_run(str(tmp_path))
     assert run.step == 4
-    same(run.params, state.ema)
+    same(run.params, state.weights)
     assert (tmp_path / "ckpt" / "5.orbax-checkpoint-tmp").is_dir()  # another process may write it
 
 

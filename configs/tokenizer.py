@@ -1,0 +1,149 @@
+"""Causal tokenizers: video to a few tokens per frame and back, as streams.
+
+    python -m jaxvid.train --config=configs/tokenizer.py
+    python -m jaxvid.train --config=configs/tokenizer.py:arch=omnitokenizer,quantizer=vq,size=b,\\
+        data=array_record --config.data.path=DIR
+
+Options: arch=cvivit|omnitokenizer|ar_vae, quantizer=fsq|vq|lfq|bsq|kl, size=tiny|b (tiny is made
+for two CPU cores, b has the papers' width and depth), data=sprites|folder|array_record|tfds.
+"""
+
+from ml_collections import ConfigDict, FieldReference
+
+from configs import common
+
+# size -> width, heads, layers of space and of time on each side, pixels of a patch
+SIZES = {
+    "tiny": (96, 3, 2, 1, 4),
+    "b": (512, 8, 4, 4, 8),
+}
+
+
+def get_config(options=""):
+    """The experiment, as the options after the config's colon choose it."""
+    chosen = common.parse(
+        options,
+        arch=("cvivit", "omnitokenizer", "ar_vae"),
+        quantizer=("fsq", "vq", "lfq", "bsq", "kl"),
+        size=tuple(SIZES),
+        data=("sprites", "folder", "array_record", "tfds"),
+    )
+    config = common.get_config()
+    config.data.name = chosen.data
+    config.data.frames = 17
+    config.optim.lr = 6e-4
+    tiny = chosen.size == "tiny"
+    if not tiny:
+        _large(config)
+    # One value for the data and the task: a change of data.frames, say, reaches both.
+    config.data.frames = frames = FieldReference(config.data.frames)
+    config.data.size = size = FieldReference(config.data.size)
+    config.task = ConfigDict(
+        dict(
+            name="tokenizer",  # module of jaxvid.tasks
+            size=size,  # pixels along each side of a frame (follows data.size)
+            frames=frames,  # frames of a training clip (follows data.frames)
+            arch=chosen.arch,  # cvivit, omnitokenizer or ar_vae
+            error="l2",  # of the pixels: l1 or l2
+            images=0.125,  # frames also rebuilt as images, as a share of the clip's
+        )
+    )
+    width, heads, space, time, patch = SIZES[chosen.size]
+    config.task.network = ConfigDict(
+        dict(
+            width=width,  # channels of a token
+            heads=heads,  # attention heads; must divide the width
+            patch=patch,  # pixels along each side of a token; must divide the size
+            mlp_ratio=8 / 3,  # hidden units of the gated MLP, in widths
+            dtype="float32" if tiny else "bfloat16",  # of the computation; parameters are float32
+            remat=not tiny,  # compute the layers again in the backward pass, to save memory
+        )
+    )
+    if chosen.arch == "ar_vae":
+        config.task.network.tokens = 32  # latent tokens of a frame
+        config.task.network.depth = space + time  # layers of encoder and of decoder
+        config.task.network.window = 16  # ar_vae: frames that one sees; else: cells of a window
+        config.task.network.unit = False  # read latents as directions
+    else:
+        _cvivit(config, chosen.arch == "omnitokenizer", 2 if tiny else 4, space, time)
+    _quantizer(config, chosen.quantizer)
+    return config
+
+
+def _cvivit(config, omni, t_patch, space, time):
+    """What C-ViViT and OmniTokenizer have in common beside the rest."""
+    encoder = "t" * (space - space // 2) + "w" * (space // 2) if omni else "t" * space
+    config.task.network.t_patch = t_patch  # frames in a latent after the first
+    config.task.network.encode_blocks = encoder  # layers in space: t for all cells, w for windows
+    config.task.network.decode_blocks = "t" * space  # the same of the decoder
+    config.task.network.window = 8  # ar_vae: frames that one sees; else: cells of a window
+    config.task.network.position = "rope" if omni else "rel"  # in space: rope or rel(ative bias)
+    config.task.network.temporal_depth = time  # layers over time, of encoder and of decoder
+    config.task.network.peg = True  # causal convolution before the temporal mixer
+    config.task.network.stem = "split"  # first frame: split has its own weights, shared repeats it
+    config.task.network.patchify = "linear"  # linear or haar
+    config.task.network.patch_norm = False  # as peers have it; hides how bright a flat patch is
+    config.task.network.mixer = ConfigDict(
+        dict(
+            name="softmax" if omni else "alibi",  # temporal mixer, a name in jaxvid.mixers
+            window=8,  # latent frames that one sees, its own included
+        )
+    )
+
+
+def _quantizer(config, name):
+    """Options of the quantizers of `jaxvid.layers.quantize`."""
+    if name == "fsq":
+        config.task.quantizer = ConfigDict(
+            dict(
+                name=name,  # fsq, vq, lfq, bsq or kl: choose by the config's option
+                levels=(8, 8, 8, 5, 5, 5),  # of each channel; the product is the vocabulary
+            )
+        )
+    elif name == "vq":
+        config.task.quantizer = ConfigDict(
+            dict(
+                name=name,  # fsq, vq, lfq, bsq or kl: choose by the config's option
+                codes=8192,  # vocabulary
+                channels=8,  # numbers in a latent
+                ema=0.99,  # memory of the means that codes follow; 0 trains them by gradient
+                commitment=0.25,  # weight of pulling tokens to their codes
+                normalize=True,  # compare directions
+                restart=0.01,  # tokens a batch below which a code starts anew; 0 never
+                kmeans=4,  # iterations of k-means on the first batch; 0 for none
+                estimator="straight_through",  # of the gradient: straight_through or rotation
+            )
+        )
+    elif name == "kl":
+        config.task.quantizer = ConfigDict(
+            dict(
+                name=name,  # fsq, vq, lfq, bsq or kl: choose by the config's option
+                channels=8,  # numbers in a latent
+                weight=1e-6,  # of the divergence from a standard Gaussian
+            )
+        )
+    else:
+        config.task.quantizer = ConfigDict(
+            dict(
+                name=name,  # fsq, vq, lfq, bsq or kl: choose by the config's option
+                channels=18,  # numbers in a latent
+                entropy=0.1,  # weight of the entropies
+                diversity=1.0,  # of the batch's entropy, beside the token's
+                commitment=0.25,  # weight of pulling tokens to their codes
+                sharpness=100.0,  # inverse temperature of the entropies
+                group=9,  # bits whose joint entropy is taken
+            )
+        )
+
+
+def _large(config):
+    """Settings of the preset that wants an accelerator."""
+    config.steps = 500_000
+    config.data.size = 128
+    config.data.batch_size = 64
+    config.optim.lr = 1e-4
+    config.optim.warmup = 5000
+    config.optim.ema = 0.999
+    config.checkpoint.every = 1000
+    config.evaluate.every = 5000
+    config.sample.every = 5000

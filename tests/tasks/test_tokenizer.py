@@ -1,0 +1,170 @@
+"""The tokenizer task: its objective, its moving codebook, its scores, and what it refuses."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from configs import tokenizer as config_file
+from jaxvid import config as config_lib
+from jaxvid.data.transforms import normalize
+from jaxvid.errors import UserError
+from jaxvid.tasks import ar_diffusion
+from jaxvid.tasks.tokenizer import Task
+from tests.tasks import test_ar_diffusion
+
+ARCHITECTURES = ("cvivit", "omnitokenizer", "ar_vae")
+QUANTIZERS = ("vq", "fsq", "lfq", "bsq", "kl")
+
+
+def fields(options="", **changes):
+    """The config's task at the size of a test; changes are dotted fields, dots written as __."""
+    config = config_file.get_config(options)
+    network = {"width": 16, "heads": 2, "patch": 4}
+    if "ar_vae" in options:
+        network |= {"depth": 1, "tokens": 3}
+    else:
+        network |= {"temporal_depth": 1, "encode_blocks": "t", "decode_blocks": "t"}
+    config.update_from_flattened_dict(
+        {
+            "data.size": 12,
+            "data.frames": 5,
+            "task.images": 0.4,
+            **{f"task.network.{name}": value for name, value in network.items()},
+            **{f"task.{name.replace('__', '.')}": value for name, value in changes.items()},
+        }
+    )
+    task = config.copy_and_resolve_references().task.to_dict()
+    assert task.pop("name") == "tokenizer"
+    return task
+
+
+def batch(num=2):
+    rng = np.random.default_rng(0)
+    video = rng.integers(0, 256, (num, 5, 12, 12, 3), dtype=np.uint8)
+    return {"video": video, "id": np.arange(num, dtype=np.int32)}
+
+
+def loss(task, params, extra, rng):
+    return task.loss(params, batch(), rng, step=0, frozen={}, extra=extra)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "arch=cvivit,quantizer=vq,size=b",
+        "arch=omnitokenizer,quantizer=lfq,size=b",
+        "arch=ar_vae,quantizer=kl,size=b",
+        "arch=ar_vae,quantizer=bsq",
+        "arch=ar_vae,quantizer=fsq",
+    ],
+)
+def test_every_choice_of_the_config_trains_and_scores(options):
+    """By shapes alone: nothing is compiled."""
+    task = Task(**fields(options))
+    rng = jax.random.key(0)
+    params, extra = jax.eval_shape(lambda: task.init(rng, batch()))
+    value, (metrics, after) = jax.eval_shape(functools.partial(loss, task), params, extra, rng)
+    assert value.shape == () and jax.tree.structure(after) == jax.tree.structure(extra)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), extra
+    )
+    assert all(x.shape == () for x in metrics.values())
+    weights = {**params, **extra}
+    scores = jax.eval_shape(lambda w: task.evaluate(w, batch(), rng, frozen={}), weights)
+    shapes = {name: x.shape for name, x in scores.items()}
+    assert all(shapes[name] == (2, 5) for name in ("psnr", "ssim", "motion_error"))
+    assert ("usage" in shapes) == ("kl" not in options)
+
+
+def test_training_moves_the_network_by_gradient_and_the_codebook_by_its_means():
+    options = dict(quantizer__codes=32, quantizer__channels=4, images=0.0)
+    task = Task(**fields("quantizer=vq", **options))
+    params, extra = jax.jit(task.init)(jax.random.key(0), batch())
+
+    @jax.jit
+    def step(params, extra, rng):
+        gradient = jax.grad(functools.partial(loss, task), has_aux=True)
+        grads, (metrics, extra) = gradient(params, extra, rng)
+        return jax.tree.map(lambda p, g: p - 0.05 * g, params, grads), extra, metrics
+
+    first, moved = None, extra
+    for seed in range(12):
+        params, moved, metrics = step(params, moved, jax.random.key(seed))
+        first = first or float(metrics["error"])
+    assert metrics["error"] < 0.9 * first
+    assert moved["codebook"]["updates"] == 12
+    # The tokens of a batch: 3 latents of each clip. k-means counts codes without any as one.
+    assert 54 <= moved["codebook"]["count_V"].sum() < 54 + 32
+    assert np.abs(moved["codebook"]["code_VZ"] - extra["codebook"]["code_VZ"]).max() > 0.1
+
+    weights = {**params, **moved}
+    scores = jax.jit(lambda w: task.evaluate(w, batch(), jax.random.key(0), frozen={}))(weights)
+    cond = {"num": 2, "video": batch()["video"]}
+    wrong = np.asarray(task.sample(weights, None, cond, frozen={})) - normalize(batch()["video"])
+    psnr = 10 * np.log10(4 / np.square(wrong).mean((2, 3, 4)))
+    np.testing.assert_allclose(scores["psnr"], psnr, rtol=1e-4)
+    change = np.abs(np.diff(wrong, axis=1)).mean((2, 3, 4))
+    np.testing.assert_allclose(scores["motion_error"][:, 1:], change, rtol=1e-4)
+    assert np.isnan(scores["motion_error"][:, 0]).all()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_config_help_describes_every_field(arch, quantizer):
+    file = config_file.__file__
+    rows = config_lib.describe(f"{file}:arch={arch},quantizer={quantizer}").splitlines()
+    place = rows[0].index("MEANING")
+    assert [row for row in rows if not row[place:].strip()] == []
+
+
+def test_images_are_frames_of_the_clips_none_twice():
+    task = Task(**fields(images=0.6))
+    video = normalize(batch(3)["video"])
+    images = np.asarray(task._images(video, jax.random.key(1)))
+    assert images.shape == (9, 1, 12, 12, 3)
+    for clip, drawn in zip(video, images.reshape(3, 3, 12, 12, 3)):
+        found = [int(np.flatnonzero((clip == image).all((1, 2, 3)))[0]) for image in drawn]
+        assert len(set(found)) == 3
+
+
+def test_a_diffusion_model_works_on_its_latents():
+    """By shapes alone: trains, samples from given frames, streams and decodes piece by piece."""
+    task = Task(**fields("quantizer=kl"))
+    tokenizer = task.tokenizer
+    tokenizer.params = jax.eval_shape(lambda: task.init(jax.random.key(0), batch()))[0]
+    options = test_ar_diffusion.fields(frames=5, size=12, given=1)
+    diffusion = ar_diffusion.Task(**options, tokenizer=tokenizer)
+    rng = jax.random.key(0)
+    params = jax.eval_shape(lambda: diffusion.init(rng, batch())[0])
+    frozen = diffusion.frozen()
+
+    def train(params, frozen):
+        return diffusion.loss(params, batch(), rng, step=0, frozen=frozen, extra={})[0]
+
+    assert jax.eval_shape(train, params, frozen).shape == ()
+    cond = {"num": 2, "first_frames": batch()["video"][:, :1]}
+    video = jax.eval_shape(
+        lambda params, frozen: diffusion.sample(params, rng, cond, frozen=frozen), params, frozen
+    )
+    assert video.shape == (2, 5, 12, 12, 3)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"arch": "vqgan"}, "task.arch='vqgan'"),
+        ({"error": "l3"}, "task.error='l3'"),
+        ({"images": 2.0}, "task.images=2.0"),
+        ({"quantizer__levels": (2, 2)}, r"task.quantizer.levels=\(2, 2\)"),
+        ({"network__heads": 3}, "task.network.heads=3"),
+        ({"network__stem": "two"}, "task.network.stem='two'"),
+        ({"network__mixer__name": "rnn"}, "task.network.mixer.name='rnn'"),
+        ({"network__patch": 5}, "patch=5: does not divide frames of 12 x 12"),
+        ({"frames": 6}, "frames=6: .* use 5 or 7"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_compiled(changes, message):
+    with pytest.raises(UserError, match=message):
+        Task(**fields(**changes))
