@@ -73,6 +73,8 @@ def test_fsq_reaches_every_level_and_no_other(dialect):
     assert sorted(set(ids.tolist())) == list(range(120))
     assert aux["usage"] == 1 and aux["dead"] == 0
     assert np.abs(z_q).max() == 1
+    around_zero = np.array([[-0.02] * 3, [0.02] * 3], np.float32)
+    np.testing.assert_array_equal(run(quantizer, around_zero)[0], 0)
 
 
 @pytest.mark.parametrize(
