@@ -55,7 +55,7 @@ def get_config(options=""):
             frames=frames,  # frames of a training clip (follows data.frames)
             patch=6 if tiny else 4,  # pixels along each side of a token; must divide the size
             prediction="v" if flow else "x0",  # what the network predicts: x0, eps or v
-            weight="min_snr" if tiny else "uniform",  # loss: uniform, x0, min_snr or fused_snr
+            weight="fused_snr" if tiny else "uniform",  # loss: uniform, x0, min_snr or fused_snr
             timesteps="fopp",  # noise of a training clip: fopp, iid, uniform or full_sequence
             clean_prefix=0.7
             if tiny
