@@ -30,7 +30,9 @@ def get_config(options=""):
     )
     config = common.get_config()
     config.data.name = chosen.data
+    config.steps = 1500
     config.data.frames = 17
+    config.optim.name = "adamw"
     config.optim.lr = 6e-4
     tiny = chosen.size == "tiny"
     if not tiny:
