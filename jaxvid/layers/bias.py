@@ -42,7 +42,7 @@ class CosineNorm(nn.Module):
 
 
 def alibi_slopes(heads):
-    """Slopes of the linear bias -slope |i - j| of each head, float32 [A] (Press et al. 2022).
+    """Slopes of the linear bias -slope |i - j| of each head, numpy [A] (Press et al. 2022).
 
     A power of two has 2^(-8 (k + 1) / heads). Other numbers take the slopes of the next lower
     power, then every second one of twice that power.
@@ -52,7 +52,7 @@ def alibi_slopes(heads):
     def slopes(n):
         return 2.0 ** (-8 * np.arange(1, n + 1) / n)
 
-    return np.concatenate([slopes(power), slopes(2 * power)[::2]])[:heads].astype(np.float32)
+    return np.concatenate([slopes(power), slopes(2 * power)[::2]])[:heads]
 
 
 class ContinuousBias(nn.Module):

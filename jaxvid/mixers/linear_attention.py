@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvid.kernels.linear_attention import linear_attention
+from jaxvid.layers.bias import alibi_slopes
 from jaxvid.layers.linear import Linear
 from jaxvid.parallel.sharding import shard
 
@@ -160,20 +161,10 @@ def slopes(law, heads, layer=0, layers=1):
     counted from one less.
     """
     laws = {
-        "lightning": lambda: _alibi(heads) * (1 - layer / max(layers - 1, 1) + 1e-5),
+        "lightning": lambda: alibi_slopes(heads) * (1 - layer / max(layers - 1, 1) + 1e-5),
         "fla": lambda: 8 / heads * (1 - layer / layers) * np.arange(heads),
-        "sglang": lambda: _alibi(heads) * (1 - (layer - 1) / max(layers - 1, 1) + 1e-5),
+        "sglang": lambda: alibi_slopes(heads) * (1 - (layer - 1) / max(layers - 1, 1) + 1e-5),
     }
     if law not in laws:
         raise ValueError(f"slopes={law!r}: unknown; use one of {', '.join(laws)} or one per head")
     return laws[law]()
-
-
-def _alibi(heads):
-    """2^(-8 (a + 1) / A); beyond a power of two every other slope of twice that many heads."""
-    power = 1 << (heads.bit_length() - 1)
-    slopes_A = 2.0 ** (-8 * np.arange(1, power + 1) / power)
-    if power < heads:
-        more = 2.0 ** (-8 * np.arange(1, 2 * power + 1) / (2 * power))
-        slopes_A = np.concatenate([slopes_A, more[::2][: heads - power]])
-    return slopes_A

@@ -68,7 +68,11 @@ def decayed(params):
 
 
 def hidden(params):
-    """Tree of how Muon sees each matrix it updates, the last two axes; None for what AdamW does."""
+    """Tree of how Muon sees each matrix it updates, the last two axes; None for what AdamW does.
+
+    Matrices are taken as stored. Muon lengthens the steps of those with more columns than rows, so
+    a narrowing layer stored transposed (the MLP's `down`) moves as far as its widening one.
+    """
 
     def seen(path, leaf):
         if _HIDDEN.search(path_name(path)):
