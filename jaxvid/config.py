@@ -206,7 +206,7 @@ def run(main, commands: tuple[str, ...] = ()) -> None:
 
     With `commands`, the command line must name one of them and it becomes main's argument.
     """
-    host.keep_memory()
+    host.prepare()
     app.run(functools.partial(_main, main, commands), flags_parser=_parse)
 
 
