@@ -59,6 +59,7 @@ def get_config(options=""):
             patch=6 if tiny else 4,  # pixels along each side of a token; must divide the size
             prediction="v" if flow else "x0",  # what the network predicts: x0, eps or v
             weight="fused_snr" if tiny else "uniform",  # loss: uniform, x0, min_snr or fused_snr
+            snr_clip=20.0 if tiny else 5.0,  # min_snr, fused_snr: the SNR that counts most
             timesteps="fopp",  # noise of a training clip: fopp, iid, uniform or full_sequence
             clean_prefix=0.7
             if tiny
@@ -107,9 +108,9 @@ def get_config(options=""):
     )
     config.task.sampler = ConfigDict(
         dict(
-            steps=50,  # noise levels that a frame is walked through
+            steps=10 if tiny else 50,  # noise levels that a frame is walked through
             schedule="ad",  # ad, synchronous, autoregressive, pyramid or block_causal
-            s=5,  # iterations from the start of one frame to that of the next
+            s=1 if tiny else 5,  # iterations from the start of one frame to that of the next
             block=1,  # block_causal: frames that share a step
             guidance=1.0,  # classifier-free guidance; 1 is none
             eta=0.0,  # 0 is deterministic DDIM, 1 is ancestral

@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     """The sections that every task has, at sizes for two CPU cores."""
     config = ConfigDict()
     config.seed = 0  # of parameters, data order, noise and dropout
-    config.steps = 2000  # optimiser steps in all
+    config.steps = 2500  # optimiser steps in all
 
     config.data = ConfigDict(
         dict(

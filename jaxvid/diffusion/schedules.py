@@ -14,7 +14,6 @@ from jaxvid.errors import UserError
 
 PREDICTIONS = ("x0", "eps", "v")
 WEIGHTS = ("uniform", "x0", "min_snr", "fused_snr")
-SNR_CLIP = 5.0
 FUSED_SNR_DECAY = 0.96
 
 
@@ -91,11 +90,11 @@ class NoiseSchedule:
             eps = jnp.sqrt(1 - fresh**2) * eps + fresh * noise
         return self.add_noise(x0, eps, t_to)
 
-    def weight(self, t_BT, kind, prediction):
+    def weight(self, t_BT, kind, prediction, snr_clip=5.0):
         """Loss weight of each frame, float32, shape of t_BT: frames on the last axis.
 
-        x0: the squared error of x0, whatever is predicted; min_snr: min(SNR, 5) times that
-        (Hang et al. 2023); both are restated for the prediction.
+        x0: the squared error of x0, whatever is predicted; min_snr: min(SNR, snr_clip) times that
+        (Hang et al. 2023, who clip at 5); both are restated for the prediction.
         fused_snr: the same with what the frames before already reveal (Diffusion Forcing,
         Chen et al. 2024); frame f depends on frames <= f only.
         """
@@ -111,19 +110,19 @@ class NoiseSchedule:
             return {"x0": jnp.ones_like(sigma), "v": sigma**2, "eps": (sigma / alpha) ** 2}[
                 prediction
             ]
-        snr = jnp.exp(self.log_snr(t_BT)) / SNR_CLIP
+        snr = jnp.exp(self.log_snr(t_BT)) / snr_clip
         clipped = jnp.minimum(snr, 1.0)
         if kind == "fused_snr":
             known = FUSED_SNR_DECAY * _snr_of_past(clipped)
             snr, clipped = known + (1 - known) * snr, known + (1 - known) * clipped
         if prediction == "x0":
-            return SNR_CLIP * clipped
+            return snr_clip * clipped
         if prediction == "eps":
             return clipped / snr
         # |v error|^2 = |x0 error|^2 / sigma^2, for both meanings of v.
-        root = jnp.sqrt(SNR_CLIP * snr)
+        root = jnp.sqrt(snr_clip * snr)
         inverse_sigma = 1 + root if self.is_flow else jnp.sqrt(1 + root**2)
-        return SNR_CLIP * clipped / inverse_sigma**2
+        return snr_clip * clipped / inverse_sigma**2
 
     def log_snr(self, t):
         """log(alpha_t^2 / sigma_t^2), float32; infinite where there is no noise or no signal."""

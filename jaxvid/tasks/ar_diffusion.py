@@ -25,9 +25,10 @@ class Task:
     """Train and sample a causal diffusion transformer with one noise level per frame.
 
     size, frames: of the training clips, pixels and frames. model: options of `models.dit.DiT`.
-    noise: options of `schedules.make`. prediction, weight: see `schedules.NoiseSchedule`.
-    timesteps: how training noises the frames of a clip (`diffusion.timesteps`). clean_prefix:
-    probability that a clip begins with clean frames, which are condition and not target.
+    noise: options of `schedules.make`. prediction, weight, snr_clip: see
+    `schedules.NoiseSchedule`. timesteps: how training noises the frames of a clip
+    (`diffusion.timesteps`). clean_prefix: probability that a clip begins with clean frames, which
+    are condition and not target.
     condition: kind, tokens, width, num_classes (`models.conditioning`) and drop, the probability
     of the null condition. sampler: steps, schedule, s, block (`schedulers.make`), guidance, eta,
     memory ("cache", "none" or "window"). given: clean frames before the continuation that
@@ -54,6 +55,7 @@ class Task:
         noise,
         prediction,
         weight,
+        snr_clip,
         timesteps,
         clean_prefix,
         condition,
@@ -62,7 +64,7 @@ class Task:
         tokenizer=None,
     ):
         self.size, self.frames, self.given = size, frames, given
-        self.prediction, self.weight = prediction, weight
+        self.prediction, self.weight, self.snr_clip = prediction, weight, snr_clip
         self.timesteps, self.clean_prefix = timesteps, clean_prefix
         self.condition, self.sampler = dict(condition), dict(sampler)
         self.drop = self.condition.pop("drop")
@@ -153,7 +155,7 @@ class Task:
 
         target_BTNC = self.noise.target(z_BTNC, eps_BTNC, t_BT, self.prediction)
         error_BT = jnp.square(prediction_BTNC - target_BTNC).mean((-2, -1))
-        weight_BT = self.noise.weight(t_BT, self.weight, self.prediction)
+        weight_BT = self.noise.weight(t_BT, self.weight, self.prediction, self.snr_clip)
         targets = is_target_BT.sum()
         loss = (weight_BT * error_BT * is_target_BT).sum() / targets
         return loss, ({"mse": (error_BT * is_target_BT).sum() / targets}, extra)
@@ -359,6 +361,7 @@ def _check(task, patch, model):
         0 <= task.clean_prefix <= 1,
         f"clean_prefix={task.clean_prefix}: not a probability; use 0 to 1",
     )
+    require(task.snr_clip > 0, f"snr_clip={task.snr_clip}: must be positive; use 5")
     require(
         0 < task.given < task.frames,
         f"given={task.given}: frames before the continuation; use 1 to {task.frames - 1}",

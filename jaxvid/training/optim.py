@@ -68,16 +68,15 @@ def decayed(params):
 
 
 def hidden(params):
-    """Tree of how Muon sees each matrix it updates, the last two axes; None for what AdamW does.
-
-    Matrices are taken as stored. Muon lengthens the steps of those with more columns than rows, so
-    a narrowing layer stored transposed (the MLP's `down`) moves as far as its widening one.
-    """
+    """Tree of how Muon sees each matrix it updates, (in, out) axes; None for what AdamW does."""
 
     def seen(path, leaf):
-        if _HIDDEN.search(path_name(path)):
-            return contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
-        return None
+        found = _HIDDEN.search(path_name(path))
+        if not found:
+            return None
+        axes = leaf.ndim - 2, leaf.ndim - 1
+        is_transposed = found[1] == "down"  # stored [out, in], see layers.linear.Linear
+        return contrib.MuonDimensionNumbers(*(reversed(axes) if is_transposed else axes))
 
     return jax.tree_util.tree_map_with_path(seen, params)
 

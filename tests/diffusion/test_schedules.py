@@ -218,22 +218,28 @@ def test_published_weights(name, kind, prediction):
     np.testing.assert_allclose(got, PUBLISHED_WEIGHTS[name, kind, prediction], atol=2e-6)
 
 
+@pytest.mark.parametrize("snr_clip", [5, 20])
 @pytest.mark.parametrize("name, prediction", ALL)
-def test_fused_weight_is_the_loop_over_frames(name, prediction):
+def test_fused_weight_is_the_loop_over_frames(name, prediction, snr_clip):
     schedule, t_BT = MADE[name], some_t(first=1, shape=(4, 7))
     alpha_T, sigma_T = (table.astype(np.float64) for table in (schedule.alpha_T, schedule.sigma_T))
     expected = np.zeros(t_BT.shape)
     for b in range(4):
         past = total = 0.0
         for f, t in enumerate(np.asarray(t_BT[b])):
-            s = (alpha_T[t] / sigma_T[t]) ** 2 / 5
+            s = (alpha_T[t] / sigma_T[t]) ** 2 / snr_clip
             clipped, full = (1 - (1 - 0.96 * past) * (1 - x) for x in (min(s, 1), s))
             total = min(s, 1) if f == 0 else 0.96 * total + 0.04 * min(s, 1)
             past = total
-            per_v = (1 + np.sqrt(5 * full)) ** 2 if schedule.is_flow else 1 + 5 * full
-            choices = {"x0": 5 * clipped, "eps": clipped / full, "v": 5 * clipped / per_v}
+            per_v = (1 + np.sqrt(snr_clip * full)) ** 2 if schedule.is_flow else 1 + snr_clip * full
+            choices = {
+                "x0": snr_clip * clipped,
+                "eps": clipped / full,
+                "v": snr_clip * clipped / per_v,
+            }
             expected[b, f] = choices[prediction]
-    np.testing.assert_allclose(schedule.weight(t_BT, "fused_snr", prediction), expected, rtol=2e-4)
+    got = schedule.weight(t_BT, "fused_snr", prediction, snr_clip)
+    np.testing.assert_allclose(got, expected, rtol=2e-4)
 
 
 @pytest.mark.parametrize("kind", ["x0", "min_snr"])

@@ -255,6 +255,7 @@ def test_a_recurrent_mixer_samples_the_same_from_its_state_as_from_all_frames():
         ({"given": 6}, "given=6"),
         ({"prediction": "y"}, "prediction='y'"),
         ({"weight": "snr"}, "weight='snr'"),
+        ({"snr_clip": 0.0}, "snr_clip=0.0"),
         ({"model__mixer__name": "lstm"}, "mixer.name='lstm'"),
         ({"sampler__guidance": 2.0}, "guidance=2.0"),
         ({"model__mixer__mask": "full"}, "memory='cache'"),
