@@ -73,5 +73,11 @@ def batch_share(mesh):
 
 
 def to_global(batch, sharding):
-    """Global arrays [B, ...] from this process's rows (numpy), sent without waiting."""
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+    """Global arrays [B, ...] from this process's rows (numpy), which have arrived.
+
+    A device is still at work on the step before, and waits for nothing. On CPU, a step whose
+    arguments are under way is run by a thread whose memory is mapped anew (`parallel.host`).
+    """
+    return jax.block_until_ready(
+        jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+    )
