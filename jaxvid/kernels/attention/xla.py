@@ -2,10 +2,10 @@
 
 Queries are taken in chunks of whole positions. Where positions are known while tracing, a chunk
 reads only the keys that some query of it may see, and carries no mask if all of them may see all.
-The backward pass keeps the logarithm of the softmax sums and recomputes the probabilities from it
-(FlashAttention, Dao et al. 2022, algorithm 4). Its products are those that XLA runs fast on CPU,
-which rules out a left operand contracted over its rows: the gradients of keys and values come out
-transposed.
+Where there are many pairs, the backward pass keeps the softmax's peaks and sums and recomputes the
+probabilities from them (FlashAttention, Dao et al. 2022, algorithm 4). Its products are those that
+XLA runs fast on CPU, which rules out a left operand contracted over its rows: the gradients of keys
+and values come out transposed.
 """
 
 import functools
@@ -20,6 +20,7 @@ _CHUNK = 128  # queries of a chunk at least; fewer waste less, but products run 
 _CHUNKS = 16  # at most, as each is traced on its own
 _GAP = 64  # masked keys at least, to be worth cutting out
 _SMALL = 4096  # scores of a matrix that is quicker to transpose than to contract over its rows
+_KEPT = 2**26  # bytes of probabilities that are kept for the backward pass at most
 _MASKED = -1e30  # in the place of -inf, which makes NaN of a row without keys
 
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -83,32 +84,39 @@ def _attend(chunks, q_BALK, k_BAMK, v_BAMK, mask_LM):
 
 
 def _forward(chunks, q_BALK, k_BAMK, v_BAMK, mask_LM):
-    ys, logs = [], []
+    ys, peaks, shares, kept = [], [], [], []
     for chunk in chunks:
         score_BAGM = _scores(chunk, q_BALK, k_BAMK, mask_LM)
         peak = score_BAGM.max(axis=-1, keepdims=True)
         p_BAGM = jnp.exp(score_BAGM - peak)
-        total = p_BAGM.sum(axis=-1, keepdims=True)
+        # A row without keys takes no share of anything.
+        share = jnp.where(peak > _MASKED / 2, 1 / p_BAGM.sum(axis=-1, keepdims=True), 0)
         v_chunk = _read(chunk, v_BAMK)
         y_BAGK = _einsum("BAGM,BAMK->BAGK", p_BAGM.astype(v_chunk.dtype), v_chunk)
-        alive = peak > _MASKED / 2
-        ys.append(jnp.where(alive, y_BAGK / total, 0).astype(v_BAMK.dtype))
-        logs.append(jnp.where(alive, peak + jnp.log(total), 0))
-    y_BALK, log_BAL1 = jnp.concatenate(ys, 2), jnp.concatenate(logs, 2)
-    return y_BALK, (q_BALK, k_BAMK, v_BAMK, mask_LM, y_BALK, log_BAL1)
+        ys.append((y_BAGK * share).astype(v_BAMK.dtype))
+        peaks.append(peak)
+        shares.append(share)
+        kept.append(p_BAGM)
+    y_BALK, peak_BAL1, share_BAL1 = (jnp.concatenate(parts, 2) for parts in (ys, peaks, shares))
+    if sum(p_BAGM.nbytes for p_BAGM in kept) > _KEPT:
+        kept = [None] * len(chunks)
+    return y_BALK, (q_BALK, k_BAMK, v_BAMK, mask_LM, y_BALK, peak_BAL1, share_BAL1, kept)
 
 
 def _backward(chunks, residuals, dy_BALK):
-    q_BALK, k_BAMK, v_BAMK, mask_LM, y_BALK, log_BAL1 = residuals
+    q_BALK, k_BAMK, v_BAMK, mask_LM, y_BALK, peak_BAL1, share_BAL1, kept = residuals
     dtype = q_BALK.dtype
-    inner_BAL1 = (dy_BALK.astype(jnp.float32) * y_BALK).sum(axis=-1, keepdims=True)
+    dy_BALK = dy_BALK.astype(jnp.float32) * share_BAL1
+    inner_BAL1 = (dy_BALK * y_BALK).sum(axis=-1, keepdims=True)
     dq, dk, dv = [], [], []
-    for chunk in chunks:
+    for chunk, p_BAGM in zip(chunks, kept):
         k_chunk, v_chunk = _read(chunk, k_BAMK), _read(chunk, v_BAMK)
-        q, dy, log, inner = (
-            x[:, :, chunk.start : chunk.stop] for x in (q_BALK, dy_BALK, log_BAL1, inner_BAL1)
+        q, dy, peak, inner = (
+            x[:, :, chunk.start : chunk.stop]
+            for x in (q_BALK, dy_BALK.astype(dtype), peak_BAL1, inner_BAL1)
         )
-        p_BAGM = jnp.exp(_scores(chunk, q_BALK, k_BAMK, mask_LM) - log)
+        if p_BAGM is None:
+            p_BAGM = jnp.exp(_scores(chunk, q_BALK, k_BAMK, mask_LM) - peak)
         dp_BAGM = _einsum("BAGK,BAMK->BAGM", dy, v_chunk)
         ds_BAGM = (p_BAGM * (dp_BAGM - inner)).astype(dtype)
         dq.append(_einsum("BAGM,BAMK->BAGK", ds_BAGM, k_chunk))
