@@ -5,7 +5,7 @@
         --config.data.path=DIR
 
 The first takes 10 minutes on two CPU cores; `python -m jaxvid.evaluate` then gives a mean PSNR of
-18.8 dB for continuations of 4 held-out frames, where repeating the last gives 17.3 (BENCHMARKS.md).
+19.4 dB for continuations of 4 held-out frames, where repeating the last gives 17.3 (BENCHMARKS.md).
 
 Options: size=tiny|s|b|l|xl (tiny is made for two CPU cores, xl is the paper's 672 M parameters),
 data=sprites|folder|array_record|tfds, cond=none|class|text, noise=diffusion|flow,
