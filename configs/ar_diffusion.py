@@ -8,7 +8,7 @@ The first takes 10 minutes on two CPU cores; `python -m jaxvid.evaluate` then gi
 19.4 dB for continuations of 4 held-out frames, where repeating the last gives 17.3 (BENCHMARKS.md).
 
 Options: size=tiny|s|b|l|xl (tiny is made for two CPU cores, xl is the paper's 672 M parameters),
-data=sprites|folder|array_record|tfds, cond=none|class|text, noise=diffusion|flow,
+data=sprites|folder|array_record|tfds|latents, cond=none|class|text, noise=diffusion|flow,
 mixer=softmax|linear|lightning|gla (all but softmax remember a stream in a state of constant size).
 """
 
@@ -31,13 +31,15 @@ def get_config(options=""):
     chosen = common.parse(
         options,
         size=tuple(SIZES),
-        data=("sprites", "folder", "array_record", "tfds"),
+        data=("sprites", "folder", "array_record", "tfds", "latents"),
         cond=("none", "class", "text"),
         noise=("diffusion", "flow"),
         mixer=("softmax", "linear", "lightning", "gla"),
     )
     config = common.get_config()
     config.data.name = chosen.data
+    if chosen.data == "latents":
+        config.data.crop = "center"  # what cached clips show
     if chosen.size != "tiny":
         _large(config)
     # One value for the data and the task: a change of data.frames, say, reaches both.
@@ -57,6 +59,8 @@ def get_config(options=""):
             size=size,  # pixels along each side of a frame (follows data.size)
             frames=frames,  # frames of a training clip (follows data.frames)
             patch=6 if tiny else 4,  # pixels along each side of a token; must divide the size
+            tokenizer="",  # work folder of a trained tokenizer to use instead of patches
+            tokenizer_digest="",  # which weights that must have; "" takes them as they are
             prediction="v" if flow else "x0",  # what the network predicts: x0, eps or v
             weight="fused_snr" if tiny else "uniform",  # loss: uniform, x0, min_snr or fused_snr
             snr_clip=20.0 if tiny else 5.0,  # min_snr, fused_snr: the SNR that counts most

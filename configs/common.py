@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict(
         dict(
-            name="sprites",  # source: sprites, folder, array_record or tfds
+            name="sprites",  # source: sprites, folder, array_record, tfds or latents
             path="",  # where the clips are (not for sprites)
             frames=16,  # frames in a training window
             size=24,  # pixels along each side of the square frames

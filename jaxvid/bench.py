@@ -33,11 +33,11 @@ from ml_collections import ConfigDict
 from jaxvid import config as config_lib
 from jaxvid import data
 from jaxvid.errors import UserError
+from jaxvid.inference import make_task
 from jaxvid.kernels import linear_attention
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.multihost import to_global
 from jaxvid.parallel.sharding import batch_sharding
-from jaxvid.train import make_task
 from jaxvid.training import flops
 from jaxvid.training.logging import peak_bytes
 from jaxvid.training.optim import make_optimizer

@@ -1,16 +1,23 @@
-"""Opening a finished (or running) run, for the entry points that use its weights."""
+"""Making the task of a config, and opening what a run has left: its weights, its tokenizer."""
 
+import hashlib
+import importlib
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from jaxvid import config as config_lib
+from jaxvid.errors import UserError
+from jaxvid.models.tokenizer import FrozenTokenizer
 from jaxvid.parallel.mesh import make_mesh
-from jaxvid.parallel.sharding import shard_params
-from jaxvid.train import make_task
+from jaxvid.parallel.sharding import path_name, shard_params
 from jaxvid.training.restore import restore_weights
+
+DIGEST = 16  # hexadecimal digits that name a tokenizer
 
 
 class Run(NamedTuple):
@@ -40,3 +47,66 @@ def open_run(workdir, sampler=None):
     frozen = task.frozen()
     frozen = jax.device_put(frozen, shard_params(frozen, mesh, task.sharding_rules))
     return Run(config, task, params, frozen, step, mesh)
+
+
+def make_task(fields):
+    """The Task of `config.task`: class Task of the module named, built from the other fields.
+
+    A work folder in the field `tokenizer` becomes the tokenizer in it. Its weights must be those
+    that `tokenizer_digest` names; an empty one is filled in, which binds a run to its latents.
+    """
+    module = f"jaxvid.tasks.{fields.name}"
+    try:
+        module = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise UserError(f"task.name={fields.name}: there is no module {module}") from error
+    options = {name: value for name, value in fields.items() if name != "name"}
+    digest = options.pop("tokenizer_digest", "")
+    workdir = options.get("tokenizer")
+    if workdir == "":
+        options["tokenizer"] = None
+    elif isinstance(workdir, str):
+        options["tokenizer"] = open_tokenizer(workdir)
+        found = fields.tokenizer_digest = options["tokenizer"].digest
+        if digest not in ("", found):
+            raise UserError(
+                f"task.tokenizer={workdir}: its weights, {found}, are not those that this run was "
+                f"made with, {digest}; bring these back or train again"
+            )
+    return module.Task(**options)
+
+
+def open_tokenizer(workdir):
+    """The trained tokenizer in a work folder, frozen; UserError where it holds anything else."""
+    fields, task, weights = open_weights(workdir, "tokenizer", "task.tokenizer")
+    params = {name: weights[name] for name in ("network", "codebook", "latents")}
+    made_of = {name: fields[name] for name in ("arch", "network", "quantizer")}
+    return FrozenTokenizer(task.tokenizer, params, _digest(made_of, params))
+
+
+def open_weights(workdir, kind, field):
+    """(config.task, Task, weights in numpy) of a run of the task `kind`.
+
+    Raises UserError, naming the config field that asks for it, where the folder holds none.
+    """
+    try:
+        config = config_lib.load(Path(workdir, "config.json"))
+        name = config.get("task", {}).get("name")
+        if name != kind:
+            raise UserError(f"holds a run of task {name!r}; name the folder of a run of {kind!r}")
+        task = make_task(config.task)
+        _, weights = restore_weights(workdir, config, task)
+    except UserError as error:
+        raise UserError(f"{field}={workdir}: {error}") from error
+    return config.task, task, weights
+
+
+def _digest(fields, params):
+    """A name for settings and weights that changes whenever they do."""
+    sha256 = hashlib.sha256(json.dumps(ConfigDict(fields).to_dict(), sort_keys=True).encode())
+    for path, leaf in jax.tree.leaves_with_path(params):
+        sha256.update(f"{path_name(path)} {leaf.dtype} {leaf.shape}".encode())
+        sha256.update(np.ascontiguousarray(leaf).tobytes())
+    return sha256.hexdigest()[:DIGEST]

@@ -10,7 +10,6 @@ give --coordinator=HOST:PORT --num_processes=N --process_id=I.
 
 import contextlib
 import errno
-import importlib
 import tempfile
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from absl import flags
 from jaxvid import config as config_lib
 from jaxvid import data
 from jaxvid.errors import UserError
+from jaxvid.inference import make_task
 from jaxvid.parallel import multihost
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.sharding import batch_sharding, shard_params
@@ -67,7 +67,8 @@ def _train(config, workdir, mesh, stack):
     frozen = task.frozen()
     frozen = jax.device_put(frozen, shard_params(frozen, mesh, task.sharding_rules))
     held_out = HeldOut(task, config, mesh, validation)
-    checkpoints.check_best(held_out.trace(target.weights, frozen, shapes))
+    held_out_shapes = _peek(validation, config.data.batch_size, mesh)
+    checkpoints.check_best(held_out.trace(target.weights, frozen, held_out_shapes))
     found = checkpoints.restore(target, clips)
     step, state = found or (0, init())
     if jax.process_index() == 0:
@@ -79,7 +80,7 @@ def _train(config, workdir, mesh, stack):
     writer = stack.enter_context(contextlib.closing(Writer(workdir, step, config.log.tensorboard)))
     guard = Guard(config.optim.skip_nonfinite, source, skipped=int(state.skipped))
     work = flops.of_step(task, state, frozen, shapes)
-    frames = shapes["video"].shape[0] * shapes["video"].shape[1]
+    frames = config.data.batch_size * config.data.frames
     progress = Progress(config.steps, frames, work, flops.machine(mesh.devices.flatten()))
     log = Log(config, writer, progress, guard)
 
@@ -109,18 +110,6 @@ def _train(config, workdir, mesh, stack):
     writer.videos(step, held_out.sample(state.weights, frozen))
     say(f"{workdir}: finished at step {step}")
     return state
-
-
-def make_task(fields):
-    """The Task of `config.task`: class Task of the module named, built from the other fields."""
-    module = f"jaxvid.tasks.{fields.name}"
-    try:
-        module = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        raise UserError(f"task.name={fields.name}: there is no module {module}") from error
-    return module.Task(**{name: value for name, value in fields.items() if name != "name"})
 
 
 def _prepare(workdir, config):

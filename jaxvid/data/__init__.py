@@ -3,11 +3,12 @@
 A source is any object with `len(source)`, `read(index, rng)` (and `source[index]`, the same without
 chance), `name(index)`, `num_classes` and `captions`; `read` returns one example, a dict of "video"
 uint8 [T, H, W, 3], "label" (0 where there are no classes) and "caption" ("" where there are none).
-The module jaxvid.data.<name> holds the source called <name>.
+A source of cached latents has their `tokenizer`, its digest, too, and "latents" or "tokens" in its
+examples; "video" is then in those for validation alone. The module jaxvid.data.<name> holds the
+source called <name>.
 """
 
 import importlib
-import math
 import time
 
 import grain
@@ -16,7 +17,8 @@ import numpy as np
 from jaxvid.data import text
 from jaxvid.errors import UserError
 
-SOURCES = ("sprites", "folder", "array_record", "tfds")
+SOURCES = ("sprites", "folder", "array_record", "tfds", "latents")
+ARRAYS = ("video", "latents", "tokens")  # what an example may show of its clip
 
 
 def make_source(config, split):
@@ -40,11 +42,8 @@ class _Load:
 
     def __call__(self, index, rng=None):
         clip = self._source.read(index, rng)
-        example = {
-            "video": clip["video"],
-            "id": np.int32(index),
-            "label": np.int32(clip["label"]),
-        }
+        example = {name: clip[name] for name in ARRAYS if name in clip}
+        example |= {"id": np.int32(index), "label": np.int32(clip["label"])}
         if self._tokens > 0:
             example["text"] = text.embed(clip["caption"], self._tokens, self._width)
         return example
@@ -76,8 +75,9 @@ class _ContiguousRows(grain.MapDataset):
 def make_iterator(config, *, split, seed, batch_size, process_index=None, process_count=None):
     """Checkpointable grain iterator over this host's rows of the global batches; never ends.
 
-    A batch: video uint8 [b, T, H, W, 3], id int32 [b], label int32 [b] and, where text_tokens > 0,
-    text float32 [b, M, E]; b = batch_size / process_count. Train is shuffled anew every epoch,
+    A batch: video uint8 [b, T, H, W, 3] (of cached clips latents float32 [b, T, N, Z] or tokens
+    int32 [b, T, N]), id int32 [b], label int32 [b] and, where text_tokens > 0, text float32
+    [b, M, E]; b = batch_size / process_count. Train is shuffled anew every epoch,
     validation comes in order. Content depends on (seed, place in the global order) alone: any
     number of hosts, workers and threads sees the same global batches, and get_state / set_state
     resumes exactly. Raises UserError for settings that cannot be met.
@@ -127,15 +127,15 @@ def throughput(config, seconds):
     )
     _count(iterator, seconds)
     begin = time.perf_counter()
-    frames = _count(iterator, seconds)
-    rate = frames / (time.perf_counter() - begin)
+    clips = _count(iterator, seconds)
+    rate = clips * config.frames / (time.perf_counter() - begin)
     iterator.close()
     return rate
 
 
 def _count(iterator, seconds):
-    """Frames taken from an iterator in a time, at least one batch."""
-    frames, end = 0, time.perf_counter() + seconds
-    while not frames or time.perf_counter() < end:
-        frames += math.prod(next(iterator)["video"].shape[:2])
-    return frames
+    """Clips taken from an iterator in a time, at least one batch."""
+    clips, end = 0, time.perf_counter() + seconds
+    while not clips or time.perf_counter() < end:
+        clips += len(next(iterator)["id"])
+    return clips

@@ -16,6 +16,7 @@ from jaxvid.errors import UserError
 
 SCHEMA = 1
 MANIFEST = "dataset.json"
+MAKERS = {"h264": "prepare", "latents": "tokenize"}  # codec -> module of jaxvid.data
 
 
 def pack(header, chunk):
@@ -32,9 +33,12 @@ def unpack(record):
     return json.loads(record[4 : 4 + length]), record[4 + length :]
 
 
-def read_manifest(path):
-    """dataset.json of a directory -> dict; UserError where there is none of this schema."""
-    remedy = "write it with python -m jaxvid.data.prepare"
+def read_manifest(path, codec="h264"):
+    """dataset.json of a directory -> dict; UserError where there is none of this schema and codec.
+
+    codec: what the records hold, "h264" (`data.prepare`) or "latents" (`data.tokenize`).
+    """
+    remedy = f"write it with python -m jaxvid.data.{MAKERS[codec]}"
     try:
         manifest = json.loads(pathlib.Path(path, MANIFEST).read_text())
     except FileNotFoundError:
@@ -45,6 +49,10 @@ def read_manifest(path):
     if schema != SCHEMA:
         raise UserError(
             f"data.path={str(path)!r}: {MANIFEST} has schema {schema}, not {SCHEMA}; {remedy} again"
+        )
+    if manifest["codec"] != codec:
+        raise UserError(
+            f"data.path={str(path)!r}: holds {manifest['codec']}, not {codec}; {remedy}"
         )
     return manifest
 

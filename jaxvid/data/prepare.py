@@ -122,39 +122,45 @@ def _as_os_error():
 
 
 class Shards:
-    """The ArrayRecord files of one split, begun anew when they reach SHARD_BYTES."""
+    """The ArrayRecord files of one split, begun anew when they reach SHARD_BYTES.
 
-    def __init__(self, folder, split):
+    records: the number in each file, of those that an earlier process has closed at first.
+    """
+
+    def __init__(self, folder, split, records=()):
         self._folder, self._split = folder, split
-        self._writer, self._size = None, 0
-        self._records = []  # in each file
+        self._writer, self.size = None, 0
+        self.records = list(records)
 
     def write(self, record):
-        if self._writer is None or self._size >= SHARD_BYTES:
-            self._finish_file()
-            self._records.append(0)
-            # Random access reads groups, and H.264 does not compress further.
-            path = self._folder / f"{self._split}-{len(self._records) - 1:05d}"
+        if self._writer is None or self.size >= SHARD_BYTES:
+            self.close()
+            self.records.append(0)
+            # Random access reads groups, and neither H.264 nor latents compress further.
+            path = self._folder / f"{self._split}-{len(self.records) - 1:05d}"
             self._writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
         with _as_os_error():
             self._writer.write(record)
-        self._size += len(record)
-        self._records[-1] += 1
+        self.size += len(record)
+        self.records[-1] += 1
 
-    def _finish_file(self):
+    def close(self):
+        """Make the file that is being written whole; the next record begins another."""
         if self._writer is not None:
             with _as_os_error():
                 self._writer.close()
-            self._writer, self._size = None, 0
+            self._writer, self.size = None, 0
 
     def finish(self):
         """Close, name the files by their number, and return what the manifest says of them."""
-        self._finish_file()
+        self.close()
         shards = []
-        for number, records in enumerate(self._records):
+        for number, records in enumerate(self.records):
             stem = f"{self._split}-{number:05d}"
-            name = f"{stem}-of-{len(self._records):05d}.array_record"
-            path = (self._folder / stem).rename(self._folder / name)
+            name = f"{stem}-of-{len(self.records):05d}.array_record"
+            path = self._folder / name
+            if not path.exists():  # a process may have been killed in this loop
+                (self._folder / stem).rename(path)
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             size = path.stat().st_size

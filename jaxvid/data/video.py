@@ -271,18 +271,38 @@ def read_clip(path, frames, size):
 
 def encode_chunk(video_THWC):
     """uint8 [T, H, W, 3], even H and W -> one group of pictures as raw H.264 (crf 18) bytes."""
-    T, H, W, _ = video_THWC.shape
-    codec = av.CodecContext.create("libx264", "w")
-    codec.width, codec.height, codec.pix_fmt = W, H, "yuv420p"
-    codec.time_base, codec.framerate = Fraction(1, 25), Fraction(25)  # carried nowhere
-    # fastdecode: no deblocking filter and no arithmetic coding, half the time to read a chunk.
-    codec.options = {"crf": "18", "g": str(T), "tune": "fastdecode", "threads": "1"}
-    packets = []
-    for number, picture_HWC in enumerate(np.ascontiguousarray(video_THWC)):
-        frame = av.VideoFrame.from_ndarray(picture_HWC, format="rgb24")
-        frame.pts = number
-        packets += codec.encode(frame)
-    return b"".join(map(bytes, packets + codec.encode(None)))
+    writer = ChunkWriter(*video_THWC.shape[:3])
+    writer.write(video_THWC)
+    return writer.finish()
+
+
+class ChunkWriter:
+    """One group of `frames` pictures as raw H.264, from as many pieces as one likes.
+
+    lossless: exactly the pixels that went in, at many times the bytes; sides need not be even.
+    """
+
+    def __init__(self, frames, height, width, lossless=False):
+        codec = av.CodecContext.create("libx264rgb" if lossless else "libx264", "w")
+        codec.width, codec.height = width, height
+        codec.pix_fmt = "rgb24" if lossless else "yuv420p"
+        codec.time_base, codec.framerate = Fraction(1, 25), Fraction(25)  # carried nowhere
+        # fastdecode: no deblocking filter and no arithmetic coding, half the time to read a chunk.
+        quality = {"qp": "0"} if lossless else {"crf": "18", "tune": "fastdecode"}
+        codec.options = {"g": str(frames), "threads": "1", **quality}
+        self._codec, self._packets, self._number = codec, [], 0
+
+    def write(self, video_THWC):
+        """The next frames, uint8 [t, H, W, 3]."""
+        for picture_HWC in np.ascontiguousarray(video_THWC):
+            frame = av.VideoFrame.from_ndarray(picture_HWC, format="rgb24")
+            frame.pts = self._number
+            self._packets += map(bytes, self._codec.encode(frame))
+            self._number += 1
+
+    def finish(self):
+        """The bytes."""
+        return b"".join([*self._packets, *map(bytes, self._codec.encode(None))])
 
 
 def decode_chunk(data, numbers, size):

@@ -1,4 +1,4 @@
-"""A network and a quantizer as one tokenizer, with the members that every tokenizer offers."""
+"""A network and a quantizer as one tokenizer; the same frozen, with latents of unit scale."""
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +8,13 @@ class Tokenizer:
     """Video <-> quantized latents and their ids, as streams.
 
     network: `CViViT`, `OmniTokenizer` or `ARVAE`, made for the features and channels of quantizer,
-    one of `layers.quantize`. params: trained weights, {"network", "codebook"}, for whoever uses the
-    tokenizer frozen; every method takes them as an argument. Latents and ids are flat within a
-    frame, z_BTNZ and ids_BTN; `grid` tells the rows and columns. A latent is what the quantizer
-    gives, the mean where that is Gaussian.
+    one of `layers.quantize`. Every method takes the weights, {"network", "codebook"}, as its
+    argument. Latents and ids are flat within a frame, z_BTNZ and ids_BTN; `grid` tells the rows and
+    columns. A latent is what the quantizer gives, the mean where that is Gaussian.
     """
 
-    def __init__(self, network, quantizer, params=None):
-        self.network, self.quantizer, self.params = network, quantizer, params
+    def __init__(self, network, quantizer):
+        self.network, self.quantizer = network, quantizer
 
     @property
     def channels(self):
@@ -69,3 +68,60 @@ class Tokenizer:
 
     def _apply(self, params, method, *arguments):
         return self.network.apply({"params": params["network"]}, *arguments, method=method)
+
+
+class FrozenTokenizer:
+    """A trained tokenizer whose latents have unit scale, as diffusion wants them.
+
+    Has the members of `patches.Patches`: encode gives (z - mean_Z) / std, and decode undoes it
+    first. One std for all channels, so that a channel that says little stays quiet. params: the
+    weights of a tokenizer run, {"network", "codebook", "latents"}, of which the last are the
+    `moments` that its training measured. digest: names these weights (`inference.open_tokenizer`).
+    """
+
+    def __init__(self, tokenizer, params, digest):
+        self.tokenizer, self.params, self.digest = tokenizer, params, digest
+        self.channels, self.grid = tokenizer.channels, tokenizer.grid
+        self.latents_for_frames = tokenizer.latents_for_frames
+
+    def encode(self, params, video_BTHWC, state=None):
+        """The next frames of a stream, in [-1, 1] -> (z_BTNZ float32 of unit scale, state)."""
+        z_BTNZ, state = self.tokenizer.encode(params, video_BTHWC, state)
+        return self._standardize(params, z_BTNZ), state
+
+    def cached(self, params, stored):
+        """Stored latents float32 [B, T, N, Z] or tokens int32 [B, T, N] -> z_BTNZ of unit scale."""
+        is_tokens = jnp.issubdtype(stored.dtype, jnp.integer)
+        return self._standardize(
+            params, self.tokenizer.lookup(params, stored) if is_tokens else stored
+        )
+
+    def decode(self, params, z_BTNZ, grid, state=None):
+        """The next latents of unit scale of a stream -> (video_BTHWC float32, state)."""
+        mean_Z, std = self._scale(params)
+        return self.tokenizer.decode(params, mean_Z + std * z_BTNZ, grid, state)
+
+    def _standardize(self, params, z_BTNZ):
+        mean_Z, std = self._scale(params)
+        return (z_BTNZ - mean_Z) / std
+
+    def _scale(self, params):
+        return params["latents"]["mean_Z"], jnp.sqrt(params["latents"]["var"])
+
+
+def moments(channels):
+    """Where measuring latents begins: count [], mean_Z and var [], the mean of the variances."""
+    return {"count": jnp.zeros(()), "mean_Z": jnp.zeros(channels), "var": jnp.ones(())}
+
+
+def update_moments(measured, z_BTNZ, memory=0.99):
+    """The `moments` after one more batch: the plain mean of the first, then an exponential one."""
+    share = jnp.maximum(1 / (1 + measured["count"]), 1 - memory)
+    mean_Z = z_BTNZ.mean((0, 1, 2))
+    var = jnp.square(z_BTNZ - mean_Z).mean()
+    apart = jnp.square(mean_Z - measured["mean_Z"]).mean()
+    return {
+        "count": measured["count"] + 1,
+        "mean_Z": measured["mean_Z"] + share * (mean_Z - measured["mean_Z"]),
+        "var": (1 - share) * (measured["var"] + share * apart) + share * var,
+    }

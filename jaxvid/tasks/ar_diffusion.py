@@ -33,7 +33,9 @@ class Task:
     of the null condition. sampler: steps, schedule, s, block (`schedulers.make`), guidance, eta,
     memory ("cache", "none" or "window"). given: clean frames before the continuation that
     `evaluate` scores. patch: pixels, for the tokenizer that learns nothing; `tokenizer` is any
-    other with the members of `models.patches.Patches` and `params`, its frozen weights.
+    other with the members of `models.patches.Patches` and `params`, its frozen weights, such as
+    `models.tokenizer.FrozenTokenizer`. Frames are of video everywhere here, the window of
+    `model.mixer` included; its sinks and the schedules of `sampler` count latent frames.
     """
 
     sharding_rules = (
@@ -71,16 +73,34 @@ class Task:
         self.noise = schedules.make(**noise)
         _check(self, patch if tokenizer is None else 1, model)
         self.tokenizer = Patches(patch) if tokenizer is None else tokenizer
-        self.grid = self.tokenizer.grid(size)
-        self.model = DiT(grid=self.grid, **{**model, "dtype": jnp.dtype(model["dtype"])})
+        self.grid = self._fits("size", self.tokenizer.grid, size)
+        mixer = dict(model["mixer"])
+        if mixer.get("window"):
+            mixer["window"] = self._fits("model.mixer.window", self._latents, mixer["window"])
+        for name in ("frames", "given"):
+            self._fits(name, self._latents, getattr(self, name))
+        options = {"mixer": mixer, "dtype": jnp.dtype(model["dtype"])}
+        self.model = DiT(grid=self.grid, **{**model, **options})
         self.conditioner = Conditioner(**self.condition)
         self.solver = samplers.Solver(self.noise, prediction, self.sampler["eta"])
-        self.schedule(self.tokenizer.latents_for_frames(frames))
+        self.schedule(self._latents(frames))
+
+    def _latents(self, frames):
+        return self.tokenizer.latents_for_frames(frames)
+
+    def _fits(self, field, function, value):
+        """function(value) of the tokenizer, whose UserError then names the field."""
+        try:
+            return function(value)
+        except UserError as error:
+            raise UserError(
+                f"task.{field}={value}: does not suit the tokenizer: {error}"
+            ) from error
 
     @property
     def window(self):
-        """Frames that may be noisy at once: the attention window, else a training clip."""
-        return self.model.mixer.get("window") or self.tokenizer.latents_for_frames(self.frames)
+        """Latent frames that may be noisy at once: the attention window, else a training clip."""
+        return self.model.mixer.get("window") or self._latents(self.frames)
 
     def schedule(self, frames):
         """The frame schedule for this many latent frames; raises UserError where it cannot be."""
@@ -95,7 +115,18 @@ class Task:
         )
 
     def check(self, source):
-        """Raise UserError where the clips have more classes than the table, or no captions."""
+        """Raise UserError where the clips have more classes than the table, or no captions.
+
+        Or where they are the latents of another tokenizer.
+        """
+        cached = getattr(source, "tokenizer", None)
+        own = getattr(self.tokenizer, "digest", None)
+        if cached not in (None, own):
+            raise UserError(
+                f"data.path: holds latents of the tokenizer {cached}, task.tokenizer is "
+                f"{own or 'none'}; name the folder they were encoded with, or encode again with "
+                "python -m jaxvid.data.tokenize"
+            )
         kind, rows = self.condition["kind"], self.condition["num_classes"]
         if kind == "class" and source.num_classes > rows:
             raise UserError(
@@ -109,8 +140,7 @@ class Task:
 
     def init(self, rng, batch):
         """(params, extra) for a batch of arrays or of their shapes; see `tasks.base.Task`."""
-        B = batch["video"].shape[0]
-        T = self.tokenizer.latents_for_frames(batch["video"].shape[1])
+        B, T = batch["id"].shape[0], self._latents(self.frames)
         H, W = self.grid
         rng_model, rng_context = jax.random.split(rng)
         cond = _conditions(self.conditioner, batch, B)
@@ -129,6 +159,13 @@ class Task:
         z_BTNZ, _ = self.tokenizer.encode(frozen, normalize(video_u8))
         return jax.lax.stop_gradient(z_BTNZ.astype(jnp.float32))
 
+    def _clean(self, frozen, batch):
+        """Clean latents z_BTNZ of a batch: those it brings, else those of its video."""
+        for name in ("latents", "tokens"):
+            if name in batch:
+                return jax.lax.stop_gradient(self.tokenizer.cached(frozen, batch[name]))
+        return self._encode(frozen, batch["video"])
+
     def _context(self, params, drop_B, batch):
         cond = _conditions(self.conditioner, batch, drop_B.shape[0])
         return self.conditioner.apply({"params": params["conditioner"]}, drop_B, **cond)
@@ -140,7 +177,7 @@ class Task:
     def loss(self, params, batch, rng, *, step, frozen, extra):
         """Weighted squared error of the prediction, averaged over the frames that are targets."""
         del step
-        z_BTNC = self._encode(frozen, batch["video"])
+        z_BTNC = self._clean(frozen, batch)
         B, T = z_BTNC.shape[:2]
         rng_t, rng_prefix, rng_eps, rng_drop = jax.random.split(rng, 4)
         t_BT = getattr(timesteps, self.timesteps)(rng_t, B, T, self.noise.num_steps)
@@ -168,7 +205,7 @@ class Task:
         same of repeating the last of them (`*_copy_last`); NaN at the given frames.
         """
         rng_eps, rng_sample = jax.random.split(rng)
-        z_BTNC = self._encode(frozen, batch["video"])
+        z_BTNC = self._clean(frozen, batch)
         B, T = z_BTNC.shape[:2]
         eps_BTNC = jax.random.normal(rng_eps, z_BTNC.shape)
         context_BME = self._context(params, jnp.zeros(B, bool), batch)
@@ -206,7 +243,7 @@ class Task:
 
     @functools.partial(jax.jit, static_argnums=(0, 5, 6))
     def _sample(self, params, rng, cond, frozen, batch, frames):
-        total = self.tokenizer.latents_for_frames(frames)
+        total = self._latents(frames)
         predict, start, given_BPNC = self._open(params, cond, frozen, batch, total)
         P = given_BPNC.shape[1]
         x_BFNC = self._noise(rng, batch, P, total)
@@ -229,7 +266,7 @@ class Task:
         """
         arrays = {name: value for name, value in cond.items() if name in CONDITIONS}
         batch = cond["num"]
-        total = self.tokenizer.latents_for_frames(frames or self.frames)
+        total = self._latents(frames or self.frames)
         given_BPNC, x_BFNC, state = self._begin(params, rng, arrays, frozen, batch, total)
         P = given_BPNC.shape[1]
         schedule = self.schedule(total - P)

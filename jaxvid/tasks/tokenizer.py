@@ -14,7 +14,7 @@ from jaxvid.models.ar_vae import ARVAE
 from jaxvid.models.blocks import PATCHIFY, POSITIONS, STEMS
 from jaxvid.models.cvivit import CViViT
 from jaxvid.models.omnitokenizer import OmniTokenizer
-from jaxvid.models.tokenizer import Tokenizer
+from jaxvid.models.tokenizer import Tokenizer, moments, update_moments
 
 ARCHITECTURES = {"cvivit": CViViT, "omnitokenizer": OmniTokenizer, "ar_vae": ARVAE}
 ERRORS = {"l1": jnp.abs, "l2": jnp.square}
@@ -52,13 +52,16 @@ class Task:
         self.tokenizer.latents_for_frames(frames)
 
     def check(self, source):
-        """Any video will do."""
+        """Raise UserError where there is no video; else any will do."""
+        if getattr(source, "tokenizer", None):
+            raise UserError("data.name='latents': tokenizers learn from video; use another source")
 
     def init(self, rng, batch):
-        """(params, extra); extra holds what a moving codebook carries from step to step."""
+        """(params, extra): extra has the moments of latents and the moving part of a codebook."""
         del batch
         params, carried = self.tokenizer.init(rng, self.size)
-        return params, {"codebook": carried} if carried else {}
+        extra = {"latents": moments(self.tokenizer.channels)}
+        return params, {**extra, "codebook": carried} if carried else extra
 
     def frozen(self):
         """{}: everything is trained."""
@@ -81,9 +84,9 @@ class Task:
         z_BLZ = jnp.concatenate(rows, axis=1)
         quantizer = self.tokenizer.quantizer
         q_BLZ, ids_BL, aux = quantizer(z_BLZ, params["codebook"], rng=rng_latent)
-        if extra:
-            carried = quantizer.update(params["codebook"], z_BLZ, ids_BL, rng_codebook)
-            extra = {"codebook": carried}
+        extra = {**extra, "latents": self._measure(params, features[0])}
+        if "codebook" in extra:
+            extra["codebook"] = quantizer.update(params["codebook"], z_BLZ, ids_BL, rng_codebook)
 
         total = frames = 0
         clips_BLZ = jnp.split(q_BLZ, [rows[0].shape[1]], axis=1)
@@ -94,6 +97,11 @@ class Task:
         error = total / frames
         metrics = {"error": error, "quantizer_loss": aux.pop("loss"), **aux}
         return error + metrics["quantizer_loss"], (metrics, extra)
+
+    def _measure(self, params, features_BTNZ):
+        """The moments of the latents of clips, as `encode` gives them."""
+        z_BTNZ = self.tokenizer.quantizer(features_BTNZ, params["codebook"])[0]
+        return update_moments(params["latents"], jax.lax.stop_gradient(z_BTNZ))
 
     def _images(self, video_BTHWC, rng):
         """Random frames of every clip as clips of one frame, [B images, 1, H, W, C]."""

@@ -4,6 +4,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxvid.errors import UserError
@@ -24,11 +25,11 @@ def batch_shapes(fields, size):
     return batch
 
 
-def restore_weights(workdir, config, task, mesh):
+def restore_weights(workdir, config, task, mesh=None):
     """(step, weights) of the newest whole checkpoint, as `TrainState.weights` has them.
 
-    Reads nothing else and changes nothing, so the run may go on meanwhile. Any mesh will do.
-    Raises UserError where there is no checkpoint or it is not of this model.
+    On any mesh; without one, numpy arrays. Reads nothing else and changes nothing, so the run may
+    go on meanwhile. Raises UserError where there is no checkpoint or it is not of this model.
     """
     folder = os.path.join(os.path.abspath(workdir), "ckpt")
     steps = ocp.utils.checkpoint_steps(folder) if os.path.isdir(folder) else []
@@ -42,19 +43,12 @@ def restore_weights(workdir, config, task, mesh):
     part = "ema" if config.optim.ema else "params"
     params, extra = jax.eval_shape(init, batch_shapes(config.data, 1))
     shapes = {part: params, "extra": extra} if extra else {part: params}
-    places = shard_params(shapes, mesh, task.sharding_rules)
-    wanted = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
-    )
+    wanted, how = _wanted(shapes, mesh, task.sharding_rules)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             found = checkpointer.restore(
                 os.path.join(folder, str(step), "state"),
-                args=ocp.args.PyTreeRestore(
-                    wanted,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                    partial_restore=True,
-                ),
+                args=ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True),
             )
     except Exception as error:  # orbax raises many kinds, tensorstore's among them
         reason = str(error).strip().splitlines()[0][:200]
@@ -62,3 +56,16 @@ def restore_weights(workdir, config, task, mesh):
             f"workdir={workdir}: checkpoint {step} does not fit its config or is damaged ({reason})"
         ) from error
     return step, {**found[part], **found.get("extra", {})}
+
+
+def _wanted(shapes, mesh, rules):
+    """(shapes as they are to be restored, orbax's arguments for that)."""
+    if mesh is None:
+        whole = ocp.RestoreArgs(restore_type=np.ndarray)
+        return shapes, jax.tree.map(lambda _: whole, shapes)
+    wanted = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        shapes,
+        shard_params(shapes, mesh, rules),
+    )
+    return wanted, ocp.checkpoint_utils.construct_restore_args(wanted)

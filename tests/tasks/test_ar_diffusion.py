@@ -31,6 +31,7 @@ def fields(options="", **changes):
     )
     task = config.copy_and_resolve_references().task.to_dict()
     assert task.pop("name") == "ar_diffusion"
+    assert (task.pop("tokenizer"), task.pop("tokenizer_digest")) == ("", "")
     return task
 
 

@@ -10,9 +10,7 @@ from configs import tokenizer as config_file
 from jaxvid import config as config_lib
 from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError
-from jaxvid.tasks import ar_diffusion
 from jaxvid.tasks.tokenizer import Task
-from tests.tasks import test_ar_diffusion
 
 ARCHITECTURES = ("cvivit", "omnitokenizer", "ar_vae")
 QUANTIZERS = ("vq", "fsq", "lfq", "bsq", "kl")
@@ -127,28 +125,6 @@ def test_images_are_frames_of_the_clips_none_twice():
     for clip, drawn in zip(video, images.reshape(3, 3, 12, 12, 3)):
         found = [int(np.flatnonzero((clip == image).all((1, 2, 3)))[0]) for image in drawn]
         assert len(set(found)) == 3
-
-
-def test_a_diffusion_model_works_on_its_latents():
-    """By shapes alone: trains, samples from given frames, streams and decodes piece by piece."""
-    task = Task(**fields("quantizer=kl"))
-    tokenizer = task.tokenizer
-    tokenizer.params = jax.eval_shape(lambda: task.init(jax.random.key(0), batch()))[0]
-    options = test_ar_diffusion.fields(frames=5, size=12, given=1)
-    diffusion = ar_diffusion.Task(**options, tokenizer=tokenizer)
-    rng = jax.random.key(0)
-    params = jax.eval_shape(lambda: diffusion.init(rng, batch())[0])
-    frozen = diffusion.frozen()
-
-    def train(params, frozen):
-        return diffusion.loss(params, batch(), rng, step=0, frozen=frozen, extra={})[0]
-
-    assert jax.eval_shape(train, params, frozen).shape == ()
-    cond = {"num": 2, "first_frames": batch()["video"][:, :1]}
-    video = jax.eval_shape(
-        lambda params, frozen: diffusion.sample(params, rng, cond, frozen=frozen), params, frozen
-    )
-    assert video.shape == (2, 5, 12, 12, 3)
 
 
 @pytest.mark.parametrize(
