@@ -5,6 +5,11 @@ generates, prints the loss by noise level and the quality of continuations by fr
 repeating the last given frame; of a tokenizer, the quality of rebuilt clips by frame and the use of
 its codes. Leaves in the work folder evaluate.json with these figures, and evaluate.png and
 evaluate.mp4 with true clips above what became of them.
+
+--i3d=FILE, the weights of I3D as .npz or .safetensors, adds FVD between the true clips and what
+became of them, with what it takes to compare it: the number of clips and all else that was chosen,
+and the same distance between halves of the true clips, which is how much of it is bias. Without
+weights FVD is unavailable, and nothing stands in for it.
 """
 
 import contextlib
@@ -16,10 +21,11 @@ import numpy as np
 from absl import flags
 
 from jaxvid import config as config_lib
-from jaxvid import data
+from jaxvid import data, weights
 from jaxvid.data import video as video_lib
-from jaxvid.data.transforms import to_uint8
+from jaxvid.data.transforms import normalize, to_uint8
 from jaxvid.inference import open_run
+from jaxvid.metrics import frechet, i3d
 from jaxvid.parallel.sharding import batch_sharding, replicated
 from jaxvid.training.state import EVALUATE, stream
 from jaxvid.training.writer import FPS
@@ -33,11 +39,18 @@ def main():
     """Entry point."""
     run = open_run(FLAGS.workdir)
     folder = Path(FLAGS.workdir)
+    params = i3d.convert(weights.read(FLAGS.i3d), f"--i3d={FLAGS.i3d}") if FLAGS.i3d else None
+    batches = FLAGS.batches or run.config.evaluate.batches
     with jax.set_mesh(run.mesh):
-        scores, clips = score(run, FLAGS.batches or run.config.evaluate.batches)
+        scores, clips = score(run, batches)
         print(f"{folder}, step {run.step}, {clips} held-out clips of {run.config.data.name}\n")
         print(report(scores))
         document = {"step": run.step, "clips": clips, **{k: _json(v) for k, v in scores.items()}}
+        if params is None:
+            print("fvd  unavailable: no weights of I3D were given (--i3d)\n")
+        else:
+            document["video_distance"] = video_distance(run, batches, params, FLAGS.i3d)
+            print(json.dumps(document["video_distance"], indent=2) + "\n")
         (folder / "evaluate.json").write_text(json.dumps(document, indent=2) + "\n")
         write_pictures(run, folder)
 
@@ -80,17 +93,58 @@ def report(scores):
     return "\n\n".join(parts) + "\n"
 
 
+def video_distance(run, batches, params, path, repeats=4):
+    """FVD and MMD between held-out clips and samples under their conditions, with the protocol.
+
+    Clips that are given frames begin with these in both sets.
+    """
+    features = jax.jit(i3d.features)
+    real, fake, seen = [], [], set()
+    with contextlib.closing(_held_out(run)) as iterator:
+        for index in range(batches):
+            batch = next(iterator)
+            fresh = _first_places(batch["id"], seen)
+            if not fresh:
+                break
+            batch = {name: rows[fresh] for name, rows in batch.items()}
+            rng = jax.random.fold_in(stream(run.config.seed, EVALUATE), index)
+            real.append(features(params, normalize(batch["video"])))
+            fake.append(features(params, _samples(run, batch, rng)))
+    real_ND, fake_ND = np.concatenate(real), np.concatenate(fake)
+    draws = np.random.default_rng(run.config.seed)
+    mean, spread = frechet.floor(real_ND, frechet.frechet, draws, repeats)
+    fields = run.config.data
+    return {
+        "fvd": frechet.frechet(real_ND, fake_ND),
+        "real_against_real": {"mean": mean, "std": spread, "clips": len(real_ND) // 2},
+        "mmd_unbiased": frechet.mmd(real_ND, fake_ND),
+        "jedi": frechet.jedi(real_ND, fake_ND),
+        "protocol": {
+            "clips": len(real_ND),
+            "samples_per_clip": 1,
+            "given_frames": run.config.task.get("given", 0),
+            "frames": fields.frames,
+            "stride": fields.stride,
+            "size": fields.size,
+            "data": fields.name,
+            "split": "validation",
+            "features": "I3D logits, mean over time",
+            "weights_sha256": weights.digest(path),
+            "resize": f"bilinear to {i3d.SIZE}, TensorFlow 1 grid",
+            "compression": "none",
+            "ddof": 1,
+            "repeats": repeats,
+            "seed": run.config.seed,
+            "step": run.step,
+        },
+    }
+
+
 def write_pictures(run, folder):
     """True clips above continued or rebuilt ones: evaluate.png by row, evaluate.mp4 tiled."""
     with contextlib.closing(_held_out(run)) as iterator:
         batch = {name: rows[:SHOWN] for name, rows in next(iterator).items()}
-    truth = batch["video"]
-    cond = {name: batch[name] for name in ("label", "text") if name in batch}
-    cond |= {"num": len(truth), "video": truth}
-    if "given" in run.config.task:
-        cond["first_frames"] = truth[:, : run.config.task.given]
-    rng = stream(run.config.seed, EVALUATE)
-    guess = run.task.sample(run.params, rng, cond, frozen=run.frozen, frames=truth.shape[1])
+    truth, guess = batch["video"], _samples(run, batch, stream(run.config.seed, EVALUATE))
     pairs = np.stack([truth, to_uint8(np.asarray(guess))])  # [2, B, T, H, W, 3]
     rows = pairs.swapaxes(0, 1).reshape(-1, *truth.shape[1:])
     (folder / "evaluate.png").write_bytes(video_lib.contact_sheet(rows))
@@ -98,6 +152,16 @@ def write_pictures(run, folder):
     tiled_THWC = pairs.transpose(2, 0, 3, 1, 4, 5).reshape(T, 2 * H, B * W, C)
     video_lib.write_mp4(folder / "evaluate.mp4", tiled_THWC, FPS)
     print(f"pictures: {folder / 'evaluate.png'}, {folder / 'evaluate.mp4'}")
+
+
+def _samples(run, batch, rng):
+    """What the run makes of the clips of a batch: continued or rebuilt, in [-1, 1]."""
+    truth = batch["video"]
+    cond = {name: batch[name] for name in ("label", "text") if name in batch}
+    cond |= {"num": len(truth), "video": truth}
+    if "given" in run.config.task:
+        cond["first_frames"] = truth[:, : run.config.task.given]
+    return run.task.sample(run.params, rng, cond, frozen=run.frozen, frames=truth.shape[1])
 
 
 def _held_out(run):
@@ -157,4 +221,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "batches", None, "Held-out batches. Default: evaluate.batches.", lower_bound=1
     )
+    flags.DEFINE_string("i3d", None, "Weights of I3D, for FVD: .npz or .safetensors.")
     config_lib.run(main)

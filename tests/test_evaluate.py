@@ -84,6 +84,36 @@ def test_report(run):
     assert "psnr beats psnr_copy_last at frames: 2\n" in evaluate.report(scores)
 
 
+def test_distance_of_videos_comes_with_its_protocol(run, monkeypatch, tmp_path):
+    """Features that are known: those of true clips by id, of samples shifted by 3."""
+    rng = np.random.default_rng(0)
+    table_ND = rng.standard_normal((5, 6))
+
+    def features(params, video):
+        return params * table_ND[np.asarray(video)[:, 0]] + 3 * (np.asarray(video)[:, 1:2] > 0)
+
+    def held_out(run):
+        while True:
+            for ids in ([0, 1, 2, 3], [4, 0, 1, 2]):
+                ids = np.array(ids, np.int32)
+                yield {"id": ids, "video": np.stack([ids, 0 * ids], axis=1)}
+
+    monkeypatch.setattr(evaluate, "_held_out", held_out)
+    monkeypatch.setattr(evaluate, "normalize", lambda video: video)
+    monkeypatch.setattr(evaluate, "_samples", lambda run, batch, rng: batch["video"] + [0, 1])
+    monkeypatch.setattr(evaluate.i3d, "features", features)
+    monkeypatch.setattr(evaluate.jax, "jit", lambda function: function)
+    run.config.data.update(frames=9, stride=1, size=24)
+    (tmp_path / "i3d.npz").write_bytes(b"weights")
+    found = evaluate.video_distance(run, 10, 1.0, tmp_path / "i3d.npz")
+    assert found["fvd"] == pytest.approx(6 * 9, rel=1e-6)
+    assert found["protocol"]["clips"] == 5 and found["real_against_real"]["clips"] == 2
+    assert found["real_against_real"]["mean"] > 0
+    needed = {"frames", "stride", "size", "resize", "split", "features", "ddof", "repeats"}
+    assert needed | {"weights_sha256"} <= set(found["protocol"])
+    json.dumps(found)
+
+
 def test_json_has_no_nan():
     document = json.dumps({"psnr": evaluate._json(np.array([np.nan, 1.5]))})
     assert document == '{"psnr": [null, 1.5]}'

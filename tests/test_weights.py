@@ -1,0 +1,89 @@
+"""Files of weights: what is read, and that nothing else is."""
+
+import json
+import struct
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxvid import weights
+from jaxvid.errors import UserError
+
+ARRAYS = {
+    "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "b": np.array(2.5, ml_dtypes.bfloat16),
+    "c": np.arange(4, dtype=np.int64),
+}
+
+
+def safetensors(path, arrays, spoil=lambda header: None):
+    """The published format, written out."""
+    names = {"float32": "F32", "bfloat16": "BF16", "int64": "I64"}
+    header, content = {"__metadata__": {"format": "pt"}}, b""
+    for name, array in arrays.items():
+        offsets = [len(content), len(content) + array.nbytes]
+        dtype, shape = names[array.dtype.name], list(array.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+        content += array.tobytes()
+    spoil(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content)
+
+
+def test_safetensors(tmp_path):
+    safetensors(tmp_path / "w.safetensors", ARRAYS)
+    found = weights.read(tmp_path / "w.safetensors")
+    assert set(found) == set(ARRAYS)
+    for name, array in ARRAYS.items():
+        np.testing.assert_array_equal(found[name], array)
+        assert found[name].dtype == array.dtype
+
+
+def test_npz_without_objects(tmp_path):
+    plain = {name: ARRAYS[name] for name in ("a.weight", "c")}
+    np.savez(tmp_path / "w.npz", **plain)
+    found = weights.read(str(tmp_path / "w.npz"))
+    np.testing.assert_array_equal(found["a.weight"], plain["a.weight"])
+    np.savez(tmp_path / "object.npz", a=np.array([print], object))
+    with pytest.raises(UserError, match="damaged"):
+        weights.read(tmp_path / "object.npz")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda header: header["c"].update(shape=[5]),
+        lambda header: header["c"].update(data_offsets=[-8, 24]),
+        lambda header: header["c"].update(data_offsets=[1000, 1032]),
+        lambda header: header["c"].update(dtype="F8"),
+        lambda header: header["c"].pop("shape"),
+    ],
+)
+def test_headers_that_lie_are_refused(tmp_path, spoil):
+    safetensors(tmp_path / "w.safetensors", ARRAYS, spoil)
+    with pytest.raises(UserError, match="damaged"):
+        weights.read(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.pth", "w.ckpt", "w.pkl", "w"])
+def test_pickles_are_not_read(tmp_path, name):
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(UserError, match="for a pickle may run any code"):
+        weights.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 4, b"\xff" * 40])
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_damaged_files_are_one_line(tmp_path, content, suffix):
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        weights.read(path)
+    with pytest.raises(UserError, match="No such file"):
+        weights.read(tmp_path / f"none{suffix}")
+
+
+def test_digest_is_the_files_sha256(tmp_path):
+    (tmp_path / "w").write_bytes(b"abc")
+    assert weights.digest(tmp_path / "w").startswith("ba7816bf8f01cfea")
