@@ -5,7 +5,8 @@
         data=array_record --config.data.path=DIR
 
 Options: arch=cvivit|omnitokenizer|ar_vae, quantizer=fsq|vq|lfq|bsq|kl, size=tiny|b (tiny is made
-for two CPU cores, b has the papers' width and depth), data=sprites|folder|array_record|tfds.
+for two CPU cores, b has the papers' width and depth), data=sprites|folder|array_record|tfds,
+gan=none|patch|stylegan.
 """
 
 from ml_collections import ConfigDict, FieldReference
@@ -27,6 +28,7 @@ def get_config(options=""):
         quantizer=("fsq", "vq", "lfq", "bsq", "kl"),
         size=tuple(SIZES),
         data=("sprites", "folder", "array_record", "tfds"),
+        gan=("none", "patch", "stylegan"),
     )
     config = common.get_config()
     config.data.name = chosen.data
@@ -48,6 +50,7 @@ def get_config(options=""):
             arch=chosen.arch,  # cvivit, omnitokenizer or ar_vae
             error="l2",  # of the pixels: l1 or l2
             images=0.125,  # frames also rebuilt as images, as a share of the clip's
+            inflation="average",  # of the weights of an init_from of images: average, first or none
         )
     )
     width, heads, space, time, patch = SIZES[chosen.size]
@@ -69,7 +72,44 @@ def get_config(options=""):
     else:
         _cvivit(config, chosen.arch == "omnitokenizer", 2 if tiny else 4, space, time)
     _quantizer(config, chosen.quantizer)
+    # Weights of others, .npz or .safetensors; without them these losses are off.
+    config.task.perceptual = ConfigDict(
+        dict(
+            lpips="",  # file of VGG-16 with the heads of LPIPS
+            lpips_weight=0.1,  # of the distance of a frame of every clip and image
+            i3d="",  # file of I3D
+            i3d_weight=1.0,  # of the squared distance of clips in its features
+        )
+    )
+    if chosen.gan != "none":
+        _gan(config, chosen.gan, tiny)
     return config
+
+
+def _gan(config, kind, tiny):
+    """Discriminators of images and clips, trained in the same step as the tokenizer."""
+    config.task.gan = ConfigDict(
+        dict(
+            kind=kind,  # patch or stylegan
+            width=(16 if tiny else 64) if kind == "patch" else (32 if tiny else 512),  # channels
+            loss="hinge",  # hinge or non_saturating
+            image=0.1,  # weight of the verdict on images; 0 has no discriminator of these
+            video=0.1,  # weight of the verdict on clips; 0 has no discriminator of these
+            start=500 if tiny else 50_000,  # first step with discriminators
+            adaptive=False,  # also weigh by the gradients in the last layer
+            r1=0.0,  # weight of the discriminators' squared gradient at true samples
+            lecam=0.0,  # weight of keeping verdicts near the running mean of the other side's
+            feature_matching=0.0,  # weight of the distance in the discriminators' activations
+        )
+    )
+    # What the discriminators' optimiser has for itself; the other fields are those of optim.
+    config.optim.discriminator = ConfigDict(
+        dict(
+            name="adamw",  # adamw or muon
+            lr=0.1 * config.optim.lr,  # peak learning rate
+            b1=0.5,  # memory of the mean gradient
+        )
+    )
 
 
 def _cvivit(config, omni, t_patch, space, time):

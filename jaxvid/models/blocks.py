@@ -23,6 +23,7 @@ from jaxvid.parallel.sharding import shard
 
 PATCHIFY = {"linear": (patchify, unpatchify), "haar": (haar, unhaar)}
 STEMS = ("split", "shared")
+INFLATIONS = ("average", "first")
 POSITIONS = ("rel", "rope")
 
 LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5)
@@ -374,3 +375,33 @@ class TemporalTransformer(nn.Module):
         )
         x_BTHWD, state = layers(x_BTHWD, state)
         return LayerNorm(dtype=self.dtype, name="norm")(x_BTHWD), state
+
+
+def inflate(name, params, share):
+    """Parameters of a `Stem` ("embed") or a `Head` ("pixels") whose groups do as its first frames.
+
+    A stem reads every frame of a group by the image's map, times a share that sums to 1: "average"
+    or "first" (Carreira and Zisserman 2017). A head writes every frame by the image's map. So a
+    group that stands still is worth its image.
+    """
+    channels, image, group = 3, params["image"], params["group"]
+    axis = 0 if name == "embed" else 1
+    t = group["kernel"].shape[axis] // image["kernel"].shape[axis]
+
+    def grow(x, axis, weight_T):
+        """One axis of [C P] patches to [C T P]."""
+        x = np.moveaxis(np.asarray(x), axis, 0)
+        x = x.reshape(channels, 1, -1, *x.shape[1:])
+        x = x * np.reshape(weight_T, (-1, *[1] * (x.ndim - 2)))
+        return np.moveaxis(x.reshape(-1, *x.shape[3:]), 0, axis).astype(np.float32)
+
+    same_T = np.ones(t)
+    if name == "pixels":
+        grown = {"kernel": grow(image["kernel"], 1, same_T), "bias": grow(image["bias"], 0, same_T)}
+        return {**params, "group": grown}
+    share_T = same_T / t if share == "average" else np.eye(t)[0]
+    grown = {"group": {**image, "kernel": grow(image["kernel"], 0, share_T)}}
+    if "image_norm" in params:
+        pixels = {part: grow(x, 0, same_T) for part, x in params["image_pixels"].items()}
+        grown |= {"group_pixels": pixels, "group_norm": params["image_norm"]}
+    return {**params, **grown}

@@ -4,29 +4,41 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import optax
+from absl import logging
 
+from jaxvid import weights
 from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError
 from jaxvid.layers.quantize import QUANTIZERS
-from jaxvid.metrics import quality
+from jaxvid.metrics import i3d, lpips, quality
 from jaxvid.mixers import MIXERS
 from jaxvid.models.ar_vae import ARVAE
-from jaxvid.models.blocks import PATCHIFY, POSITIONS, STEMS
+from jaxvid.models.blocks import INFLATIONS, PATCHIFY, POSITIONS, STEMS, inflate
 from jaxvid.models.cvivit import CViViT
 from jaxvid.models.omnitokenizer import OmniTokenizer
 from jaxvid.models.tokenizer import Tokenizer, moments, update_moments
+from jaxvid.tasks.adversarial import Adversary
 
 ARCHITECTURES = {"cvivit": CViViT, "omnitokenizer": OmniTokenizer, "ar_vae": ARVAE}
 ERRORS = {"l1": jnp.abs, "l2": jnp.square}
+PERCEPTUAL = {"lpips": lpips, "i3d": i3d}
 
 
 class Task:
     """Train a causal tokenizer to rebuild its video: error of the pixels and the quantizer's loss.
 
+    And, as asked, distances in the features of networks that know how things look, and the verdict
+    of discriminators that are trained in the same step.
+
     size, frames: of the training clips, pixels and frames. arch: a name of ARCHITECTURES. network:
     its options. quantizer: name in `layers.quantize.QUANTIZERS` and its options. error: of pixels
     in [-1, 1], "l1" or "l2". images: share of a clip's frames that are also drawn at random and
     rebuilt as images, so that the weights of first frames, which are few, learn as the others do.
+    inflation: how `init_from` makes the maps of groups of frames from those of first frames.
+    perceptual: files with the weights of "lpips" (of a random frame of every clip and image) and of
+    "i3d" (of clips), "" for none, and the weight of each in the loss, `<name>_weight`. gan: options
+    of `tasks.adversarial.Adversary`, None for none; pictures are the images, clips the clips.
     """
 
     sharding_rules = (
@@ -35,8 +47,21 @@ class Task:
         (r"/(q|k|v)/bias", ("tensor",)),
     )
 
-    def __init__(self, *, size, frames, arch, network, quantizer, error, images):
-        _check(arch, network, quantizer, error, images)
+    def __init__(
+        self,
+        *,
+        size,
+        frames,
+        arch,
+        network,
+        quantizer,
+        error,
+        images,
+        inflation="average",
+        perceptual=None,
+        gan=None,
+    ):
+        _check(arch, network, quantizer, error, images, inflation)
         self.frames, self.size = frames, (size, size)
         self.error, self.num_images = ERRORS[error], round(images * frames)
         options = dict(quantizer)
@@ -50,27 +75,66 @@ class Task:
         self.tokenizer = Tokenizer(network, quantizer)
         self.tokenizer.grid(size)
         self.tokenizer.latents_for_frames(frames)
+        self.perceptual, self.inflation = dict(perceptual or {}), inflation
+        self.adversary = Adversary(**gan) if gan else None
 
     def check(self, source):
-        """Raise UserError where there is no video; else any will do."""
+        """Raise UserError where there is no video; say which losses are off for want of weights."""
         if getattr(source, "tokenizer", None):
             raise UserError("data.name='latents': tokenizers learn from video; use another source")
+        for name in PERCEPTUAL:
+            if self.perceptual.get(f"{name}_weight") and not self.perceptual[name]:
+                logging.warning(
+                    "%s is off: task.perceptual.%s names no file of weights", name.upper(), name
+                )
 
     def init(self, rng, batch):
         """(params, extra): extra has the moments of latents and the moving part of a codebook."""
         del batch
         params, carried = self.tokenizer.init(rng, self.size)
         extra = {"latents": moments(self.tokenizer.channels)}
-        return params, {**extra, "codebook": carried} if carried else extra
+        if carried:
+            extra["codebook"] = carried
+        if self.adversary:
+            shapes = {"video": (1, self.frames, *self.size, 3), "image": (1, *self.size, 3)}
+            if self.frames == 1:
+                del shapes["video"]
+            elif not self.num_images:
+                del shapes["image"]
+            params["discriminator"], extra["verdicts"] = self.adversary.init(
+                jax.random.fold_in(rng, 1), shapes
+            )
+        return params, extra
 
     def frozen(self):
-        """{}: everything is trained."""
-        return {}
+        """The weights of the networks of perceptual distances, as their files have them."""
+        files = {name: self.perceptual.get(name) for name in PERCEPTUAL}
+        return {
+            name: PERCEPTUAL[name].convert(weights.read(path), f"task.perceptual.{name}={path}")
+            for name, path in files.items()
+            if path
+        }
+
+    def inflate(self, weights, fields):
+        """Weights of a run with these `config.task`, its maps of first frames grown to groups.
+
+        Only of a run of images (one frame), in which nothing has trained the maps of groups.
+        """
+        network = weights["network"]
+        if fields.frames > 1 or self.frames == 1 or self.inflation == "none":
+            return weights
+        if fields.network.get("patchify") == "haar":
+            raise UserError("task.inflation: Haar bands of time are none of an image; use none")
+        grown = {
+            name: inflate(name, network[name], self.inflation)
+            for name in ("embed", "pixels")
+            if {"image", "group"} <= set(network[name])
+        }
+        return {**weights, "network": {**network, **grown}}
 
     def loss(self, params, batch, rng, *, step, frozen, extra):
         """Error of the clips and of the images among them, a frame counting as a frame."""
-        del step, frozen
-        rng_images, rng_latent, rng_codebook = jax.random.split(rng, 3)
+        rng_images, rng_latent, rng_codebook, rng_frame = jax.random.split(rng, 4)
         params = {**params, **extra}
         video_BTHWC = normalize(batch["video"])
         parts = [video_BTHWC]
@@ -88,15 +152,75 @@ class Task:
         if "codebook" in extra:
             extra["codebook"] = quantizer.update(params["codebook"], z_BLZ, ids_BL, rng_codebook)
 
-        total = frames = 0
         clips_BLZ = jnp.split(q_BLZ, [rows[0].shape[1]], axis=1)
-        for part, z_BTNZ, q in zip(parts, features, clips_BLZ):
-            guess = self._decode(params, q.reshape(*z_BTNZ.shape[:3], -1))
-            total += self.error(guess - part).mean((-3, -2, -1)).sum()
-            frames += part.shape[0] * part.shape[1]
-        error = total / frames
-        metrics = {"error": error, "quantizer_loss": aux.pop("loss"), **aux}
-        return error + metrics["quantizer_loss"], (metrics, extra)
+        latents = [q.reshape(*z.shape[:3], -1) for q, z in zip(clips_BLZ, features)]
+
+        def rebuild(last):
+            network = {**params["network"], "pixels": last}
+            return [self._decode({**params, "network": network}, z_BTNZ) for z_BTNZ in latents]
+
+        def distance(guesses):
+            return self._distance(guesses, parts, frozen, rng_frame)
+
+        guesses, pull = jax.vjp(rebuild, params["network"]["pixels"])
+        total, metrics = distance(guesses)
+        metrics |= {"quantizer_loss": aux.pop("loss"), **aux}
+        total += metrics["quantizer_loss"]
+        if self.adversary:
+            verdict, found, extra["verdicts"] = self._verdict(
+                params, guesses, parts, step, lambda loss: _felt(loss, guesses, pull), distance
+            )
+            total, metrics = total + verdict, metrics | found
+        return total, (metrics, extra)
+
+    def _distance(self, guesses, parts, frozen, rng):
+        """(loss, metrics) of rebuilt clips and images: of pixels and of features."""
+        frames = sum(part.shape[0] * part.shape[1] for part in parts)
+        errors = [
+            self.error(guess - part).mean((-3, -2, -1)).sum() for guess, part in zip(guesses, parts)
+        ]
+        total = sum(errors) / frames
+        metrics = {"error": total}
+        if "lpips" in frozen:
+            pairs = [_a_frame(pair, rng) for pair in zip(guesses, parts)]
+            pictures = (jnp.concatenate(side) for side in zip(*pairs))
+            metrics["lpips"] = lpips.distance(frozen["lpips"], *pictures).mean()
+        if "i3d" in frozen and self.frames > 1:
+            guess, truth = (i3d.features(frozen["i3d"], x[0]) for x in (guesses, parts))
+            metrics["i3d"] = jnp.square(guess - truth).mean()
+        for name in PERCEPTUAL:
+            total += self.perceptual.get(f"{name}_weight", 0.0) * metrics.get(name, 0.0)
+        return total, metrics
+
+    def _verdict(self, params, guesses, parts, step, felt, distance):
+        """(loss of generator and discriminators, metrics, their state); nothing before the start.
+
+        felt: loss of the guesses -> the norm of its gradient in the decoder's last layer.
+        """
+        adversary, verdicts = self.adversary, params["verdicts"]
+        real, fake = _by_kind(parts), _by_kind(guesses)
+
+        def persuade(guesses):
+            return adversary.generator(params["discriminator"], real, _by_kind(guesses))
+
+        def judge():
+            weight = jnp.ones(())
+            if adversary.adaptive:
+                weight = felt(lambda guesses: distance(guesses)[0]) / (felt(persuade) + 1e-4)
+                weight = jax.lax.stop_gradient(jnp.clip(weight, 0, 1e4))
+            generator = persuade(guesses)
+            discriminator, found, after = adversary.discriminator(
+                params["discriminator"], real, fake, verdicts
+            )
+            found |= {"generator": generator, "discriminator": discriminator}
+            return weight * generator + discriminator, found | {"adaptive": weight}, after
+
+        def pass_over():
+            shapes = jax.eval_shape(judge)
+            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            return *nothing[:2], verdicts
+
+        return jax.lax.cond(step >= adversary.start, judge, pass_over)
 
     def _measure(self, params, features_BTNZ):
         """The moments of the latents of clips, as `encode` gives them."""
@@ -117,9 +241,10 @@ class Task:
         """Quality of the rebuilt clips.
 
         psnr, ssim [B, F], and motion_error [B, F], the mean error of the change from the frame
-        before (NaN at the first); for codes perplexity, usage and dead [B], of the whole batch.
+        before (NaN at the first); lpips [B, F] where there are weights; for codes perplexity, usage
+        and dead [B], of the whole batch.
         """
-        del rng, frozen
+        del rng
         video_BTHWC = normalize(batch["video"])
         z_BTNZ, _ = self.tokenizer.features(params, video_BTHWC)
         q_BTNZ, _, aux = self.tokenizer.quantizer(z_BTNZ, params["codebook"])
@@ -131,6 +256,10 @@ class Task:
             "ssim": quality.ssim(guess_BTHWC, video_BTHWC),
             "motion_error": jnp.pad(motion_BT, ((0, 0), (1, 0)), constant_values=jnp.nan),
         }
+        if "lpips" in frozen:
+            pictures = (x.reshape(-1, *x.shape[2:]) for x in (guess_BTHWC, video_BTHWC))
+            lpips_L = lpips.distance(frozen["lpips"], *pictures)
+            metrics["lpips"] = lpips_L.reshape(video_BTHWC.shape[:2])
         whole = {name: aux[name] for name in ("perplexity", "usage", "dead", "kl") if name in aux}
         B = video_BTHWC.shape[0]
         return metrics | {name: jnp.full(B, value) for name, value in whole.items()}
@@ -146,7 +275,27 @@ class Task:
         return jnp.clip(self._decode(params, z_BTNZ), -1, 1)
 
 
-def _check(arch, network, quantizer, error, images):
+def _by_kind(parts):
+    """Clips of one frame as pictures [B, H, W, C], all others as what they are."""
+    return {
+        "image" if part.shape[1] == 1 else "video": part[:, 0] if part.shape[1] == 1 else part
+        for part in parts
+    }
+
+
+def _a_frame(clips, rng):
+    """The same random frame of both of two clips [B, T, H, W, C], one draw for each row."""
+    B, T = clips[0].shape[:2]
+    index_B = jax.random.randint(rng, (B,), 0, T)
+    return [clip[jnp.arange(B), index_B] for clip in clips]
+
+
+def _felt(loss, guesses, pull):
+    """Norm of the gradient of a loss of the guesses in the weights that `pull` leads back to."""
+    return optax.tree.norm(pull(jax.grad(loss)(jax.lax.stop_gradient(guesses))))
+
+
+def _check(arch, network, quantizer, error, images, inflation):
     """Raise UserError for settings that cannot work, before anything is compiled."""
 
     def choose(field, value, choices):
@@ -156,6 +305,7 @@ def _check(arch, network, quantizer, error, images):
     choose("arch", arch, ARCHITECTURES)
     choose("quantizer.name", quantizer["name"], QUANTIZERS)
     choose("error", error, ERRORS)
+    choose("inflation", inflation, ("none", *INFLATIONS))
     for name, choices in (("stem", STEMS), ("patchify", PATCHIFY), ("position", POSITIONS)):
         if name in network:
             choose(f"network.{name}", network[name], choices)

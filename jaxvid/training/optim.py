@@ -4,12 +4,14 @@ import re
 
 import jax
 import optax
+from ml_collections import ConfigDict
 from optax import contrib
 
 from jaxvid.errors import UserError
 from jaxvid.parallel.sharding import path_name
 
 NAMES = ("adamw", "muon")
+GROUPS = ("discriminator",)  # branches of the parameters that may have an optimiser of their own
 SCHEDULES = ("constant", "cosine")
 
 # The matrices inside of transformer layers, which Muon is made for, alone or in stacks of layers.
@@ -21,11 +23,30 @@ def make_optimizer(config, steps):
 
     After clipping by global norm (0 = none), adamw (Loshchilov & Hutter 2019, arXiv:1711.05101) or
     muon: orthogonalised momentum (Jordan 2024) at `muon_lr` for the matrices of attention and MLPs,
-    and AdamW with Nesterov momentum at `lr` for the rest.
+    and AdamW with Nesterov momentum at `lr` for the rest. A section of `config` called as one of
+    GROUPS replaces fields for that branch of the parameters, which is clipped and updated apart.
     Raises UserError on values that cannot train.
     """
-    _check(config)
     schedule = make_schedule(config, steps)
+    groups = {name: {**config, **config[name]} for name in GROUPS if name in config}
+    if not groups:
+        return _transformation(config, schedule), schedule
+    parts = {"": _transformation(config, schedule)}
+    for name, fields in groups.items():
+        fields = ConfigDict(fields)
+        parts[name] = _transformation(fields, make_schedule(fields, steps))
+
+    def labels(params):
+        return {
+            name: jax.tree.map(lambda _, name=name: name if name in groups else "", branch)
+            for name, branch in params.items()
+        }
+
+    return optax.multi_transform(parts, labels), schedule
+
+
+def _transformation(config, schedule):
+    _check(config)
     if config.name == "adamw":
         decay = dict(weight_decay=config.weight_decay, mask=decayed)
         tx = optax.adamw(schedule, b1=config.b1, b2=config.b2, **decay)
@@ -40,7 +61,7 @@ def make_optimizer(config, steps):
         )
     if config.clip:
         tx = optax.chain(optax.clip_by_global_norm(config.clip), tx)
-    return tx, schedule
+    return tx
 
 
 def make_schedule(config, steps):

@@ -10,6 +10,7 @@ from configs import tokenizer as config_file
 from jaxvid import config as config_lib
 from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError
+from jaxvid.metrics import lpips
 from jaxvid.tasks.tokenizer import Task
 
 ARCHITECTURES = ("cvivit", "omnitokenizer", "ar_vae")
@@ -112,7 +113,8 @@ def test_training_moves_the_network_by_gradient_and_the_codebook_by_its_means():
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_config_help_describes_every_field(arch, quantizer):
     file = config_file.__file__
-    rows = config_lib.describe(f"{file}:arch={arch},quantizer={quantizer}").splitlines()
+    rows = config_lib.describe(f"{file}:arch={arch},quantizer={quantizer},gan=patch").splitlines()
+    assert any(row.startswith("task.gan.lecam ") for row in rows)
     place = rows[0].index("MEANING")
     assert [row for row in rows if not row[place:].strip()] == []
 
@@ -125,6 +127,35 @@ def test_images_are_frames_of_the_clips_none_twice():
     for clip, drawn in zip(video, images.reshape(3, 3, 12, 12, 3)):
         found = [int(np.flatnonzero((clip == image).all((1, 2, 3)))[0]) for image in drawn]
         assert len(set(found)) == 3
+
+
+def test_perceptual_distances_join_the_loss_and_say_when_they_are_off(tmp_path, caplog):
+    arrays, inputs, index = {}, 3, 0
+    for stage, channels in enumerate(lpips.STAGES):
+        arrays[f"lin{stage}.model.1.weight"] = np.ones((1, channels[-1], 1, 1), np.float32)
+        for outputs in channels:
+            arrays[f"features.{index}.weight"] = np.full((outputs, inputs, 3, 3), 0.01, np.float32)
+            arrays[f"features.{index}.bias"] = np.zeros(outputs, np.float32)
+            inputs, index = outputs, index + 2
+        index += 1
+    np.savez(tmp_path / "vgg.npz", **arrays)
+    options = dict(size=16, perceptual__lpips=str(tmp_path / "vgg.npz"))
+    task = Task(**fields("quantizer=fsq", **options))
+    frozen = task.frozen()
+    data = {"video": np.zeros((2, 5, 16, 16, 3), np.uint8)}
+    rng = jax.random.key(0)
+    params, extra = jax.eval_shape(lambda: task.init(rng, data))
+    _, (metrics, _) = jax.eval_shape(
+        lambda p, f: task.loss(p, data, rng, step=0, frozen=f, extra=extra), params, frozen
+    )
+    assert metrics["lpips"].shape == () and "i3d" not in metrics
+    scores = jax.eval_shape(lambda p, f: task.evaluate(p, data, rng, frozen=f), params, frozen)
+    assert scores["lpips"].shape == (2, 5)
+    with caplog.at_level("WARNING"):
+        task.check(None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "I3D is off: task.perceptual.i3d names no file of weights"
+    ]
 
 
 @pytest.mark.parametrize(

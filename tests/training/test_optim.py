@@ -92,3 +92,32 @@ def test_muon_orthogonalises_the_matrices_of_layers_and_leaves_the_rest_to_adamw
         singular = np.linalg.svd(muon["layers"][name]["kernel"], compute_uv=False)
         assert singular.shape == (3, 8)
         assert 0.6 * size < singular.min() and singular.max() < 1.3 * size
+
+
+def test_a_group_is_clipped_and_updated_by_its_own_fields():
+    """Beside the branch that has a section of its own, everything is as without it."""
+    config = toy.config(optim__lr=1.0, optim__warmup=0, optim__weight_decay=0.0).optim
+    rng = np.random.default_rng(0)
+    names = ("network", "codebook", "discriminator")
+    params = {name: {"kernel": rng.standard_normal((3, 4))} for name in names}
+    grads = {name: {"kernel": 9 * rng.standard_normal((3, 4))} for name in names}
+
+    def updates(config, params, grads):
+        tx, _ = make_optimizer(config, 10)
+        state = tx.init(params)
+        for _ in range(3):
+            found, state = tx.update(grads, state, params)
+        return found
+
+    def only(tree, *names):
+        return {name: tree[name] for name in names}
+
+    main, apart = ("network", "codebook"), ("discriminator",)
+    wanted = updates(config, only(params, *main), only(grads, *main))
+    own = toy.config(optim__lr=0.1, optim__warmup=0, optim__weight_decay=0.0, optim__b1=0.5).optim
+    wanted |= updates(own, only(params, *apart), only(grads, *apart))
+    config.discriminator = {"lr": 0.1, "b1": 0.5}
+    jax.tree.map(np.testing.assert_array_equal, updates(config, params, grads), wanted)
+    with pytest.raises(UserError, match=r"optim\.lr=-1"):
+        config.discriminator.lr = -1.0
+        make_optimizer(config, 10)

@@ -1,0 +1,188 @@
+"""Adversarial losses against closed forms, and a tokenizer that is trained with them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxvid.errors import UserError
+from jaxvid.models.discriminator import PatchDiscriminator, StyleDiscriminator
+from jaxvid.tasks import adversarial
+from jaxvid.tasks.adversarial import Adversary
+from jaxvid.tasks.tokenizer import Task
+from jaxvid.training.optim import make_optimizer
+from tests.tasks.test_tokenizer import batch, fields
+from tests.training import toy
+
+OPTIONS = dict(kind="patch", width=8, loss="hinge", image=0.5, video=1.0, start=0, adaptive=False)
+OPTIONS |= dict(r1=0.0, lecam=0.0, feature_matching=0.0)
+rng = np.random.default_rng(0)
+
+
+def test_losses_are_their_closed_forms():
+    real, fake = rng.standard_normal((2, 4, 5))
+    judge, persuade = adversarial.LOSSES["hinge"]
+    wanted = np.maximum(1 - real, 0).mean() + np.maximum(1 + fake, 0).mean()
+    np.testing.assert_allclose(judge(real, fake), wanted, rtol=1e-5)
+    np.testing.assert_allclose(persuade(fake), -fake.mean(), rtol=1e-5)
+    judge, persuade = adversarial.LOSSES["non_saturating"]
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+    wanted = -np.log(sigmoid(real)).mean() - np.log(1 - sigmoid(fake)).mean()
+    np.testing.assert_allclose(judge(real, fake), wanted, rtol=1e-5)
+    np.testing.assert_allclose(persuade(fake), -np.log(sigmoid(fake)).mean(), rtol=1e-5)
+    average = {"real": 0.3, "fake": -0.2}
+    wanted = np.maximum(real + 0.2, 0) ** 2, np.maximum(0.3 - fake, 0) ** 2
+    np.testing.assert_allclose(
+        adversarial.lecam(real, fake, average), sum(x.mean() for x in wanted), rtol=1e-5
+    )
+
+
+def test_penalty_of_a_linear_judge_is_the_square_of_its_weights():
+    weight_XN = rng.standard_normal((12, 3))
+    real = rng.standard_normal((4, 2, 2, 3))
+    penalty = adversarial.gradient_penalty(lambda x: x.reshape(4, -1) @ weight_XN, real)
+    np.testing.assert_allclose(penalty, np.square(weight_XN.mean(1)).sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "module", [PatchDiscriminator(width=8), StyleDiscriminator(width=16)], ids=["patch", "style"]
+)
+@pytest.mark.parametrize("shape", [(2, 12, 20, 3), (2, 5, 12, 12, 3), (2, 17, 24, 16, 3)])
+def test_discriminators_judge_samples_apart(module, shape):
+    """By shape at any size; in numbers, a sample's logits are its own."""
+    params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(shape))
+    logits, features = jax.eval_shape(module.apply, params, jnp.zeros(shape))
+    assert logits.shape[0] == 2 and logits.dtype == jnp.float32 and len(features) >= 2
+    assert (logits.ndim == 1) == isinstance(module, StyleDiscriminator)
+    if len(shape) == 5:
+        return
+    x = rng.standard_normal(shape).astype(np.float32)
+    params = jax.jit(module.init)(jax.random.key(0), x)
+    apply = jax.jit(lambda x: module.apply(params, x)[0])
+    other = apply(np.concatenate([x[:1], -x[1:]]))
+    np.testing.assert_array_equal(other[0], apply(x)[0])
+    assert np.abs(other[1] - apply(x)[1]).max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """(adversary with all regularizers, its params, real and fake pictures, extra)."""
+    options = OPTIONS | dict(r1=0.1, lecam=0.1, feature_matching=0.5, video=0.0)
+    adversary = Adversary(**options)
+    real, fake = rng.uniform(-1, 1, (2, 2, 8, 8, 3)).astype(np.float32)
+    shapes = {"image": (1, 8, 8, 3), "video": (1, 5, 8, 8, 3)}
+    params, extra = jax.jit(lambda key: adversary.init(key, shapes))(jax.random.key(0))
+    assert set(params) == {"image"}  # a weight of 0 has no discriminator
+    return adversary, params, {"image": real}, {"image": fake}, extra
+
+
+def test_each_side_moves_by_its_own_loss_alone(pictures):
+    adversary, params, real, fake, extra = pictures
+
+    def total(params, real, fake):
+        loss, _, _ = adversary.discriminator(params, real, fake, extra)
+        return loss + adversary.generator(params, real, fake)
+
+    def alone(params):
+        return adversary.discriminator(params, real, fake, extra)[0]
+
+    def generator(fake):
+        return adversary.generator(params, real, fake)
+
+    by_params, by_real, by_fake = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(params, real, fake)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, by_params, jax.jit(jax.grad(alone))(params))
+    jax.tree.map(close, by_fake, jax.jit(jax.grad(generator))(fake))
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(by_fake))
+    np.testing.assert_array_equal(by_real["image"], 0)
+
+
+def test_running_means_of_the_verdicts(pictures):
+    adversary, params, real, fake, extra = pictures
+    _, metrics, after = jax.jit(adversary.discriminator)(params, real, fake, extra)
+    for side in ("real", "fake"):
+        np.testing.assert_allclose(after["image"][side], 0.01 * metrics[f"image_{side}"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["image", "video", pytest.param("joint", marks=pytest.mark.slow)])
+def test_a_run_stays_finite_and_each_branch_moves(kind):
+    """Images alone, clips alone and both; before the start nothing of the discriminators moves."""
+    changes = {"image": {"frames": 1}, "video": {"images": 0.0}, "joint": {}}[kind]
+    gan = OPTIONS | dict(start=2, lecam=0.1, feature_matching=1.0)
+    gan |= dict(adaptive=kind == "joint", r1=0.1 if kind == "joint" else 0.0)
+    task = Task(**fields("quantizer=kl", **changes), gan=gan)
+    data = batch()
+    data["video"] = data["video"][:, : task.frames]
+    params, extra = jax.jit(task.init)(jax.random.key(0), data)
+    wanted = {"image": {"image"}, "video": {"video"}, "joint": {"image", "video"}}[kind]
+    assert set(params["discriminator"]) == wanted
+    optim = toy.config(optim__lr=1e-2, optim__weight_decay=0.0).optim
+    optim.discriminator = {"lr": 1e-3, "b1": 0.5}
+    tx, _ = make_optimizer(optim, 10)
+    state = jax.jit(tx.init)(params)
+
+    @jax.jit
+    def step(params, state, extra, number):
+        def loss(params):
+            key = jax.random.fold_in(jax.random.key(1), number)
+            return task.loss(params, data, key, step=number, frozen={}, extra=extra)
+
+        grads, (metrics, extra) = jax.grad(loss, has_aux=True)(params)
+        updates, state = tx.update(grads, state, params)
+        return jax.tree.map(jnp.add, params, updates), state, extra, metrics
+
+    before = params
+    for number in range(6):
+        params, state, extra, metrics = step(params, state, extra, number)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((params, extra, metrics)))
+        moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params, before)
+        judges = jax.tree.leaves_with_path(moved["discriminator"])
+        # The last bias feels a hinge's two sides cancel.
+        is_moved = [move > 0 for path, move in judges if "kernel" in str(path)]
+        assert set(is_moved) == {number >= 2}
+        assert (metrics["discriminator"] != 0) == (number >= 2)
+    assert (metrics["adaptive"] == 1) == (kind != "joint")
+
+
+def test_the_adaptive_weight_compares_the_gradients_of_the_last_layer():
+    """By differentiating the whole network in its last layer, in place of the shortcut."""
+    task = Task(**fields("quantizer=fsq", images=0.0), gan=OPTIONS | dict(adaptive=True))
+    data = batch(1)
+    params, extra = jax.jit(task.init)(jax.random.key(0), data)
+
+    def run(params):
+        key = jax.random.key(1)
+        return task.loss(params, data, key, step=0, frozen={}, extra=extra)[1][0]
+
+    def of_last(name):
+        def value(last):
+            return run({**params, "network": {**params["network"], "pixels": last}})[name]
+
+        return jax.grad(value)(params["network"]["pixels"])
+
+    @jax.jit
+    def weights():
+        norms = [
+            jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(of_last(name))))
+            for name in ("error", "generator")
+        ]
+        return run(params)["adaptive"], norms[0] / (norms[1] + 1e-4)
+
+    found, wanted = weights()
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"kind": "vqgan"}, "task.gan.kind='vqgan'"),
+        ({"loss": "wgan"}, "task.gan.loss='wgan'"),
+        ({"r1": -1.0}, "task.gan.r1=-1.0"),
+        ({"width": 4}, "task.gan.width=4"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes, words):
+    with pytest.raises(UserError, match=words):
+        Adversary(**OPTIONS | changes)
