@@ -95,5 +95,6 @@ def get_config() -> ConfigDict:
             num=8,  # clips sampled each time
         )
     )
+    config.init_from = ""  # work folder of a run whose weights to start from; "" starts anew
     config.compile_cache = ""  # folder of compiled programs; "" is <workdir>/../jax_cache
     return config

@@ -19,11 +19,12 @@ from absl import flags
 from jaxvid import config as config_lib
 from jaxvid import data
 from jaxvid.errors import UserError
-from jaxvid.inference import make_task
+from jaxvid.inference import make_task, open_weights
 from jaxvid.parallel import multihost
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.sharding import batch_sharding, shard_params
 from jaxvid.training import flops
+from jaxvid.training.adopt import adopt
 from jaxvid.training.checkpoint import Checkpoints
 from jaxvid.training.evaluation import HeldOut
 from jaxvid.training.guard import Guard
@@ -70,7 +71,7 @@ def _train(config, workdir, mesh, stack):
     held_out_shapes = _peek(validation, config.data.batch_size, mesh)
     checkpoints.check_best(held_out.trace(target.weights, frozen, held_out_shapes))
     found = checkpoints.restore(target, clips)
-    step, state = found or (0, init())
+    step, state = found or (0, _begin(init(), task, config))
     if jax.process_index() == 0:
         config_lib.save(config, Path(workdir, "config.json"))
     say(parameter_table(state.params))
@@ -109,6 +110,18 @@ def _train(config, workdir, mesh, stack):
 
     writer.videos(step, held_out.sample(state.weights, frozen))
     say(f"{workdir}: finished at step {step}")
+    return state
+
+
+def _begin(state, task, config):
+    """The first state, with the weights of config.init_from if that names a run."""
+    if not config.init_from:
+        return state
+    fields, _, weights = open_weights(config.init_from, config.task.name, "init_from")
+    if hasattr(task, "inflate"):
+        weights = task.inflate(weights, fields)
+    state, taken = adopt(state, weights)
+    say(f"from {config.init_from}: {taken}")
     return state
 
 

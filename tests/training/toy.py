@@ -127,7 +127,7 @@ CONFIG = """{
   "log": {"every": 1, "tensorboard": false},
   "evaluate": {"every": 0, "batches": 1},
   "sample": {"every": 0, "num": 2},
-  "compile_cache": ""
+  "init_from": "", "compile_cache": ""
 }"""
 
 
