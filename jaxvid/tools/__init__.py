@@ -1,0 +1,1 @@
+"""Tools beside training: what brings others' work in and takes ours out."""

@@ -1,0 +1,239 @@
+"""Tokenizers from the weights that others have released.
+
+    arrays = jaxvid.weights.read("tokenizer.safetensors")
+    tokenizer, params = import_tokenizer(arrays, "omnitokenizer")
+
+Sizes follow from the shapes. What the file does not say is an argument.
+"""
+
+import re
+
+import jax
+import numpy as np
+
+from jaxvid.errors import UserError
+from jaxvid.layers.quantize import KL, VQ
+from jaxvid.models.peers import PEG_LAYOUTS, PeerTokenizer
+from jaxvid.models.tokenizer import Tokenizer, moments
+from jaxvid.weights import take
+
+SOURCES = ("phenaki_pytorch", "omnitokenizer")
+
+# What a file may hold beside the tokenizer: discriminators, perceptual networks, bookkeeping of
+# codebooks, norms of a context that self-attention does not have, and constants.
+_BESIDE = re.compile(
+    r"^(discr|vgg|image_discriminator|video_discriminator|perceptual_model|video_perceptual_model)\."
+    r"|\.(initted|cluster_size|embed_avg|N|z_avg|codebook_usage|relative_position_index)$"
+    r"|\.context_norm\.|\.beta$|\.null_kv$|\.slopes$"
+)
+
+
+def import_tokenizer(arrays, source, *, peg_layout="peer_scrambled", biased=None):
+    """{name: array} of a state dict -> (Tokenizer over a `PeerTokenizer`, its params).
+
+    source: "phenaki_pytorch" (lucidrains' C-ViViT with a VQ codebook) or "omnitokenizer" (VQ or
+    KL). peg_layout: "causal" lays tokens out as was meant, for which the weights were not trained.
+    biased: whether biases of space and time are added; unless given, as the source's own code runs
+    today: phenaki_pytorch does, omnitokenizer does not. Latents have no measured scale: mean 0, 1.
+    Raises UserError where arrays are missing, misshapen or left over.
+    """
+    if source not in SOURCES:
+        raise UserError(f"source={source!r}: unknown; use one of {', '.join(SOURCES)}")
+    if peg_layout not in PEG_LAYOUTS:
+        raise UserError(f"peg_layout={peg_layout!r}: unknown; use one of {', '.join(PEG_LAYOUTS)}")
+    file = _File(arrays, source)
+    omni = source == "omnitokenizer"
+    encoder, decoder = ("encoder.", "decoder.") if omni else ("", "")
+    patch_norm = f"{encoder}to_patch_emb.2.weight" in arrays
+    place = 2 if patch_norm else 1  # of the linear map, behind a rearrangement and perhaps a norm
+    image, group = (
+        file.linear(f"{encoder}to_patch_emb{kind}.{place}") for kind in ("_first_frame", "")
+    )
+    cells, width = image["kernel"].shape
+    stacks = {
+        "encode_space": file.stack(f"{encoder}enc_spatial_transformer"),
+        "encode_time": file.stack(f"{encoder}enc_temporal_transformer"),
+        "decode_space": file.stack(f"{decoder}dec_spatial_transformer"),
+        "decode_time": file.stack(f"{decoder}dec_temporal_transformer"),
+    }
+    over_time = stacks["encode_time"][0]
+    head_width = over_time["attention"]["q_norm"]["scale"].size
+    letters = {
+        name: "".join("w" if "window" in layer else "t" for layer in layers)
+        for name, layers in stacks.items()
+    }
+    in_space = [layer for side in ("encode", "decode") for layer in stacks[f"{side}_space"]]
+    position = "rel" if any("bias" in layer for layer in in_space) else "rope"
+    network = {"embed": {"image": image, "group": group}, "pixels": {}}
+    if not omni:
+        position, network["bias"] = "shared", file.position("spatial_rel_pos_bias")
+    for part, kind in (("image", "_first_frame"), ("group", "")):
+        if patch_norm:
+            for index, norm in ((1, "pixels"), (3, "norm")):
+                name = f"{encoder}to_patch_emb{kind}.{index}"
+                network["embed"][f"{part}_{norm}"] = file.norm(name)
+        network["pixels"][part] = file.linear(f"{decoder}to_pixels{kind}.0")
+    for name, layers in stacks.items():
+        for index, layer in enumerate(layers):
+            if name.endswith("time"):
+                layer.pop("bias", None)  # stored, and used in space alone
+            for part, params in layer.items():
+                network[f"stacks_{name}_{index}_{part}"] = params
+        side = f"{encoder}enc" if name.startswith("encode") else f"{decoder}dec"
+        kind = "spatial" if name.endswith("space") else "temporal"
+        network[f"norms_{name}"] = file.norm(f"{side}_{kind}_transformer.norm_out")
+    quantizer, codebook, latent = (_omni_codes if omni else _phenaki_codes)(file, width)
+    file.nothing_left()
+    patch = round((cells / 3) ** 0.5)
+    windows = [layer["window"]["bias"]["table"] for layer in in_space if "window" in layer]
+    module = PeerTokenizer(
+        features=quantizer.features,
+        channels=quantizer.channels,
+        patch=patch,
+        t_patch=group["kernel"].shape[0] // cells,
+        width=width,
+        heads=over_time["attention"]["q"]["kernel"].shape[1] // head_width,
+        head_width=head_width,
+        hidden=over_time["mlp"]["up"]["kernel"].shape[1],
+        encode_blocks=letters["encode_space"],
+        decode_blocks=letters["decode_space"],
+        encode_depth=len(stacks["encode_time"]),
+        decode_depth=len(stacks["decode_time"]),
+        window=(round(len(windows[0]) ** 0.5) + 1) // 2 if windows else 8,
+        position=position,
+        biased=not omni if biased is None else biased,
+        peg_layout=peg_layout,
+        space_peg=any("peg" in layer for layer in in_space),
+        time_peg="peg" in over_time,
+        patch_norm=patch_norm,
+        unit=omni and isinstance(quantizer, VQ),
+        offset=0.0 if omni else 0.5,
+    )
+    params = {
+        "network": {**network, **latent},
+        "codebook": codebook,
+        "latents": jax.device_get(moments(quantizer.channels)),
+    }
+    return Tokenizer(module, quantizer), params
+
+
+def _phenaki_codes(file, width):
+    """(VQ, codebook, linear maps around it) of vector-quantize-pytorch with cosine similarity."""
+    code_VZ = file.take("vq._codebook.embed")
+    code_VZ = code_VZ.reshape(code_VZ.shape[-2:])
+    latent = {
+        name: file.linear(f"vq.{theirs}") if f"vq.{theirs}.weight" in file.arrays else _same(width)
+        for name, theirs in (("to_latent", "project_in"), ("from_latent", "project_out"))
+    }
+    quantizer = VQ(codes=len(code_VZ), channels=code_VZ.shape[1])
+    return quantizer, _carried(code_VZ), latent
+
+
+def _omni_codes(file, width):
+    """(VQ or KL, codebook, linear maps around it); codes are compared as they are."""
+    del width
+    latent = {
+        "to_latent": file.linear("pre_vq_conv.1"),
+        "from_latent": file.linear("post_vq_conv.1"),
+    }
+    features, channels = latent["to_latent"]["bias"].size, latent["from_latent"]["kernel"].shape[0]
+    code_VZ = file.take("codebook.embeddings")  # there for Gaussian latents too, without a use
+    if features == 2 * channels:
+        return KL(channels=channels), {}, latent
+    return VQ(codes=len(code_VZ), channels=channels, normalize=False), _carried(code_VZ), latent
+
+
+def _carried(code_VZ):
+    """The state of a codebook whose running means are not known."""
+    ones_V = np.ones(len(code_VZ), np.float32)
+    return {"code_VZ": code_VZ, "count_V": ones_V, "sum_VZ": code_VZ, "updates": np.int32(1)}
+
+
+def _same(width):
+    """A linear map that changes nothing."""
+    return {"kernel": np.eye(width, dtype=np.float32), "bias": np.zeros(width, np.float32)}
+
+
+class _File:
+    """Named arrays of PyTorch as parameters of ours; knows what has been taken."""
+
+    def __init__(self, arrays, source):
+        self.arrays, self._source, self._left = arrays, source, set(arrays)
+
+    def take(self, name, *shape):
+        self._left.discard(name)
+        return take(self.arrays, name, shape or np.shape(self.arrays.get(name)), self._source)
+
+    def linear(self, name):
+        """[out, in] -> kernel [in, out], with its bias where it has one."""
+        params = {"kernel": self.take(f"{name}.weight").T}
+        if f"{name}.bias" in self.arrays:
+            params["bias"] = self.take(f"{name}.bias", params["kernel"].shape[1])
+        return params
+
+    def norm(self, name):
+        """A LayerNorm of PyTorch's own or of the peers', whose shift is fixed at zero."""
+        if f"{name}.gamma" in self.arrays:
+            return {"scale": self.take(f"{name}.gamma")}
+        return {"scale": self.take(f"{name}.weight"), "bias": self.take(f"{name}.bias")}
+
+    def position(self, name):
+        """The MLP of a continuous position bias."""
+        layers = {"in": "net.0.0", "hidden": "net.1.0", "out": "net.2"}
+        return {ours: self.linear(f"{name}.{theirs}") for ours, theirs in layers.items()}
+
+    def stack(self, name):
+        """The layers of a transformer, each {part: params}."""
+        found = (re.match(rf"{re.escape(name)}\.layers\.(\d+)\.", other) for other in self.arrays)
+        depth = 1 + max((int(match[1]) for match in found if match), default=-1)
+        if not depth:
+            raise UserError(f"{self._source}: holds no {name}.layers; is it of another network?")
+        return [self._layer(f"{name}.layers.{index}") for index in range(depth)]
+
+    def _layer(self, name):
+        up = self.linear(f"{name}.3.1")["kernel"]
+        value, gate = np.split(up, 2, axis=1)
+        layer = {
+            "mlp": {
+                "norm": self.norm(f"{name}.3.0"),
+                "up": {"kernel": value},
+                "gate": {"kernel": gate},
+                # Ours is stored as PyTorch stores it.
+                "down": {"kernel": self.take(f"{name}.3.4.weight")},
+            }
+        }
+        if f"{name}.0.dsconv.weight" in self.arrays:
+            kernel = self.take(f"{name}.0.dsconv.weight").transpose(2, 3, 4, 1, 0)
+            layer["peg"] = {"kernel": kernel, "bias": self.take(f"{name}.0.dsconv.bias")}
+        if f"{name}.1.relative_position_bias_table" in self.arrays:
+            qkv = np.split(self.linear(f"{name}.1.qkv")["kernel"], 3, axis=1)
+            layer["window"] = {
+                "norm": self.norm(f"{name}.1.norm"),
+                **{part: {"kernel": kernel} for part, kernel in zip("qkv", qkv)},
+                "bias": {"table": self.take(f"{name}.1.relative_position_bias_table")},
+                "out": self.linear(f"{name}.1.proj"),
+            }
+            return layer
+        k, v = np.split(self.linear(f"{name}.1.to_kv")["kernel"], 2, axis=1)
+        layer["attention"] = {
+            "norm": self.norm(f"{name}.1.norm"),
+            "q": self.linear(f"{name}.1.to_q"),
+            "k": {"kernel": k},
+            "v": {"kernel": v},
+            "q_norm": {"scale": self.take(f"{name}.1.q_scale")},
+            "k_norm": {"scale": self.take(f"{name}.1.k_scale")},
+            "out": self.linear(f"{name}.1.to_out"),
+        }
+        if f"{name}.1.spatial_rel_pos_bias.net.2.weight" in self.arrays:
+            layer["bias"] = self.position(f"{name}.1.spatial_rel_pos_bias")
+        return layer
+
+    def nothing_left(self):
+        """Raise UserError for arrays that no part of the network has asked for."""
+        left = sorted(name for name in self._left if not _BESIDE.search(name))
+        if left:
+            more = f" and {len(left) - 4} more" if len(left) > 4 else ""
+            raise UserError(
+                f"{self._source}: nothing here takes {', '.join(left[:4])}{more}; "
+                "is it of another network?"
+            )
