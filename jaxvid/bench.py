@@ -3,6 +3,7 @@
     python -m jaxvid.bench step --config=configs/ar_diffusion.py     training step, MFU, memory
     python -m jaxvid.bench data --config=configs/ar_diffusion.py     input pipeline, waiting share
     python -m jaxvid.bench sample --config=configs/ar_diffusion.py   cached and uncached sampling
+    python -m jaxvid.bench stream --config=configs/tokenizer.py      long videos through a tokenizer
     python -m jaxvid.bench kernels --op=linear_attention             kernels beside softmax, a plot
 
 `--latents=32x4` puts 32 latent tokens of 4 channels in the place of a frame's patches, so that the
@@ -32,6 +33,7 @@ from ml_collections import ConfigDict
 
 from jaxvid import config as config_lib
 from jaxvid import data
+from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError
 from jaxvid.inference import make_task
 from jaxvid.kernels import linear_attention
@@ -51,6 +53,7 @@ SHORT_RUN = 40  # steps
 LENGTHS = (1024, 2048, 4096, 8192, 16384)  # tokens of a kernel
 LARGEST_SCORES = 2**31  # bytes of softmax's matrix
 KINDS = ("plain", "decay")
+STREAMS, STREAM_PIECE = (64, 1000), 16  # frames of long clips, and about that many at once
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "grain", "av")
 
 
@@ -72,7 +75,7 @@ def main(command):
     print(f"written to {path}")
 
 
-# The three benchmarks: (config, tokenizer or None) -> {figure: number}
+# The benchmarks: (config, tokenizer or None) -> {figure: number}
 
 
 def step(config, tokenizer):
@@ -185,6 +188,45 @@ def input_pipeline(config, tokenizer):
         "train_frames_per_s": SHORT_RUN * size * config.data.frames / seconds,
         "train_data_wait": waited / seconds,
     }
+
+
+def stream(config, tokenizer):
+    """Clips of STREAMS frames through the encoder and the decoder of a tokenizer, piece by piece.
+
+    The peak is of the process so far, so a longer clip that needs no more memory leaves it alone.
+    """
+    task = make_task(config.task)
+    if tokenizer or config.task.name != "tokenizer":
+        raise UserError(f"task.name={config.task.name}: use --config=configs/tokenizer.py")
+    tokenizer, size = task.tokenizer, config.data.size
+    batch = random_batch(config, 1)
+    params, extra = jax.jit(task.init)(jax.random.key(0), batch)
+    params, grid = {**params, **extra}, tokenizer.grid(size)
+    group = tokenizer.frames_for_latents(2) - 1
+    later = max(STREAM_PIECE // group, 1) * group
+    noise_BTHWC = np.random.default_rng(0).integers(
+        0, 256, (1, 1 + later, size, size, 3), dtype=np.uint8
+    )
+
+    @jax.jit
+    def through(params, video_u8, states):
+        z, encoder = tokenizer.encode(params, normalize(video_u8), states[0])
+        video, decoder = tokenizer.decode(params, z, grid, states[1])
+        return video.mean(), (encoder, decoder)
+
+    figures = {}
+    for frames in STREAMS:
+        states = (None, None)
+        pieces = -(-(frames - 1) // later)
+        for piece in range(pieces):
+            value, states = through(params, noise_BTHWC[:, min(piece, 1) :], states)
+            jax.block_until_ready(value)
+            if piece == 1:  # both programs are compiled by then
+                begin = time.perf_counter()
+        figures[f"peak_mib_{frames}"] = peak_bytes(jax.devices()[0]) / 2**20
+        figures[f"state_mib_{frames}"] = sum(x.nbytes for x in jax.tree.leaves(states)) / 2**20
+        figures[f"frames_per_s_{frames}"] = (pieces - 2) * later / (time.perf_counter() - begin)
+    return figures
 
 
 def kernels(op):
@@ -402,7 +444,7 @@ def _cpu():
     return f"{model[1] if model else platform.machine()} ({cores} cores)"
 
 
-COMMANDS = {"step": step, "data": input_pipeline, "sample": sample}
+COMMANDS = {"step": step, "data": input_pipeline, "sample": sample, "stream": stream}
 OPS = {"linear_attention": linear_attention.linear_attention}
 
 if __name__ == "__main__":

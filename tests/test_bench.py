@@ -30,6 +30,18 @@ def settings(monkeypatch):
     return config
 
 
+def test_a_longer_stream_has_no_larger_state(monkeypatch):
+    monkeypatch.setattr(bench, "STREAMS", (40, 80))
+    config = config_lib.read(FILE.replace("ar_diffusion", "tokenizer"))
+    config.data.update(frames=5, size=8)
+    config.task.network.update(width=16, heads=2, encode_blocks="t", decode_blocks="t")
+    figures = bench.stream(config, None)
+    assert figures["state_mib_40"] == figures["state_mib_80"] > 0
+    assert figures["frames_per_s_80"] > 0 and figures["peak_mib_80"] > 0
+    with pytest.raises(UserError, match=r"configs/tokenizer\.py"):
+        bench.stream(config_lib.read(FILE), None)
+
+
 @pytest.mark.slow
 def test_step(settings):
     figures = bench.step(settings, None)
