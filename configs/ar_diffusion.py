@@ -39,7 +39,8 @@ def get_config(options=""):
     config = common.get_config()
     config.data.name = chosen.data
     if chosen.data == "latents":
-        config.data.crop = "center"  # what cached clips show
+        # Cached clips show the centre. (No comment behind the field: it would be its help.)
+        config.data.crop = "center"
     if chosen.size != "tiny":
         _large(config)
     # One value for the data and the task: a change of data.frames, say, reaches both.
