@@ -13,9 +13,13 @@ Every mixer is built as `Mixer(width=, heads=, grid=, qk_norm=, dtype=, name=)` 
 own beside these: what a window is, say, only attention knows.
 """
 
+from jaxvid.mixers.aaren import Aaren
 from jaxvid.mixers.alibi import Alibi
 from jaxvid.mixers.attention import Attention
+from jaxvid.mixers.gated_delta import GatedDelta
+from jaxvid.mixers.lightnet import LightNet
 from jaxvid.mixers.linear_attention import GLA, Lightning, LinearAttention
+from jaxvid.mixers.routing import Routing
 
 MIXERS = {
     "softmax": Attention,
@@ -23,4 +27,8 @@ MIXERS = {
     "linear": LinearAttention,
     "lightning": Lightning,
     "gla": GLA,
+    "gated_delta": GatedDelta,
+    "lightnet": LightNet,
+    "aaren": Aaren,
+    "routing": Routing,
 }

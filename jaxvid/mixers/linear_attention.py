@@ -5,8 +5,9 @@ any of its tokens reads it, and the state decays once per frame:
 
     S_t = exp(g_t) S_{t-1} + sum_n k_tn^T v_tn,    y_tn = q_tn S_t
 
-which at one token per frame is the recurrence of the papers. Time enters by the state alone, so
-there are no positions, and nothing bounds the length of a stream.
+which at one token per frame is the recurrence of the papers. The state is one array, float32
+[B, A, K, V]. Time enters by it alone, so there are no positions, and nothing bounds the length of
+a stream.
 """
 
 from typing import Any
@@ -25,11 +26,11 @@ GATE_RANK = 16  # of GLA's decays, and the divisor of their logarithm
 _EPSILON = 1e-6
 
 
-class _Recurrent(nn.Module):
-    """What the mixers of this file share: fields, projections, and the context.
+class Recurrent(nn.Module):
+    """What mixers with a state of constant size share: fields, projections, and the context.
 
     width: D. heads: A, divides D. grid: (H, W) of a frame's tokens, without meaning here. qk_norm:
-    RMS-normalise queries and keys per head. The state is one array, float32 [B, A, K, V].
+    RMS-normalise queries and keys per head.
     """
 
     width: int
@@ -59,13 +60,13 @@ class _Recurrent(nn.Module):
 
     def _gated_out(self, y_BTNAK, x_BTND, gate):
         """Normalise every head, multiply by a gate from the input, join the heads."""
-        y_BTND = self._norm("out_norm")(y_BTNAK).reshape(x_BTND.shape)
+        y_BTND = self._norm("out_norm")(y_BTNAK).reshape(*y_BTNAK.shape[:3], self.width)
         return self._dense(self.width, "out")(
             y_BTND * gate(self._dense(self.width, "gate")(x_BTND))
         )
 
 
-class LinearAttention(_Recurrent):
+class LinearAttention(Recurrent):
     """Attention with the kernel phi(q) phi(k)^T, phi = elu + 1 (Katharopoulos et al. 2020).
 
     x_BTND -> y_BTND in `dtype`: the mean of the values of all tokens up to the end of the frame,
@@ -82,12 +83,13 @@ class LinearAttention(_Recurrent):
         return self._dense(self.width, "out")(y_BTNAK.reshape(x_BTND.shape)), state
 
 
-class Lightning(_Recurrent):
+class Lightning(Recurrent):
     """Lightning Attention-2 in the block of TransNormerLLM (Qin et al. 2024).
 
     x_BTND -> y_BTND in `dtype`. silu on q, k, v; a constant decay exp(-slope) per head and frame;
     the output of a head is normalised and gated by a sigmoid. slopes: the name of one of the
-    published laws, see `slopes`, or one number per head.
+    published laws, see `slopes`, or one number per head. A layer does not know its depth, so
+    the part of a law that depends on it is that of the first.
     """
 
     slopes: str | tuple[float, ...] = "lightning"
@@ -101,7 +103,7 @@ class Lightning(_Recurrent):
         return self._gated_out(y_BTNAK, x_BTND, nn.sigmoid), state
 
 
-class GLA(_Recurrent):
+class GLA(Recurrent):
     """Gated linear attention (Yang et al. 2024, section 4.4): a decay per channel from the input.
 
     x_BTND -> y_BTND in `dtype`. The decay's logarithm is log sigmoid(low-rank projection) / 16,

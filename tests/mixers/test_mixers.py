@@ -22,6 +22,11 @@ ROWS = [
     ("linear", {}),
     ("lightning", {"slopes": "fla"}),
     ("gla", {}),
+    ("gated_delta", {}),
+    ("lightnet", {}),
+    ("lightnet", {"lrpe": False, "tpe": 0}),
+    ("aaren", {}),
+    ("routing", {"clusters": 2, "members": 5}),
 ]
 
 
@@ -56,7 +61,10 @@ def test_streaming(name, options, grid, context):
 @pytest.mark.parametrize("name, options", ROWS)
 def test_causality(name, options):
     apply, params, x = build(name, options, (2, 3), context=True)
-    laws.causality(functools.partial(apply, params), x, reach=options.get("window") or laws.FRAMES)
+    reach = options.get("window") or laws.FRAMES
+    if name == "routing":  # content decides what of the past is read
+        reach = 1
+    laws.causality(functools.partial(apply, params), x, reach=reach)
 
 
 @pytest.mark.parametrize("name, options", [row for row in ROWS if row[1].get("window") != 1])
@@ -64,13 +72,33 @@ def test_gradients(name, options):
     laws.gradients(*build(name, options, (2, 3)))
 
 
-@pytest.mark.parametrize("name", ["linear", "lightning", "gla"])
-def test_what_a_recurrent_mixer_remembers_does_not_grow(name):
+@pytest.mark.parametrize("name", sorted(MIXERS.keys() - {"softmax", "alibi"}))
+def test_what_a_mixer_of_constant_memory_remembers_does_not_grow(name):
     apply, params, x = build(name, {}, (2, 3))
-    _, first = apply(params, x[:, :1], None)
-    _, later = apply(params, x[:, 1:], first)
-    assert first.shape == later.shape == (2, 2, 8, 9 if name == "linear" else 8)
-    assert first.dtype == jnp.float32
+    first = jax.eval_shape(apply, params, x[:, :1], None)[1]
+    later = jax.eval_shape(apply, params, x[:, 1:], first)[1]
+    assert first == later
+    if name in ("linear", "lightning", "gla"):
+        assert first.shape == (2, 2, 8, 9 if name == "linear" else 8)
+        assert first.dtype == jnp.float32
+
+
+def test_aaren_is_softmax_attention_of_a_query_that_is_given():
+    """Scores so far apart that sums of their exponentials would overflow, and equal ones."""
+    apply, params, x = build("aaren", {"qk_norm": False}, (2, 3))
+    params["params"]["query"] *= 1000.0
+    y, _ = jax.jit(apply)(params, x, None)
+    w = params["params"]
+    k, v = (np.float64(x @ w[n]["kernel"] + w[n]["bias"]).reshape(2, -1, 2, 8) for n in "kv")
+    score = np.einsum("AK,BMAK->BMA", np.float64(w["query"]), k) * 8**-0.5
+    assert np.abs(score).max() > 1000
+    for t in (0, 5, laws.FRAMES - 1):
+        seen = slice(0, 6 * (t + 1))
+        p = np.exp(score[:, seen] - score[:, seen].max(1, keepdims=True))
+        mean = np.einsum("BMA,BMAK->BAK", p / p.sum(1, keepdims=True), v[:, seen])
+        expected = mean.reshape(2, 16) @ w["out"]["kernel"] + w["out"]["bias"]
+        for n in range(6):
+            np.testing.assert_allclose(y[:, t, n], expected, atol=2e-4)
 
 
 def test_linear_attention_is_a_mean_weighted_by_the_kernel():
