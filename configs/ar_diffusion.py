@@ -9,7 +9,8 @@ The first takes 10 minutes on two CPU cores; `python -m jaxvid.evaluate` then gi
 
 Options: size=tiny|s|b|l|xl (tiny is made for two CPU cores, xl is the paper's 672 M parameters),
 data=sprites|folder|array_record|tfds|latents, cond=none|class|text, noise=diffusion|flow,
-mixer=softmax|linear|lightning|gla (all but softmax remember a stream in a state of constant size).
+mixer=softmax|linear|lightning|gla|gated_delta|lightnet|aaren|routing (all but softmax remember a
+stream of any length in a state of constant size; softmax does what its window holds).
 """
 
 from ml_collections import ConfigDict, FieldReference
@@ -34,7 +35,7 @@ def get_config(options=""):
         data=("sprites", "folder", "array_record", "tfds", "latents"),
         cond=("none", "class", "text"),
         noise=("diffusion", "flow"),
-        mixer=("softmax", "linear", "lightning", "gla"),
+        mixer=common.MIXERS,
     )
     config = common.get_config()
     config.data.name = chosen.data
@@ -86,14 +87,7 @@ def get_config(options=""):
             scan=not tiny,  # one program for all layers; False compiles longer, runs faster on CPU
         )
     )
-    config.task.model.mixer = ConfigDict()
-    config.task.model.mixer.name = chosen.mixer  # temporal mixer, a name in jaxvid.mixers
-    if chosen.mixer == "softmax":
-        config.task.model.mixer.window = frames  # frames it sees, its own too (follows data.frames)
-        config.task.model.mixer.sinks = 0  # first frames that stay visible beyond the window
-        config.task.model.mixer.mask = "causal"  # or full or leaky, which cannot stream
-    if chosen.mixer == "lightning":
-        config.task.model.mixer.slopes = "lightning"  # how fast heads forget; or fla or sglang
+    common.add_mixer(config, chosen.mixer, frames)
     config.task.noise = ConfigDict(
         dict(
             name="flow" if flow else "linear",  # linear, linear_baseline, cosine, sigmoid or flow

@@ -5,6 +5,8 @@ Configs are plain data. The comment beside a field is its help: `--config_help` 
 
 from ml_collections import ConfigDict
 
+MIXERS = ("softmax", "linear", "lightning", "gla", "gated_delta", "lightnet", "aaren", "routing")
+
 
 def parse(options: str, **choices: tuple[str, ...]) -> ConfigDict:
     """ "size=s,data=folder" -> {size: "s", data: "folder"}; a key not given has its first choice.
@@ -98,3 +100,23 @@ def get_config() -> ConfigDict:
     config.init_from = ""  # work folder of a run whose weights to start from; "" starts anew
     config.compile_cache = ""  # folder of compiled programs; "" is <workdir>/../jax_cache
     return config
+
+
+def add_mixer(config, name, frames):
+    """Fill in config.task.model.mixer: a name of MIXERS and its options, for clips of `frames`."""
+    config.task.model.mixer = ConfigDict()
+    config.task.model.mixer.name = name  # temporal mixer, a name in jaxvid.mixers
+    if name == "softmax":
+        config.task.model.mixer.window = frames  # frames it sees, its own too (follows data.frames)
+        config.task.model.mixer.sinks = 0  # first frames that stay visible beyond the window
+        config.task.model.mixer.mask = "causal"  # or full or leaky, which cannot stream
+    if name == "lightning":
+        config.task.model.mixer.slopes = "lightning"  # how fast heads forget; or fla or sglang
+    if name == "gated_delta":
+        config.task.model.mixer.conv = 4  # frames that the convolutions before the rule read
+    if name == "lightnet":
+        config.task.model.mixer.lrpe = True  # positions by the cosine of distances over (t, h, w)
+        config.task.model.mixer.tpe = 2  # decaying exponentials at the input, per channel; or 0
+    if name == "routing":
+        config.task.model.mixer.clusters = 4  # clusters of a head
+        config.task.model.mixer.members = 32  # past tokens of a cluster that can be read

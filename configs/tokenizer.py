@@ -6,7 +6,9 @@
 
 Options: arch=cvivit|omnitokenizer|ar_vae, quantizer=fsq|vq|lfq|bsq|kl, size=tiny|b (tiny is made
 for two CPU cores, b has the papers' width and depth), data=sprites|folder|array_record|tfds,
-gan=none|patch|stylegan.
+gan=none|patch|stylegan,
+mixer=paper|alibi|softmax|linear|lightning|gla|gated_delta|lightnet|aaren|routing (over time, not of
+ar_vae; paper is alibi for cvivit and softmax for omnitokenizer).
 """
 
 from ml_collections import ConfigDict, FieldReference
@@ -29,7 +31,10 @@ def get_config(options=""):
         size=tuple(SIZES),
         data=("sprites", "folder", "array_record", "tfds"),
         gan=("none", "patch", "stylegan"),
+        mixer=("paper", "alibi", *common.MIXERS),
     )
+    if chosen.arch == "ar_vae" and chosen.mixer != "paper":
+        raise ValueError(f"mixer={chosen.mixer}: arch=ar_vae attends to a window; leave mixer out")
     config = common.get_config()
     config.data.name = chosen.data
     config.steps = 1500
@@ -71,6 +76,12 @@ def get_config(options=""):
         config.task.network.unit = False  # read latents as directions
     else:
         _cvivit(config, chosen.arch == "omnitokenizer", 2 if tiny else 4, space, time)
+        if chosen.mixer == "paper":
+            chosen.mixer = "softmax" if chosen.arch == "omnitokenizer" else "alibi"
+        config.task.network.mixer = ConfigDict()
+        config.task.network.mixer.name = chosen.mixer  # temporal mixer, a name in jaxvid.mixers
+        if chosen.mixer in ("softmax", "alibi"):
+            config.task.network.mixer.window = 8  # latent frames that one sees, its own included
     _quantizer(config, chosen.quantizer)
     # Weights of others, .npz or .safetensors; without them these losses are off.
     config.task.perceptual = ConfigDict(
@@ -125,12 +136,6 @@ def _cvivit(config, omni, t_patch, space, time):
     config.task.network.stem = "split"  # first frame: split has its own weights, shared repeats it
     config.task.network.patchify = "linear"  # linear or haar
     config.task.network.patch_norm = False  # as peers have it; hides how bright a flat patch is
-    config.task.network.mixer = ConfigDict(
-        dict(
-            name="softmax" if omni else "alibi",  # temporal mixer, a name in jaxvid.mixers
-            window=8,  # latent frames that one sees, its own included
-        )
-    )
 
 
 def _quantizer(config, name):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxvid.layers.embed import rotary_angles, rotate
+from jaxvid.mixers import MIXERS
 from jaxvid.models.dit import DiT
 from tests import laws
 from tests.mixers.test_mixers import disturbed
@@ -23,7 +24,7 @@ def build(arrangement, frames=laws.FRAMES, scan=True, **mixer):
         heads=2,
         grid=(2, 1),
         arrangement=arrangement,
-        mixer={"name": "softmax", **mixer},
+        mixer={"name": "softmax"} | mixer,
         input_skip=True,
         scan=scan,
     )
@@ -45,6 +46,36 @@ def build(arrangement, frames=laws.FRAMES, scan=True, **mixer):
 def test_streaming(arrangement, scan):
     apply, params, x = build(arrangement, scan=scan, window=4, sinks=1)
     laws.streaming(functools.partial(apply, params), x)
+
+
+@pytest.mark.parametrize(
+    "arrangement, name", [("joint", "lightnet"), ("factorised", "gated_delta")]
+)
+def test_streaming_with_other_mixers(arrangement, name):
+    apply, params, x = build(arrangement, name=name)
+    laws.streaming(functools.partial(apply, params), x, [[1, 8, 4], [0, 13]], gradients=False)
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_mixer_carries_a_state_of_one_shape_from_frame_to_frame(arrangement, name):
+    """By shapes alone: a context, no frame, one frame, one more."""
+    options = {"window": 2} if name in ("softmax", "alibi") else {}
+    model = DiT(16, 2, 2, (2, 1), arrangement=arrangement, mixer={"name": name, **options})
+    x, context = jnp.zeros((1, 1, 2, 3)), jnp.zeros((1, 3, 5))
+
+    def stream(x, context):
+        t = jnp.zeros((1, 1), jnp.int32)
+        params = model.init(jax.random.key(0), x, t, context)
+        _, state = model.apply(params, x[:, :0], t[:, :0], context)
+        y, first = model.apply(params, x, t, None, state)
+        return y, first, model.apply(params, x, t, None, first)[1]
+
+    y, first, second = jax.eval_shape(stream, x, context)
+    assert y.shape == x.shape
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), first) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), second
+    )
 
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)

@@ -236,10 +236,20 @@ def test_masks_that_see_the_future_sample_without_a_cache():
     assert np.isfinite(video).all() and video.shape == (1, 6, 8, 8, 3)
 
 
-def test_a_recurrent_mixer_samples_the_same_from_its_state_as_from_all_frames():
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        "gla",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("gated_delta", "lightnet", "aaren", "routing")
+        ),
+    ],
+)
+def test_a_recurrent_mixer_samples_the_same_from_its_state_as_from_all_frames(mixer):
     videos = []
     for memory in ("cache", "none"):
-        task = Task(**fields("cond=class,mixer=gla", sampler__memory=memory))
+        task = Task(**fields(f"cond=class,mixer={mixer}", sampler__memory=memory))
         cond = {"num": 2, "label": np.arange(2)}
         videos.append(task.sample(opened(task), jax.random.key(0), cond, frozen={}, frames=9))
     np.testing.assert_allclose(*videos, atol=1e-4)

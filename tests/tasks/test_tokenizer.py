@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from configs import tokenizer as config_file
+from configs.common import MIXERS
 from jaxvid import config as config_lib
 from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError
@@ -57,6 +58,7 @@ def loss(task, params, extra, rng):
         "arch=ar_vae,quantizer=kl,size=b",
         "arch=ar_vae,quantizer=bsq",
         "arch=ar_vae,quantizer=fsq",
+        *(f"mixer={name}" for name in MIXERS),
     ],
 )
 def test_every_choice_of_the_config_trains_and_scores(options):
