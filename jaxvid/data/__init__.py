@@ -17,7 +17,7 @@ import numpy as np
 from jaxvid.data import text
 from jaxvid.errors import UserError
 
-SOURCES = ("sprites", "folder", "array_record", "tfds", "latents")
+SOURCES = ("sprites", "folder", "array_record", "tfds", "latents", "mqar")
 ARRAYS = ("video", "latents", "tokens")  # what an example may show of its clip
 
 

@@ -1,0 +1,48 @@
+"""Multi-query associative recall: how many pairs a temporal mixer keeps apart in its state.
+
+    python -m jaxvid.train --config=configs/mqar.py:mixer=gla
+
+trains a model of two layers for about a minute on two CPU cores and ends with the share of right
+answers for streams of each number of pairs (BENCHMARKS.md).
+
+Options: mixer=softmax|linear|lightning|gla|gated_delta|lightnet|aaren|routing.
+"""
+
+from ml_collections import ConfigDict, FieldReference
+
+from configs import common
+
+
+def get_config(options=""):
+    """The experiment, as the options after the config's colon choose it."""
+    chosen = common.parse(options, mixer=common.MIXERS)
+    config = common.get_config()
+    config.steps = 500
+    config.data.name = "mqar"  # source: mqar alone has symbols
+    config.data.frames = frames = FieldReference(32)
+    config.data.size = 2  # pixels along each side of a frame, which has one colour
+    config.data.batch_size = 64
+    config.data.num_clips = 100_000  # streams in the training split
+    config.data.vocabulary = vocabulary = FieldReference(64)  # symbols: blank, keys and values
+    config.data.pairs = pairs = FieldReference((2, 4, 8))  # how many pairs streams have
+    config.optim.name = "adamw"
+    config.optim.lr = 3e-3
+    config.optim.weight_decay = 0.1
+    config.evaluate.batches = 16
+    config.task = ConfigDict(
+        dict(
+            name="mqar",  # module of jaxvid.tasks
+            vocabulary=vocabulary,  # symbols (follows data.vocabulary)
+            pairs=pairs,  # how many pairs streams have (follows data.pairs)
+        )
+    )
+    config.task.model = ConfigDict(
+        dict(
+            width=32,  # channels of a symbol
+            depth=2,  # layers of convolution and mixer
+            heads=2,  # heads of a mixer; must divide the width
+            dtype="float32",  # of the computation
+        )
+    )
+    common.add_mixer(config, chosen.mixer, frames)
+    return config

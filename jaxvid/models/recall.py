@@ -1,0 +1,47 @@
+"""A small model of symbol streams: what a temporal mixer can recall, and little else."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from jaxvid.layers.conv import CausalConv
+from jaxvid.layers.linear import Linear
+from jaxvid.mixers import MIXERS
+
+CONV = 3  # frames that the convolution reads
+
+
+class Recall(nn.Module):
+    """Layers of a short convolution and a temporal mixer, without MLPs (Arora et al. 2023).
+
+    ids_BT int32 -> (logits_BTV float32, state); state None starts a stream. The convolution tells a
+    layer of the symbols just before, without which mixers that know no positions could not join a
+    value to its key. state: (past of the convolution, memory of the mixer) of every layer.
+    mixer: its name in `mixers.MIXERS` and its own options.
+    """
+
+    vocabulary: int
+    width: int
+    depth: int
+    heads: int
+    mixer: Mapping[str, Any]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids_BT, state=None):
+        options = dict(self.mixer)
+        mixer = MIXERS[options.pop("name")]
+        options |= dict(width=self.width, heads=self.heads, dtype=self.dtype)
+        norm = dict(dtype=self.dtype)
+        x_BTD = nn.Embed(self.vocabulary, self.width, dtype=self.dtype, name="embed")(ids_BT)
+        x_BTND, states = x_BTD[:, :, None], []
+        for i, (past, memory) in enumerate(state or ((None, None),) * self.depth):
+            h_BTND = nn.RMSNorm(**norm, name=f"norm_{i}")(x_BTND)
+            y_BTND, past = CausalConv(CONV, self.dtype, name=f"conv_{i}")(h_BTND, past)
+            y_BTND, memory = mixer(**options, name=f"mixer_{i}")(h_BTND + y_BTND, memory)
+            x_BTND += y_BTND
+            states.append((past, memory))
+        x_BTD = nn.RMSNorm(**norm, name="norm")(x_BTND[:, :, 0])
+        return Linear(self.vocabulary, dtype=jnp.float32, name="head")(x_BTD), tuple(states)

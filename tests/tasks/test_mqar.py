@@ -1,0 +1,126 @@
+"""Associative recall: answers told from the stream alone, a model that streams, one that learns."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import common
+from configs import mqar as config_file
+from jaxvid import config as config_lib
+from jaxvid.data import mqar as symbols
+from jaxvid.errors import UserError
+from jaxvid.models.recall import Recall
+from jaxvid.tasks.mqar import Task, answers, read
+from tests import laws
+from tests.mixers.test_mixers import disturbed
+
+
+def configuration(mixer, **changes):
+    config = config_file.get_config(f"mixer={mixer}")
+    small = {"data.vocabulary": 16, "data.frames": 16, "data.pairs": (2, 4)}
+    config.update_from_flattened_dict({**small, "task.model.width": 16, **changes})
+    return config.copy_and_resolve_references()
+
+
+def task(config):
+    return Task(**{name: value for name, value in config.task.items() if name != "name"})
+
+
+def batch(config, size=64, first=0):
+    source = symbols.Source(config.data, "train")
+    video = np.stack([source[i]["video"] for i in range(first, first + size)])
+    return {"video": video, "id": np.arange(size, dtype=np.int32)}
+
+
+def test_answers_are_the_values_of_the_pairs():
+    config = configuration("gla")
+    ids = np.asarray(read(batch(config, 20)["video"]))
+    answer, is_query = answers(jnp.asarray(ids), 16)
+    for row, answer_T, is_query_T in zip(ids, answer, is_query):
+        pairs = (row >= 8).sum()
+        told = dict(row[: 2 * pairs].reshape(-1, 2).tolist())
+        expected = [told.get(i, 0) if t >= 2 * pairs else 0 for t, i in enumerate(row.tolist())]
+        np.testing.assert_array_equal(answer_T, expected)
+        np.testing.assert_array_equal(is_query_T, np.array(expected) > 0)
+
+
+def test_symbols_above_a_byte_are_read_back():
+    ids = np.array([0, 1, 255, 256, 65_535])
+    np.testing.assert_array_equal(read(jnp.asarray(symbols.paint(ids, 3))[None])[0], ids)
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "gated_delta", "lightnet"])
+def test_the_model_streams(mixer):
+    model = Recall(12, width=8, depth=2, heads=2, mixer={"name": mixer})
+    ids = jax.random.randint(jax.random.key(0), (2, laws.FRAMES), 0, 12)
+    params = disturbed(jax.jit(model.init)(jax.random.key(1), ids))
+    layer = functools.partial(model.apply, params)
+    laws.streaming(layer, ids, plans=([1, 8, 4], [0, 13]), gradients=False)
+
+
+def test_one_layer_learns_to_recall_and_scores_what_it_says():
+    config = configuration("softmax", **{"task.model.depth": 1})
+    learner = task(config)
+    params, _ = jax.jit(learner.init)(jax.random.key(0), batch(config))
+
+    tx = optax.adam(0.01)
+
+    @jax.jit
+    def step(params, opt_state, rows):
+        def loss(params):
+            return learner.loss(params, rows, None, step=0, frozen={}, extra={})
+
+        grads, (metrics, _) = jax.grad(loss, has_aux=True)(params)
+        updates, opt_state = tx.update(grads, opt_state)
+        return optax.apply_updates(params, updates), opt_state, metrics["accuracy"]
+
+    opt_state = tx.init(params)
+    for i in range(150):
+        params, opt_state, accuracy = step(params, opt_state, batch(config, 64, 64 * i))
+    assert accuracy > 0.9  # of 8 values chance finds an eighth
+
+    rows = batch(config, 32, 50_000)
+    scores = learner.evaluate(params, rows, None, frozen={})
+    shown = learner.sample(params, None, {"num": 32, "video": rows["video"]}, frozen={})
+    said = np.rint((np.asarray(shown)[:, :, 0, 0, 0] + 1) * 127.5)
+    answer, is_query = (np.asarray(x) for x in answers(read(rows["video"]), 16))
+    right = np.where(is_query, said == answer, False).sum(1) / is_query.sum(1)
+    np.testing.assert_allclose(scores["accuracy"], right)
+    few = is_query.sum(1) == 2
+    np.testing.assert_allclose(scores["accuracy_2"][few], right[few])
+    assert np.isnan(scores["accuracy_2"][~few]).all() and np.isnan(scores["accuracy_4"][few]).all()
+    assert (said == np.asarray(read(rows["video"])))[~is_query].all()
+    assert (scores["state"] == 15 * 16 * 2).all()  # keys and values of all that a window leaves
+
+
+@pytest.mark.parametrize("mixer", common.MIXERS)
+def test_every_mixer_trains_and_scores(mixer):
+    """By shapes alone: nothing is compiled."""
+    config = configuration(mixer)
+    learner, rows, rng = task(config), batch(config, 2), jax.random.key(0)
+    params, extra = jax.eval_shape(learner.init, rng, rows)
+    loss = functools.partial(learner.loss, step=0, frozen={}, extra=extra)
+    value, (metrics, _) = jax.eval_shape(loss, params, rows, rng)
+    assert value.shape == metrics["accuracy"].shape == ()
+    scores = jax.eval_shape(functools.partial(learner.evaluate, frozen={}), params, rows, rng)
+    assert {name: x.shape for name, x in scores.items()} == dict.fromkeys(
+        ("accuracy", "accuracy_2", "accuracy_4", "state"), (2,)
+    )
+
+
+@pytest.mark.parametrize("mixer", common.MIXERS)
+def test_config_help_describes_every_field(mixer):
+    rows = config_lib.describe(f"{config_file.__file__}:mixer={mixer}").splitlines()
+    place = rows[0].index("MEANING")
+    assert [row for row in rows if not row[place:].strip()] == []
+
+
+def test_a_mistake_is_one_line():
+    with pytest.raises(UserError, match=r"task.model.mixer.name='rnn': unknown; use one of"):
+        task(configuration("gla", **{"task.model.mixer.name": "rnn"}))
+    with pytest.raises(UserError, match=r"task.model.heads=3: does not divide width=16"):
+        task(configuration("gla", **{"task.model.heads": 3}))
