@@ -5,6 +5,7 @@
     python -m jaxvid.bench sample --config=configs/ar_diffusion.py   cached and uncached sampling
     python -m jaxvid.bench stream --config=configs/tokenizer.py      long videos through a tokenizer
     python -m jaxvid.bench kernels --op=linear_attention             kernels beside softmax, a plot
+    python -m jaxvid.bench mixers                                    mixers by length of the stream
 
 `--latents=32x4` puts 32 latent tokens of 4 channels in the place of a frame's patches, so that the
 network can be timed at the size of a tokenizer's output without one.
@@ -37,6 +38,7 @@ from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError
 from jaxvid.inference import make_task
 from jaxvid.kernels import linear_attention
+from jaxvid.mixers import MIXERS
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.multihost import to_global
 from jaxvid.parallel.sharding import batch_sharding
@@ -50,10 +52,11 @@ from jaxvid.training.step import make_step
 SECONDS = 15.0  # of measuring, start-up and compilation aside
 FEWEST = 5  # repetitions, however long they take
 SHORT_RUN = 40  # steps
-LENGTHS = (1024, 2048, 4096, 8192, 16384)  # tokens of a kernel
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)  # tokens of a kernel
 LARGEST_SCORES = 2**31  # bytes of softmax's matrix
 KINDS = ("plain", "decay")
 STREAMS, STREAM_PIECE = (64, 1000), 16  # frames of long clips, and about that many at once
+STREAM_LENGTHS = (512, 1024, 2048, 4096)  # tokens of a stream through a mixer
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "grain", "av")
 
 
@@ -62,6 +65,9 @@ def main(command):
     if command == "kernels":
         workdir, figures = flags.FLAGS.workdir, kernels(flags.FLAGS.op)
         plot(figures, Path(workdir, "bench_kernels.png"))
+    elif command == "mixers":
+        workdir, figures = flags.FLAGS.workdir, mixers()
+        plot(figures, Path(workdir, "bench_mixers.png"))
     else:
         config, workdir = config_lib.from_flags()
         figures = COMMANDS[command](config, _tokenizer(flags.FLAGS.latents))
@@ -267,7 +273,53 @@ def kernels(op):
     return figures
 
 
+def mixers():
+    """Every mixer over frames of 16 tokens, width 64, 4 heads, forward, by length of the stream.
+
+    Named <mixer>_<tokens>_forward_ms, the best time, and _mib, the memory of the program beside
+    arguments and results. <mixer>_efficiency_length_ms and _mib: from how many tokens on the mixer
+    costs less than softmax, by `efficiency_length`. alibi, which is quadratic too, is left out.
+    """
+    figures = {}
+    names = [name for name in MIXERS if name != "alibi"]
+    for L in STREAM_LENGTHS:
+        x_BTND = jax.random.normal(jax.random.key(0), (1, L // 16, 16, 64))
+        runs = []
+        for name in names:
+            mixer = MIXERS[name](width=64, heads=4, grid=(4, 4))
+            params = jax.jit(mixer.init)(jax.random.key(1), x_BTND[:, :1])
+            program = jax.jit(lambda params, x, mixer=mixer: mixer.apply(params, x)[0])
+            program = program.lower(params, x_BTND).compile()
+            memory = program.memory_analysis().temp_size_in_bytes
+            figures[f"{name}_{L}_forward_mib"] = memory / 2**20
+            runs.append(functools.partial(program, params, x_BTND))
+        for name, seconds in zip(names, take_turns(*runs)):
+            figures[f"{name}_{L}_forward_ms"] = 1e3 * min(seconds)
+    for unit in ("ms", "mib"):
+        costs = {
+            name: [figures[f"{name}_{L}_forward_{unit}"] for L in STREAM_LENGTHS] for name in names
+        }
+        for name in names[1:]:
+            length = efficiency_length(STREAM_LENGTHS, costs[name], costs["softmax"])
+            figures[f"{name}_efficiency_length_{unit}"] = length
+    return figures
+
+
 # Parts
+
+
+def efficiency_length(lengths, costs, quadratic):
+    """From which length on a linear cost stays below a quadratic one (CAB, Zhang et al. 2023).
+
+    Least squares of d n + e and of a n^2 + b n + c; the last crossing of the two, 0 where the
+    linear one is always lower. NaN where `quadratic` does not bend upwards.
+    """
+    a, b, c = np.polyfit(lengths, quadratic, 2)
+    d, e = np.polyfit(lengths, costs, 1)
+    if a <= 0:
+        return float("nan")
+    roots = np.roots([a, b - d, c - e])
+    return max([0.0, *roots[np.isreal(roots)].real.tolist()])
 
 
 def work(name, K):
@@ -451,9 +503,11 @@ if __name__ == "__main__":
     if "kernels" in sys.argv[1:]:
         flags.DEFINE_enum("op", "linear_attention", list(OPS), "Operation to time.")
         flags.DEFINE_string("workdir", "runs/kernels", "Folder for the figures and the plot.")
+    elif "mixers" in sys.argv[1:]:
+        flags.DEFINE_string("workdir", "runs/mixers", "Folder for the figures and the plot.")
     else:
         config_lib.define_flags()
         flags.DEFINE_string(
             "latents", "", "Time the network on TOKENSxCHANNELS latents, as in 32x4."
         )
-    config_lib.run(main, commands=(*COMMANDS, "kernels"))
+    config_lib.run(main, commands=(*COMMANDS, "kernels", "mixers"))

@@ -83,6 +83,28 @@ def test_kernels(settings, monkeypatch, tmp_path):
     bench.plot(figures, tmp_path / "kernels.png")
 
 
+def test_mixers(settings, monkeypatch):
+    monkeypatch.setattr(bench, "STREAM_LENGTHS", (64, 128, 192))
+    monkeypatch.setattr(bench, "MIXERS", {n: bench.MIXERS[n] for n in ("softmax", "alibi", "gla")})
+    figures = bench.mixers()
+    for unit in ("ms", "mib"):
+        names = {f"{n}_{L}_forward_{unit}" for n in ("softmax", "gla") for L in (64, 128, 192)}
+        found = {name for name in figures if name.endswith(unit)}
+        assert found == names | {f"gla_efficiency_length_{unit}"}
+        assert all(figures[name] > 0 for name in names)
+
+
+def test_efficiency_length_is_where_the_costs_cross():
+    lengths = np.array([512, 1024, 2048, 4096])
+    quadratic = 1e-6 * lengths**2 + 1e-3 * lengths + 2
+    linear = 4e-3 * lengths + 1
+    assert bench.efficiency_length(lengths, linear, quadratic) == pytest.approx(
+        (3e-3 + np.sqrt(9e-6 - 4e-6)) / 2e-6
+    )
+    assert bench.efficiency_length(lengths, 0 * lengths, quadratic) == 0
+    assert np.isnan(bench.efficiency_length(lengths, linear, -quadratic))
+
+
 def test_softmax_competes_while_its_scores_fit(monkeypatch):
     monkeypatch.setattr(bench, "LARGEST_SCORES", 4 * 2 * 4 * 256**2)
     for tokens, fits in ((256, True), (257, False)):
