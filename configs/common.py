@@ -107,7 +107,9 @@ def add_mixer(config, name, frames):
     config.task.model.mixer = ConfigDict()
     config.task.model.mixer.name = name  # temporal mixer, a name in jaxvid.mixers
     if name == "softmax":
-        config.task.model.mixer.window = frames  # frames it sees, its own too (follows data.frames)
+        # A value of its own, so that setting the window leaves the clips alone.
+        window = frames + 0
+        config.task.model.mixer.window = window  # frames it sees, its own too (follows data.frames)
         config.task.model.mixer.sinks = 0  # first frames that stay visible beyond the window
         config.task.model.mixer.mask = "causal"  # or full or leaky, which cannot stream
     if name == "lightning":

@@ -33,11 +33,15 @@ FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # so that --help lists our flags under the entry point that asks
 
 # What a person mends outside the program, when reading or writing files fails.
-_DISK_TROUBLE = (errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS)
+_DISK_TROUBLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EDQUOT, errno.ENOSPC),
+    *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR),
+)
 
 # Inclusive bounds of fields that every task has: (lowest, highest), None = no bound.
 _BOUNDS = {
-    "steps": (1, None),
+    "steps": (1, 2**31 - 1),
     "seed": (0, 2**32 - 1),
     "data.frames": (1, None),
     "data.size": (1, None),
@@ -45,7 +49,9 @@ _BOUNDS = {
     "data.batch_size": (1, None),
     "data.workers": (0, None),
     "data.threads": (1, None),
+    "data.num_clips": (1, 2**31 - 1),
     "data.text_tokens": (0, None),
+    "data.text_width": (1, None),
     "optim.warmup": (0, None),
     "optim.weight_decay": (0.0, None),
     "optim.clip": (0.0, None),
@@ -105,6 +111,8 @@ def load(path) -> ConfigDict:
         tree = json.loads(Path(path).read_text())
     except FileNotFoundError as error:
         raise UserError(f"config={path}: no such file; is this the folder of a run?") from error
+    except OSError as error:
+        raise UserError(f"config={path}: {error.strerror}; is this the folder of a run?") from error
     except ValueError as error:
         raise UserError(f"config={path}: not a saved config ({error})") from error
     if not isinstance(tree, dict):
@@ -153,9 +161,10 @@ def validate(config: ConfigDict) -> None:
         value = fields.get(name)
         if value is None:
             continue
-        if not (low <= value and (high is None or value <= high)):
-            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise UserError(f"{name}={value}: must be {bounds}")
+        if not low <= value:  # nor NaN
+            raise UserError(f"{name}={value}: must be at least {low}")
+        if high is not None and value > high:
+            raise UserError(f"{name}={value}: must be at most {high}")
     check_batch(config, shards=1)
 
 
@@ -220,6 +229,9 @@ def _main(main, commands, argv):
         return main(*given)
     except UserError as error:
         return _report(error)
+    except KeyboardInterrupt:
+        _report("interrupted")
+        return 130  # as a shell has it for SIGINT
     except OSError as error:
         if error.errno not in _DISK_TROUBLE:
             raise

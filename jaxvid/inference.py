@@ -39,8 +39,11 @@ def open_run(workdir, sampler=None):
     split: the mesh is fsdp alone. Raises UserError.
     """
     config = config_lib.load(Path(workdir, "config.json"))
+    if "task" not in config:
+        raise UserError(f"workdir={workdir}: its config.json has no task; is it that of a run?")
     if sampler:
-        config.task.sampler.update(sampler)
+        with config.ignore_type():  # s counts iterations or, of a pyramid, parts of one
+            config.task.sampler.update(sampler)
     task = make_task(config.task)
     mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
     step, params = restore_weights(workdir, config, task, mesh)

@@ -37,6 +37,9 @@ def main():
             f"workdir={FLAGS.workdir}: task {run.config.task.name} does not generate video; "
             "use python -m jaxvid.evaluate to see what it does"
         )
+    out = Path(FLAGS.out or Path(FLAGS.workdir, "samples", f"stream-{run.step:06d}-{FLAGS.seed}"))
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={out}: is a file; name a folder")
     frames = FLAGS.frames or run.config.data.frames
     cond = conditions(run, FLAGS.num)
     given = cond["first_frames"].shape[1] if "first_frames" in cond else 0
@@ -50,7 +53,6 @@ def main():
             pass  # compiles; the figures below are of a warm program
         compiling = time.perf_counter() - begin
         clips_BTHWC, times = timed(run, cond, frames)
-    out = Path(FLAGS.out or Path(FLAGS.workdir, "samples", f"stream-{run.step:06d}-{FLAGS.seed}"))
     write_clips(out, clips_BTHWC)
     print(report(times, compiling, FLAGS.num * (frames - given)))
     print(f"{len(clips_BTHWC)} clips of {clips_BTHWC.shape[1]} frames at {FPS} fps: {out}")
@@ -124,7 +126,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
     flags.DEFINE_integer("frames", None, "Frames of a clip. Default: as trained.", lower_bound=1)
     flags.DEFINE_integer("num", 4, "Clips.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Of the noise.", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Of the noise.", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_string("first_frames", None, "Video file whose frames begin the clips.")
     flags.DEFINE_integer(
         "num_first_frames", None, "Frames read from it. Default: task.given.", lower_bound=1

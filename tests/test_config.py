@@ -146,7 +146,7 @@ def test_differences_names_fields_and_values():
     "field, value, message",
     [
         ("optim.clip", float("nan"), r"optim.clip=nan: must be at least 0"),
-        ("seed", 2**32, r"seed=4294967296: must be between 0 and 4294967295"),
+        ("seed", 2**32, r"seed=4294967296: must be at most 4294967295"),
         ("optim.accumulate", 3, r"data.batch_size=8: .*accumulate=3; try 6 or 9"),
     ],
 )
@@ -193,3 +193,11 @@ def test_the_largest_preset_is_the_papers():
 def test_default_workdir():
     assert configlib.default_workdir("configs/ar_diffusion.py") == "runs/ar_diffusion"
     assert configlib.default_workdir("x/y.py:size=b,cond=text") == "runs/y-b-text"
+
+
+def test_the_window_of_attention_follows_the_clips_until_it_is_set():
+    config = configlib.read(FILE)
+    config.data.frames = 9
+    assert config.task.frames == config.task.model.mixer.window == 9
+    config.task.model.mixer.window = 3
+    assert config.task.frames == config.data.frames == 9

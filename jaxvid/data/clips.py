@@ -53,7 +53,7 @@ def scenes_of(names):
     scenes = {}
     for name in sorted(names):
         scenes.setdefault(re.sub(r"_c\d+$", "", name.rsplit(".", 1)[0]), []).append(name)
-    return [scenes[key] for key in sorted(scenes, key=lambda key: _hash(key.encode()))]
+    return [scenes[key] for key in sorted(scenes, key=lambda key: _hash(os.fsencode(key)))]
 
 
 def held_out(scenes):

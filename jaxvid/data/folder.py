@@ -35,13 +35,13 @@ class Source:
             for name, info in infos.items()
             if splits[name] == split and name not in short
         ]
-        if self.skipped:
-            logging.warning("data.path=%s: %s", self._root, clips.report(self.skipped, len(names)))
         if len(self.skipped) == len(names):
             raise UserError(
                 f"data.path={self._root!r}: {clips.report(self.skipped, len(names))}; "
                 "give readable videos or a shorter window (data.frames, data.stride)"
             )
+        if self.skipped:
+            logging.warning("data.path=%s: %s", self._root, clips.report(self.skipped, len(names)))
         self._kept = {} if self._bytes() <= KEPT_BYTES else None
         self.num_classes = len(self._classes)
         self.captions = bool(self._classes)

@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import re
 import resource
 import shutil
 import sys
@@ -35,6 +36,8 @@ from jaxvid.errors import UserError
 
 SHARD_BYTES = 2**28
 WORKER_BYTES = 2**33  # of address space
+# Files in the folder where a set grows.
+_OWN = re.compile(r"(train|validation)-\d{5}.*|(dataset|journal)\.(json|tmp)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,13 +233,31 @@ def write_set(root, folder, recipe, workers):
     return manifest
 
 
+def clear(partial):
+    """Remove what a killed run has left in the folder where a set grows.
+
+    Raises UserError where it holds anything that such a run does not write.
+    """
+    if not os.path.lexists(partial):
+        return
+    held = sorted(path.name for path in partial.iterdir()) if partial.is_dir() else ["it is a file"]
+    foreign = [name for name in held if not _OWN.fullmatch(name)]
+    if foreign:
+        raise UserError(
+            f"--out: {partial} is in the way and not of a run that was killed ({foreign[0]}); "
+            "move it, or choose another --out"
+        )
+    shutil.rmtree(partial)
+
+
 def prepare(src, out, recipe, workers):
     """Write the set to a directory beside `out` and rename it; returns the manifest."""
     out = pathlib.Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out}: exists already; remove it or choose another directory")
+    clips.find(src, "--src")  # before anything on disk is touched
     partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    clear(partial)
     partial.mkdir(parents=True)
     try:
         manifest = write_set(src, partial, recipe, workers)

@@ -23,7 +23,6 @@ import itertools
 import json
 import os
 import pathlib
-import shutil
 import sys
 import time
 
@@ -244,7 +243,7 @@ class Journal:
                     if int(path.name[-5:]) >= len(self.records[split]):
                         path.unlink()
         else:
-            shutil.rmtree(folder, ignore_errors=True)
+            prepare.clear(folder)
             folder.mkdir(parents=True)
 
     def save(self, done, shards):

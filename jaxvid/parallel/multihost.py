@@ -6,6 +6,8 @@ import os
 import jax
 import portpicker
 
+from jaxvid.errors import UserError
+
 # A process alone has nobody to miss its heartbeat: Ctrl-Z or a sleeping laptop must not kill it.
 _ALONE_HEARTBEAT_SECONDS = 7 * 24 * 3600
 
@@ -24,8 +26,11 @@ def initialize(coordinator=None, num_processes=None, process_id=None):
         "num_processes": _integer(num_processes, "JAX_NUM_PROCESSES"),
         "process_id": _integer(process_id, "JAX_PROCESS_ID"),
     }
+    missing = [name for name, value in given.items() if value is None]
+    if 0 < len(missing) < len(given):
+        raise UserError(f"{missing[0]}: missing; give all of {', '.join(given)}, or none")
     try:
-        if any(value is not None for value in given.values()):
+        if not missing:
             jax.distributed.initialize(**given)
         else:
             _detect_or_alone()
@@ -38,7 +43,10 @@ def initialize(coordinator=None, num_processes=None, process_id=None):
 def _integer(value, variable):
     if value is None and variable in os.environ:
         value = os.environ[variable]
-    return None if value is None else int(value)
+    try:
+        return None if value is None else int(value)
+    except ValueError as error:
+        raise UserError(f"{variable}={value}: must be a whole number") from error
 
 
 def _detect_or_alone():

@@ -1,5 +1,6 @@
 """AR-Diffusion: video diffusion whose noise never decreases along the clip (Sun et al. 2025)."""
 
+import dataclasses
 import functools
 
 import jax
@@ -16,6 +17,7 @@ from jaxvid.models.dit import ARRANGEMENTS, DiT
 from jaxvid.models.patches import Patches
 
 TIMESTEPS = ("fopp", "iid", "uniform", "full_sequence")
+DTYPES = ("float32", "bfloat16", "float16")
 MEMORIES = ("cache", "none", "window")
 CONDITIONS = ("label", "text", "first_frames")
 NOISE_BINS = 10
@@ -379,8 +381,25 @@ def _check(task, patch, model):
     choose("sampler.memory", sampler["memory"], MEMORIES)
     choose("model.arrangement", model["arrangement"], ARRANGEMENTS)
     choose("model.mixer.name", mixer["name"], MIXERS)
-    task.noise.weight(np.zeros(1, np.int32), task.weight, task.prediction)
+    choose("model.dtype", model["dtype"], DTYPES)
+    options = {"name", *(field.name for field in dataclasses.fields(MIXERS[mixer["name"]]))}
+    for name in set(mixer) - options:
+        raise UserError(
+            f"task.model.mixer.{name}={mixer[name]}: {mixer['name']} has no such option; choose a "
+            f"mixer behind the colon of --config, as in mixer={mixer['name']}"
+        )
+    floors = {"patch": (patch, 1), "frames": (task.frames, 2)}
+    floors |= {f"model.{name}": (model[name], 1) for name in ("width", "depth", "heads")}
+    for name, low in (("window", 1), ("sinks", 0)):
+        floors[f"model.mixer.{name}"] = (mixer.get(name, low), low)
+    for name, (value, low) in floors.items():
+        require(value >= low, f"{name}={value}: must be at least {low}")
     size, width, heads = task.size, model["width"], model["heads"]
+    require(
+        width * model["mlp_ratio"] >= 1,
+        f"model.mlp_ratio={model['mlp_ratio']}: leaves width={width} no hidden unit; use 4",
+    )
+    task.noise.weight(np.zeros(1, np.int32), task.weight, task.prediction)
     require(
         size % patch == 0,
         f"patch={patch}: does not divide size={size}; use a divisor of {size}",

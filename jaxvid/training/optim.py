@@ -1,5 +1,6 @@
 """The optimiser: AdamW or Muon with warm-up, a schedule, clipping, and decay on matrices only."""
 
+import math
 import re
 
 import jax
@@ -110,8 +111,10 @@ def _check(config):
             f"optim.schedule={config.schedule}: unknown; use one of {', '.join(SCHEDULES)}"
         )
     for field in ("lr", "muon_lr"):
-        if config[field] <= 0:
-            raise UserError(f"optim.{field}={config[field]}: a learning rate must be positive")
+        if not 0 < config[field] < math.inf:
+            raise UserError(
+                f"optim.{field}={config[field]}: a learning rate must be positive and finite"
+            )
     for field in ("b1", "b2", "ema"):
         if not 0 <= config[field] < 1:
             raise UserError(f"optim.{field}={config[field]}: must be at least 0 and less than 1")

@@ -87,11 +87,11 @@ def _drop_lines_past(path, step):
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except ValueError:
+        except (ValueError, TypeError, KeyError):
             continue
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text("".join(kept))

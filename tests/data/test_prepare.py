@@ -165,6 +165,18 @@ def test_an_existing_set_is_never_overwritten(made, tmp_path, capsys):
     assert (made / "dataset.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("src", ["nowhere", "set.partial", "src"])
+def test_a_folder_of_somebody_is_never_removed(tmp_path, src, capsys):
+    """Whether it is the source itself or only lies where the new set would grow."""
+    (tmp_path / "set.partial").mkdir()
+    (tmp_path / "set.partial" / "notes.mp4").write_text("mine")
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "clip.mp4").write_text("")
+    assert run(tmp_path / src, tmp_path / "set", "--size=48") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert (tmp_path / "set.partial" / "notes.mp4").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -259,6 +259,13 @@ def test_a_recurrent_mixer_samples_the_same_from_its_state_as_from_all_frames(mi
     "changes, words",
     [
         ({"patch": 3}, "patch=3: does not divide size=8"),
+        ({"patch": 0}, "patch=0: must be at least 1"),
+        ({"model__depth": 0}, "depth=0: must be at least 1"),
+        ({"model__heads": -2}, "heads=-2: must be at least 1"),
+        ({"model__mlp_ratio": float("nan")}, "mlp_ratio=nan"),
+        ({"model__dtype": "float33"}, "dtype='float33': unknown; use one of float32"),
+        ({"model__mixer__sinks": -3}, "sinks=-3: must be at least 0"),
+        ({"model__mixer__name": "gla"}, "gla has no such option; choose a mixer behind the colon"),
         ({"model__heads": 3}, "heads=3: does not divide width=16"),
         ({"timesteps": "fop"}, "timesteps='fop': unknown; use one of fopp"),
         ({"condition__kind": "image"}, "condition.kind='image'"),

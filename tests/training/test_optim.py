@@ -121,3 +121,12 @@ def test_a_group_is_clipped_and_updated_by_its_own_fields():
     with pytest.raises(UserError, match=r"optim\.lr=-1"):
         config.discriminator.lr = -1.0
         make_optimizer(config, 10)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("field", ["lr", "muon_lr"])
+def test_learning_rates_are_positive_and_finite(field, value):
+    config = toy.config().optim
+    config[field] = value
+    with pytest.raises(UserError, match=rf"optim\.{field}={value}: .* positive and finite"):
+        make_optimizer(config, 10)
