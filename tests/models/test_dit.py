@@ -48,6 +48,7 @@ def test_streaming(arrangement, scan):
     laws.streaming(functools.partial(apply, params), x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arrangement, name", [("joint", "lightnet"), ("factorised", "gated_delta")]
 )
