@@ -286,8 +286,8 @@ def _by_kind(parts):
 def _a_frame(clips, rng):
     """The same random frame of both of two clips [B, T, H, W, C], one draw for each row."""
     B, T = clips[0].shape[:2]
-    index_B = jax.random.randint(rng, (B,), 0, T)
-    return [clip[jnp.arange(B), index_B] for clip in clips]
+    index = jax.random.randint(rng, (B, 1, 1, 1, 1), 0, T)
+    return [jnp.take_along_axis(clip, index, axis=1)[:, 0] for clip in clips]
 
 
 def _felt(loss, guesses, pull):

@@ -148,7 +148,7 @@ def test_perceptual_distances_join_the_loss_and_say_when_they_are_off(tmp_path, 
     rng = jax.random.key(0)
     params, extra = jax.eval_shape(lambda: task.init(rng, data))
     _, (metrics, _) = jax.eval_shape(
-        lambda p, f: task.loss(p, data, rng, step=0, frozen=f, extra=extra), params, frozen
+        lambda p, f, e: task.loss(p, data, rng, step=0, frozen=f, extra=e), params, frozen, extra
     )
     assert metrics["lpips"].shape == () and "i3d" not in metrics
     scores = jax.eval_shape(lambda p, f: task.evaluate(p, data, rng, frozen=f), params, frozen)
