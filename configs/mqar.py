@@ -18,7 +18,7 @@ def get_config(options=""):
     """The experiment, as the options after the config's colon choose it."""
     chosen = common.parse(options, mixer=common.MIXERS)
     config = common.get_config()
-    config.steps = 500
+    config.steps = 2000
     config.data.name = "mqar"  # source: mqar alone has symbols
     config.data.frames = frames = FieldReference(32)
     config.data.size = 2  # pixels along each side of a frame, which has one colour
