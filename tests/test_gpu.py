@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxvid.kernels.linear_attention import linear_attention
+from tests.kernels import test_linear_attention as kernel_tests
 from tests.tasks.test_ar_diffusion import Task, batch, fields, opened
 
 pytestmark = [
@@ -41,3 +43,24 @@ def test_cached_sampling_equals_uncached():
             task = Task(**fields(sampler__memory=memory))
             videos.append(task.sample(opened(task), rng, cond, frozen={}, frames=9))
     np.testing.assert_allclose(*videos, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "case", ["one token", "no decay", "decay of a head", "decay of a token, long"]
+)
+@pytest.mark.parametrize(
+    "dtype, value, gradient", [("float32", 1e-5, 1e-4), ("bfloat16", 0.01, 0.02)]
+)
+def test_linear_attention_kernels(case, dtype, value, gradient):
+    arrays, segment_ids = kernel_tests.inputs(case)
+    arrays = [x.astype(dtype) for x in arrays[:3]] + [*arrays[3:]]
+    exact = [x if x is None else x.astype(jnp.float32) for x in arrays]
+    wanted = kernel_tests.value_and_grads(exact, segment_ids, implementation="reference")
+    got = kernel_tests.value_and_grads(arrays, segment_ids, implementation="gpu")
+    kernel_tests.assert_close(got, wanted, value, gradient)
+
+
+def test_linear_attention_runs_its_kernels_by_itself():
+    x = jnp.ones((1, 256, 2, 64), jnp.bfloat16)
+    program = jax.jit(linear_attention).lower(x, x, x).as_text()
+    assert "triton" in program

@@ -4,16 +4,27 @@ import functools
 import itertools
 import math
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
 
-from jaxvid.kernels.linear_attention import linear_attention, tpu
+from jaxvid.kernels import linear_attention as op
+from jaxvid.kernels.linear_attention import gpu, linear_attention, tpu
 from jaxvid.training import flops
 
 # name: (tokens, key width, value width, kind of decay, whether sequences are packed)
@@ -23,6 +34,7 @@ CASES = {
     "no decay, packed": (130, 16, 16, None, True),
     "decay of a head": (64, 128, 64, "head", False),
     "decay of a token": (63, 64, 256, "token", False),
+    "decay of a token, packed": (63, 64, 64, "token", True),
     "decay of a token, long": (1000, 16, 24, "token", True),
     "decay of a channel": (65, 64, 16, "channel", False),
     "decay of a channel, packed": (150, 24, 16, "channel", True),
@@ -212,15 +224,44 @@ def test_bad_input_is_answered_in_one_line(changes, message):
 # Pallas kernels for TPU
 
 
+def interpreter(cores):
+    """Programs in any order where axes are parallel; two cores find races, and take longer."""
+    return pltpu.InterpretParams(detect_races=True, random_seed=0, num_cores_or_threads=cores)
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_the_interpreter_finds_races(same, capfd):
+    """Programs side by side that write one block: the alarm that other tests listen for."""
+
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+
+    block = pl.BlockSpec((8, 128), lambda n: (n, 0))
+    run = pl.pallas_call(
+        kernel,
+        jax.ShapeDtypeStruct((32, 128), jnp.float32),
+        grid=(4,),
+        in_specs=[block],
+        out_specs=pl.BlockSpec((8, 128), lambda n: (0, 0)) if same else block,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=interpreter(cores=2),
+    )
+    jax.block_until_ready(run(jnp.ones((32, 128))))
+    assert ("RACE" in capfd.readouterr().out) == same
+
+
 @pytest.mark.parametrize(
-    "case, chunk",
-    [("no decay, packed", 128), ("decay of a token, long", 256), ("decay of a channel", 128)],
+    "case, chunk, batch, cores",
+    [
+        ("no decay, packed", 128, 2, 2),
+        ("decay of a token, long", 256, 2, 1),
+        ("decay of a channel, packed", 128, 1, 1),
+    ],
 )
-def test_tpu_kernels_interpreted(case, chunk, capfd):
+def test_tpu_kernels_interpreted(case, chunk, batch, cores, capfd):
     """Chunks in order, heads and rows in any; memory starts as NaN and races are looked for."""
-    arrays, segment_ids = inputs(case)
-    params = pltpu.InterpretParams(detect_races=True, random_seed=0)
-    with pltpu.force_tpu_interpret_mode(params):
+    arrays, segment_ids = inputs(case, batch=batch)
+    with pltpu.force_tpu_interpret_mode(interpreter(cores)):
         got = value_and_grads(arrays, segment_ids, implementation="tpu", chunk=chunk)
         jax.block_until_ready(got)
     assert "RACE" not in capfd.readouterr().out
@@ -234,9 +275,9 @@ def products(chunk, width, per_channel):
     return scores * (levels + 1) + 2 * width**2, scores * (3 * levels + 2) + 4 * width**2
 
 
-def kernels(chunk, width, per_channel, sharding=None):
+def kernels(chunk, width, per_channel, sharding=None, length=1024):
     """(forward and backward kernel, its arguments, the multiply-adds and the bytes they take)."""
-    B, L, A, K = 2, 1024, 4, width
+    B, L, A, K = 2, length, 4, width
     decay = (B, A, L, K) if per_channel else (B, A, 1, L)
     x, g, state = (
         jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -280,19 +321,155 @@ def test_tpu_kernels_estimate_their_cost(per_channel):
     assert sum(cost.bytes_accessed for cost in estimates) == size
 
 
-@pytest.mark.tpu_aot
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-def test_tpu_kernels_compile(topology, monkeypatch):
+TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+
+
+def tpu_devices(topology, monkeypatch):
+    """Devices to compile for, of a machine that need not be there; skips without libtpu."""
     pytest.importorskip("libtpu", reason="libtpu is not installed")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU machine to ask about itself
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_tpu_kernels_compile(topology, monkeypatch):
+    sharding = SingleDeviceSharding(tpu_devices(topology, monkeypatch)[0])
     tiles = [(128, 64), (128, 128), (256, 128), (128, 256)]
     for tile in [*((*tile, False) for tile in tiles), (128, 128, True), (128, 96, True)]:
-        run, arguments, multiply_adds, _ = kernels(*tile, SingleDeviceSharding(devices[0]))
+        # Tokens so many that the compiler copies no array into the memory of the chip beforehand.
+        run, arguments, multiply_adds, size = kernels(*tile, sharding, length=2**16)
         compiled = run.lower(*arguments).compile()
-        assert compiled.as_text().count("tpu_custom_call") == 2
-        assert compiled.cost_analysis()["flops"] == pytest.approx(2 * multiply_adds, rel=0.05)
+        program, cost = compiled.as_text(), compiled.cost_analysis()
+        assert program.count("tpu_custom_call") == 2
+        assert cost["flops"] == pytest.approx(2 * multiply_adds, rel=0.05)
+        if tile[1] % tpu.LANES == 0:  # then these are the bytes that the kernels read and write
+            assert cost["bytes accessed"] == pytest.approx(size, rel=0.05)
+        else:  # arguments are laid out anew for the kernels, which counts three times what they do
+            stated = re.findall(r'"bytes_accessed":"?(\d+)', program)
+            assert sum(map(int, stated)) == size
+
+
+@pytest.mark.tpu_aot
+def test_tpu_kernels_compile_for_a_pod(monkeypatch):
+    """Split by hand over rows, heads and the sequence; devices exchange states and decays alone."""
+    devices = np.array(tpu_devices("v5e:4x4", monkeypatch)).reshape(2, 2, 2, 2)
+    names = ("data", "fsdp", "tensor", "seq")
+    mesh = Mesh(devices, names, axis_types=(AxisType.Auto,) * 4)
+    B, L, A, K = 8, 1024, 4, 128
+    split = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "seq", "tensor"))
+    x = jax.ShapeDtypeStruct((B, L, A, K), jnp.bfloat16, sharding=split)
+    g = jax.ShapeDtypeStruct((B, L, A), jnp.float32, sharding=split)
+
+    def loss(q, k, v, g):
+        return jnp.sum(linear_attention(q, k, v, g).astype(jnp.float32))
+
+    with jax.set_mesh(mesh):
+        run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))
+        program = run.lower(x, x, x, g).compile().as_text()
+    assert program.count('custom_call_target="tpu_custom_call"') == 2
+    exchanged = re.findall(r"(\w+)\[([\d,]*)\]\S* all-(?:gather|reduce|to-all)", program)
+    sizes = [math.prod(map(int, shape.split(","))) if shape else 1 for _, shape in exchanged]
+    assert sizes and max(sizes) <= 2 * (B // 4) * (A // 2) * K * K
+
+
+# Pallas kernels for GPU
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    """What launches a kernel for GPU where there is none: set `interpret` and other options."""
+    options, pallas_call = dict(interpret=True), pl.pallas_call
+    monkeypatch.setattr(pl, "pallas_call", lambda *args, **own: pallas_call(*args, **own | options))
+    return options
+
+
+@pytest.mark.parametrize(
+    "case, chunk",
+    [
+        ("one token", None),
+        ("no decay", 128),
+        ("decay of a token, packed", None),
+        ("decay of a token, long", None),
+    ],
+)
+def test_gpu_kernels_interpreted(case, chunk, launch):
+    arrays, segment_ids = inputs(case)
+    got = value_and_grads(arrays, segment_ids, implementation="gpu", chunk=chunk)
+    assert_close(got, value_and_grads(arrays, segment_ids, implementation="reference"))
+
+
+def test_gpu_kernels_do_not_depend_on_order(launch, capfd):
+    """All programs side by side and in any order; memory starts as NaN and races are looked for."""
+    launch["interpret"] = interpreter(cores=2)
+    launch["compiler_params"] = pltpu.CompilerParams(dimension_semantics=("parallel",) * 3)
+    arrays, segment_ids = inputs("no decay, packed", batch=1)
+    got = value_and_grads(arrays, segment_ids, implementation="gpu", chunk=128)
+    jax.block_until_ready(got)
+    assert "RACE" not in capfd.readouterr().out
+    assert_close(got, value_and_grads(arrays, segment_ids, implementation="reference"))
+
+
+def test_gpu_kernels_in_bfloat16(launch):
+    exact, segment_ids = inputs("decay of a token, packed")
+    arrays = [x.astype(jnp.bfloat16) for x in exact[:3]] + [*exact[3:]]
+    exact = [x.astype(jnp.float32) for x in arrays]
+    wanted = value_and_grads(exact, segment_ids, implementation="reference")
+    got = value_and_grads(arrays, segment_ids, implementation="gpu")
+    assert got["y"].dtype == got["dv"].dtype == jnp.bfloat16
+    assert_close(got, wanted, value=0.01, gradient=0.02)
+
+
+@pytest.mark.parametrize(
+    "K, V, dtype, implementation, calls",
+    [
+        (64, 128, "bfloat16", "auto", (2, 6)),
+        (256, 24, "bfloat16", "auto", (2, 6)),
+        (16, 16, "float32", "gpu", (2, 6)),
+        (16, 16, "float32", "auto", (0, 0)),
+    ],
+)
+def test_gpu_kernels_lower_without_a_gpu(K, V, dtype, implementation, calls):
+    """To the code of Triton, forward and backward; by themselves where they are the fastest."""
+    B, L, A = 2, 300, 2
+    arrays = [jax.ShapeDtypeStruct((B, L, A, *width), dtype) for width in ((K,), (K,), (V,), ())]
+
+    def loss(q, k, v, log_decay):
+        y = linear_attention(q, k, v, log_decay, implementation=implementation)
+        return jnp.sum(y.astype(jnp.float32))
+
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=None)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
+        for function, launches in zip((loss, jax.value_and_grad(loss, (0, 1, 2, 3))), calls):
+            traced = jax.jit(function).trace(*arrays)
+            program = traced.lower(lowering_platforms=("cuda",)).as_text()
+            assert program.count("__gpu$xla.gpu.triton") == launches
+
+
+@pytest.mark.parametrize(
+    "K, dtype, kind, capability, message",
+    [
+        (8, "float32", "channel", "9.0", "a decay per channel"),
+        (8, "float16", "head", "9.0", "q, k, v of float16"),
+        (136, "float32", "head", "9.0", "width 136 in float32"),
+        (8, "float32", "head", "7.5", "compute capability 7.5"),
+        (8, "float32", "head", "gfx942", "compute capability gfx942"),
+    ],
+)
+def test_where_the_gpu_kernels_do_not_apply_others_do(
+    K, dtype, kind, capability, message, monkeypatch
+):
+    x = jnp.ones((1, 4, 2, K), dtype)
+    g = -jnp.ones(x.shape if kind == "channel" else (2,))
+    wanted = linear_attention(x, x, x, g, implementation="chunked")
+    monkeypatch.setattr(
+        gpu.jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)]
+    )
+    with pytest.raises(NotImplementedError, match=message):
+        linear_attention(x, x, x, g, implementation="gpu")
+    monkeypatch.setattr(op, "fastest", lambda *_: ("gpu", "chunked"))
+    np.testing.assert_array_equal(linear_attention(x, x, x, g), wanted)
 
 
 def mesh_with_sequence():

@@ -5,10 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxvid.kernels.linear_attention import chunked, reference, sharded, tpu
+from jaxvid.kernels.linear_attention import chunked, gpu, reference, sharded, tpu
 
 IMPLEMENTATIONS = {
     "tpu": tpu.linear_attention,
+    "gpu": gpu.linear_attention,
     "chunked": chunked.linear_attention,
     "reference": reference.linear_attention,
 }
@@ -62,7 +63,7 @@ def linear_attention(
         chunk=chunk,
     )
     log_decay = resolve(log_decay, segment_ids, (B, L, A))
-    for name in _fastest(L) if implementation == "auto" else (implementation,):
+    for name in fastest(q_BLAK, IMPLEMENTATIONS) if implementation == "auto" else (implementation,):
         attend = IMPLEMENTATIONS[name]
         if _on_mesh(name):
             attend = functools.partial(sharded.linear_attention, attend)
@@ -75,13 +76,15 @@ def linear_attention(
             return (y_BLAV, state_BAKV) if return_state else y_BLAV
 
 
-def _fastest(length):
-    """Names of IMPLEMENTATIONS by the platform of the program; the last always applies."""
+def fastest(q_BLAK, implementations):
+    """Names of implementations by the platform of the program; the last always applies."""
     device = jax.sharding.get_abstract_mesh().abstract_device  # that of a mesh not of this machine
     platform = device.platform if device else jax.default_backend()
-    if length == 1:
+    if q_BLAK.shape[1] == 1:
         return ("reference",)
-    return (platform, "chunked") if platform in IMPLEMENTATIONS else ("chunked",)
+    if platform == "gpu" and q_BLAK.dtype == jnp.float32:
+        return ("chunked",)  # full float32 has no tensor cores; XLA takes TF32
+    return (platform, "chunked") if platform in implementations else ("chunked",)
 
 
 def _on_mesh(name):

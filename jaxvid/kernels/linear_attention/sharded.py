@@ -45,6 +45,24 @@ def linear_attention(attend, q_BLAK, k_BLAK, v_BLAV, log_decay, *, scale, state_
     return run(q_BLAK, k_BLAK, v_BLAV, log_decay, state_BAKV)
 
 
+def by_head(attend, *tokens, scale, state_BAKV, chunk):
+    """`attend` of `tokens`, arrays [B, L, A, ...] or None, with sequences whole on every device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    batch, _, heads, _ = partition_letters("BLAK", tokens[0].shape, mesh)
+    token, state = PartitionSpec(batch, None, heads), PartitionSpec(batch, heads)
+
+    @functools.partial(
+        jax.shard_map,
+        in_specs=(state, *(token for _ in tokens)),
+        out_specs=(token, state),
+        check_vma=False,  # a pallas_call does not say over which axes its outputs vary
+    )
+    def run(state_BAKV, *tokens):
+        return attend(*tokens, scale=scale, state_BAKV=state_BAKV, chunk=chunk)
+
+    return run(state_BAKV, *tokens)
+
+
 def _kept(g):
     """What is left of a state after all tokens of this part: [B, A, K or 1, 1], or 1."""
     if g is None:

@@ -31,14 +31,15 @@ def linear_attention(q_BLAK, k_BLAK, v_BLAV, log_decay, *, scale, state_BAKV, ch
     if by_channel:
         chunk = pl.next_power_of_2(chunk)
 
-    def arrange(x_BLA):
-        """[B, L, A, ...] -> [B, A, L, ...], filled up with zeros to whole chunks."""
-        x_BLA = jnp.pad(x_BLA, [(0, 0), (0, -L % chunk), *[(0, 0)] * (x_BLA.ndim - 2)])
-        return x_BLA.swapaxes(1, 2)
-
-    q, k, v, g = (arrange(x) for x in (q_BLAK * scale, k_BLAK, v_BLAV, g))
+    q, k, v, g = (arrange(x, chunk) for x in (q_BLAK * scale, k_BLAK, v_BLAV, g))
     y_BALV, state_BAKV = attend(chunk, q, k, v, g if by_channel else g[:, :, None], state_BAKV)
     return y_BALV[:, :, :L].swapaxes(1, 2), state_BAKV
+
+
+def arrange(x_BLA, chunk):
+    """[B, L, A, ...] -> [B, A, L, ...], filled up with zeros to whole chunks."""
+    rest = [(0, 0)] * (x_BLA.ndim - 2)
+    return jnp.pad(x_BLA, [(0, 0), (0, -x_BLA.shape[1] % chunk), *rest]).swapaxes(1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -66,10 +67,10 @@ def _forward(chunk, q_BALK, k_BALK, v_BALV, g, state_BAKV, *, save):
     (B, A, L, K), V = q_BALK.shape, v_BALV.shape[3]
     S = L // chunk
     by_channel = g.shape[2] == L
-    token = _token_specs(chunk, lambda n: n)
+    token = token_specs(chunk, lambda n: n)
     outputs = [
         (jax.ShapeDtypeStruct(v_BALV.shape, v_BALV.dtype), token(V)),
-        (jax.ShapeDtypeStruct(state_BAKV.shape, jnp.float32), _state_spec(K, V)),
+        (jax.ShapeDtypeStruct(state_BAKV.shape, jnp.float32), state_spec(K, V)),
     ]
     if save:
         before = jax.ShapeDtypeStruct((B, A, S, K, V), q_BALK.dtype)
@@ -85,11 +86,11 @@ def _forward(chunk, q_BALK, k_BALK, v_BALV, g, state_BAKV, *, save):
             token(K),
             token(V),
             token(K if by_channel else None),
-            _state_spec(K, V),
+            state_spec(K, V),
         ],
         out_specs=specs,
         scratch_shapes=[pltpu.VMEM((K, V), jnp.float32)],
-        compiler_params=_IN_ORDER,
+        compiler_params=IN_ORDER,
         cost_estimate=cost(chunk, K, V, inputs, shapes, by_channel=by_channel),
         name="linear_attention_forward",
     )(*inputs)
@@ -99,7 +100,7 @@ def _backward(chunk, q_BALK, k_BALK, v_BALV, g, before_BASKV, dy_BALV, dstate_BA
     (B, A, L, K), V = q_BALK.shape, v_BALV.shape[3]
     S = L // chunk
     by_channel = g.shape[2] == L
-    token = _token_specs(chunk, lambda n: S - 1 - n)
+    token = token_specs(chunk, lambda n: S - 1 - n)
     decay = token(K if by_channel else None)
     inputs = (q_BALK, k_BALK, v_BALV, g, before_BASKV, dy_BALV, dstate_BAKV)
     shapes = [
@@ -110,19 +111,19 @@ def _backward(chunk, q_BALK, k_BALK, v_BALV, g, before_BASKV, dy_BALV, dstate_BA
         functools.partial(_backward_kernel, by_channel),
         shapes,
         grid=(B, A, S),
-        in_specs=[token(K), token(K), token(V), decay, saved, token(V), _state_spec(K, V)],
-        out_specs=[token(K), token(K), token(V), decay, _state_spec(K, V)],
+        in_specs=[token(K), token(K), token(V), decay, saved, token(V), state_spec(K, V)],
+        out_specs=[token(K), token(K), token(V), decay, state_spec(K, V)],
         scratch_shapes=[pltpu.VMEM((K, V), jnp.float32)],
-        compiler_params=_IN_ORDER,
+        compiler_params=IN_ORDER,
         cost_estimate=cost(chunk, K, V, inputs, shapes, by_channel=by_channel, backward=True),
         name="linear_attention_backward",
     )(*inputs)
 
 
-_IN_ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+IN_ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
 
-def _token_specs(chunk, order):
+def token_specs(chunk, order):
     """width -> the block [G, width] of a chunk's tokens; None -> [1, G], one number for each."""
 
     def spec(width):
@@ -133,7 +134,7 @@ def _token_specs(chunk, order):
     return spec
 
 
-def _state_spec(K, V):
+def state_spec(K, V):
     return pl.BlockSpec((None, None, K, V), lambda b, a, n: (b, a, 0, 0))
 
 
@@ -169,12 +170,12 @@ def _forward_kernel(by_channel, q_ref, k_ref, v_ref, g_ref, first_ref, y_ref, la
     q, k, v, state_KV = q_ref[...], k_ref[...], v_ref[...], state_ref[...]
     for before_ref in saved:
         before_ref[...] = state_KV.astype(before_ref.dtype)
-    parts, read, write, keep = (_by_channel if by_channel else _by_head)(g_ref[...])
-    p_GH = sum(factor * _dot(_times(q, r), _times(k, w), "GK,HK->GH") for factor, r, w in parts)
-    y_GV = _inner(q, k) * v + _dot(p_GH.astype(v.dtype), v, "GH,HV->GV")
-    y_GV += _dot(_times(q, read), state_KV.astype(q.dtype), "GK,KV->GV")
+    parts, read, write, keep = (_by_channel if by_channel else by_head)(g_ref[...])
+    p_GH = sum(factor * dot(times(q, r), times(k, w), "GK,HK->GH") for factor, r, w in parts)
+    y_GV = inner(q, k) * v + dot(p_GH.astype(v.dtype), v, "GH,HV->GV")
+    y_GV += dot(times(q, read), state_KV.astype(q.dtype), "GK,KV->GV")
     y_ref[...] = y_GV.astype(y_ref.dtype)
-    state_ref[...] = keep * state_KV + _dot(_times(k, write), v, "GK,GV->KV")
+    state_ref[...] = keep * state_KV + dot(times(k, write), v, "GK,GV->KV")
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
@@ -191,22 +192,22 @@ def _backward_kernel(by_channel, *refs):
 
     q, k, v, dy, before_KV = q_ref[...], k_ref[...], v_ref[...], dy_ref[...], before_ref[...]
     dstate_KV = dstate_ref[...]
-    parts, read, write, keep = (_by_channel if by_channel else _by_head)(g_ref[...])
+    parts, read, write, keep = (_by_channel if by_channel else by_head)(g_ref[...])
 
     # Between tokens of the chunk, each with itself left out: no decay has a part in that.
-    scores_GH = _dot(dy, v, "GV,HV->GH")
+    scores_GH = dot(dy, v, "GV,HV->GH")
     p_GH, dq, dk = 0.0, 0.0, 0.0
     for factor, r, w in parts:
-        q_read, k_write = _times(q, r), _times(k, w)
-        p_GH += factor * _dot(q_read, k_write, "GK,HK->GH")
+        q_read, k_write = times(q, r), times(k, w)
+        p_GH += factor * dot(q_read, k_write, "GK,HK->GH")
         dp_GH = (factor * scores_GH).astype(q.dtype)
-        dq += r * _dot(dp_GH, k_write, "GH,HK->GK")
-        dk += w * _dot(dp_GH, q_read, "GH,GK->HK")
-    dv = _dot(p_GH.astype(v.dtype), dy, "GH,GV->HV")
+        dq += r * dot(dp_GH, k_write, "GH,HK->GK")
+        dk += w * dot(dp_GH, q_read, "GH,GK->HK")
+    dv = dot(p_GH.astype(v.dtype), dy, "GH,GV->HV")
     # Between the chunk and the states before and after it.
-    dq += read * _dot(dy, before_KV, "GV,KV->GK")
-    dk_state = write * _dot(v, dstate_KV.astype(v.dtype), "GV,KV->GK")
-    dv += _dot(_times(k, write), dstate_KV.astype(k.dtype), "GK,KV->GV")
+    dq += read * dot(dy, before_KV, "GV,KV->GK")
+    dk_state = write * dot(v, dstate_KV.astype(v.dtype), "GV,KV->GK")
+    dv += dot(times(k, write), dstate_KV.astype(k.dtype), "GK,KV->GV")
 
     # b, the sum of decays up to a token, grows with its query and falls with its key. The last of
     # a chunk grows with all that the next state takes over, but not with its own key.
@@ -220,17 +221,17 @@ def _backward_kernel(by_channel, *refs):
     else:
         db, at_last = jnp.sum(db, axis=1, keepdims=True), jnp.sum(carried) + jnp.sum(taken)
     db += jnp.where(not_last, 0, at_last)
-    since = _iota(q.shape[0], 0) >= _iota(q.shape[0], 1)
+    since = iota(q.shape[0], 0) >= iota(q.shape[0], 1)
     if by_channel:
-        dg_ref[...] = _dot(since.astype(jnp.float32), db, "GH,GK->HK")
+        dg_ref[...] = dot(since.astype(jnp.float32), db, "GH,GK->HK")
     else:
         dg_ref[...] = jnp.sum(jnp.where(since, db, 0), axis=0, keepdims=True)
 
-    own_dy_v, own_q_k = _inner(dy, v), _inner(q, k)
+    own_dy_v, own_q_k = inner(dy, v), inner(q, k)
     dq_ref[...] = (dq + own_dy_v * k).astype(dq_ref.dtype)
     dk_ref[...] = (dk + dk_state + own_dy_v * q).astype(dk_ref.dtype)
     dv_ref[...] = (dv + own_q_k * dy).astype(dv_ref.dtype)
-    dstate_ref[...] = keep * dstate_KV + _dot(_times(q, read), dy, "GK,GV->KV")
+    dstate_ref[...] = keep * dstate_KV + dot(times(q, read), dy, "GK,GV->KV")
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
@@ -243,10 +244,10 @@ def _backward_kernel(by_channel, *refs):
 # of the state before. As everywhere, no exponent is positive.
 
 
-def _by_head(g_1G):
+def by_head(g_1G):
     """As `chunked._by_head`: what is a multiple of GRAIN adds up exactly, the rest is small."""
     G = g_1G.shape[1]
-    i, j = _iota(G, 0), _iota(G, 1)
+    i, j = iota(G, 0), iota(G, 1)
     coarse_1G = jnp.round(g_1G / GRAIN) * GRAIN
 
     def cumulative(x_1G):
@@ -265,7 +266,7 @@ def _by_head(g_1G):
 def _by_channel(g_GK):
     """As `chunked._by_channel`: blocks are joined by pairs, each pair a part."""
     G = g_GK.shape[0]
-    i, j = _iota(G, 0), _iota(G, 1)
+    i, j = iota(G, 0), iota(G, 1)
     token_G1 = jax.lax.broadcasted_iota(jnp.int32, (G, 1), 0)
     since, until = g_GK, jnp.zeros_like(g_GK)
     parts, level = [], 0
@@ -280,21 +281,21 @@ def _by_channel(g_GK):
     return parts, jnp.exp(since), jnp.exp(until), jnp.exp(since[G - 1 :]).T
 
 
-def _times(x_GK, factor):
+def times(x_GK, factor):
     """A query or key with its decay, for the next product."""
     return (x_GK * factor).astype(x_GK.dtype)
 
 
-def _inner(x_GK, y_GK):
+def inner(x_GK, y_GK):
     """The inner product of every token with itself, [G, 1]."""
     return jnp.sum(x_GK.astype(jnp.float32) * y_GK.astype(jnp.float32), axis=1, keepdims=True)
 
 
-def _iota(size, axis):
+def iota(size, axis):
     return jax.lax.broadcasted_iota(jnp.int32, (size, size), axis)
 
 
-def _dot(a, b, letters):
+def dot(a, b, letters):
     """An einsum of two matrices; float32 operands count in full."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.einsum(letters, a, b, precision=precision, preferred_element_type=jnp.float32)

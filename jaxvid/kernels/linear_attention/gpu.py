@@ -1,0 +1,354 @@
+"""Linear attention in Pallas for NVIDIA GPUs, lowered by Triton: two kernels, both ways in time.
+
+The programs of a GPU's grid run side by side in no order, so what is sequential is kept apart from
+what is not. `_states` walks along the tokens with a tile of a state in registers and leaves the
+state before every chunk behind; `_mix` then works on all blocks of tokens at once, each from the
+state before its chunk and from the tokens of its chunk (Dao & Gu 2024, Mamba-2, section 6; the
+split of Flash Linear Attention, Yang & Zhang 2024). The gradients need nothing else, for they are
+linear attentions themselves, two of them backwards in time:
+
+    y  of (q, k, v)  reads the states S before          dk of (v, dy, q)  reads the dS^T after
+    dq of (dy, v, k) reads the S^T before               dv of (k, q, dy)  reads the dS after
+
+Products take operands of the dtype of the inputs and add up in float32; states between chunks have
+the dtype of the inputs. Pallas can lower to Triton in all of jax 0.10 to 0.12, but means to give
+it up, and says so when it compiles; without it `chunked` takes over.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from jaxvid.kernels.linear_attention.chunked import GRAIN
+
+try:
+    from jax.experimental.pallas import triton
+except ImportError:  # a later jax
+    triton = None
+
+CHUNK = 256  # tokens between two saved states: the fewer states, the less to write and read
+BLOCK = 64  # tokens, and at most that wide tiles of a state, that a program works on at once
+NARROWEST = 16  # of the operands of a product
+WIDEST = 512  # bytes of a key or value, by the memory that programs have
+COARSE, FINE, SINCE, UNTIL = range(4)  # rows of `decays`
+
+
+def linear_attention(q_BLAK, k_BLAK, v_BLAV, log_decay, *, scale, state_BAKV, chunk):
+    """As `reference.linear_attention`; log_decay is -128 or more.
+
+    Raises NotImplementedError for a decay per channel, for other types than float32 and bfloat16,
+    for keys or values of more than WIDEST bytes, and for GPUs before Ampere.
+    """
+    B, L, A, K = q_BLAK.shape
+    V = v_BLAV.shape[3]
+    check(q_BLAK, k_BLAK, v_BLAV, log_decay)
+    chunk = BLOCK * pl.cdiv(min(chunk or CHUNK, L), BLOCK)
+    g_BLA = jnp.zeros((B, L, A)) if log_decay is None else log_decay
+
+    def fill(x_BLA, width=None):
+        """[B, L, A, ...] filled up with zeros to whole chunks, and to a width of a power of two."""
+        widths = [(0, 0)] * (x_BLA.ndim - 2)
+        if width is not None:
+            widths[-1] = (0, padded(width) - width)
+        return jnp.pad(x_BLA, [(0, 0), (0, -L % chunk), *widths])
+
+    q_BLAK = (q_BLAK * scale).astype(q_BLAK.dtype)
+    q, k, v, g = fill(q_BLAK, K), fill(k_BLAK, K), fill(v_BLAV, V), fill(g_BLA)
+    widths = [(0, 0), (0, 0), (0, padded(K) - K), (0, padded(V) - V)]
+    y_BLAV, state_BAKV = attend(chunk, q, k, v, g, jnp.pad(state_BAKV, widths))
+    return y_BLAV[:, :L, :, :V], state_BAKV[:, :, :K, :V]
+
+
+def check(q_BLAK, k_BLAK, v_BLAV, log_decay):
+    """Raise NotImplementedError for what `linear_attention` says."""
+    if triton is None:
+        raise NotImplementedError(f"jax {jax.__version__} does not lower Pallas by Triton")
+    # Not known on another machine than the one that will run the program.
+    capability = getattr(jax.devices()[0], "compute_capability", "8.0")
+    if not re.match(r"([89]|\d\d)\.", capability):
+        raise NotImplementedError(f"a GPU of compute capability {capability}: 8.0 or more needed")
+    if log_decay is not None and log_decay.ndim == 4:
+        raise NotImplementedError("a decay per channel has no kernel for GPU")
+    dtypes = {x.dtype for x in (q_BLAK, k_BLAK, v_BLAV)}
+    if dtypes not in ({jnp.dtype(jnp.float32)}, {jnp.dtype(jnp.bfloat16)}):
+        names = ", ".join(sorted(map(str, dtypes)))
+        raise NotImplementedError(f"q, k, v of {names}: must all be float32 or all bfloat16")
+    for x in (k_BLAK, v_BLAV):
+        if padded(x.shape[3]) * x.dtype.itemsize > WIDEST:
+            raise NotImplementedError(f"keys or values of width {x.shape[3]} in {x.dtype}")
+
+
+def padded(width):
+    """Width of an array in which Triton can hold `width` channels and multiply by them."""
+    return max(NARROWEST, pl.next_power_of_2(width))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(chunk, q_BLAK, k_BLAK, v_BLAV, g_BLA, state_BAKV):
+    """(y_BLAV, state_BAKV) of whole chunks and of widths that are `padded`."""
+    return _attend_forward(chunk, q_BLAK, k_BLAK, v_BLAV, g_BLA, state_BAKV)[0]
+
+
+def _attend_forward(chunk, q_BLAK, k_BLAK, v_BLAV, g_BLA, state_BAKV):
+    decays_BARL = decays(g_BLA)
+    before_BASKV, last_BAKV = _states(chunk, k_BLAK, v_BLAV, decays_BARL, state_BAKV)
+    y_BLAV = _mix(chunk, q_BLAK, k_BLAK, v_BLAV, decays_BARL, before_BASKV)
+    return (y_BLAV, last_BAKV), (q_BLAK, k_BLAK, v_BLAV, decays_BARL, before_BASKV)
+
+
+def _attend_backward(chunk, residuals, cotangents):
+    q, k, v, decays_BARL, before = residuals
+    dy, dlast = cotangents
+    after, dfirst = _states(chunk, q, dy, decays_BARL, dlast, reverse=True)
+    mix = functools.partial(_mix, chunk)
+    dq, dq_q_BARL = mix(dy, v, k, decays_BARL, before, along=q, transposed=True)
+    dk, dk_k_BARL = mix(v, dy, q, decays_BARL, after, along=k, transposed=True, reverse=True)
+    dv = mix(k, q, dy, decays_BARL, after, reverse=True)
+
+    # A decay multiplies what passes it on its way from a key to a query. On its way within the
+    # chunk: what the queries from here on gather, less what the keys from here on sent them. To
+    # the states after the chunk: from the state before it, and from the keys before this one.
+    def by_chunk(x_BAL):
+        return x_BAL.reshape(*x_BAL.shape[:2], -1, chunk)
+
+    near, far = 0, 1
+    gathered_BASC = by_chunk(dq_q_BARL[:, :, near] + dq_q_BARL[:, :, far] - dk_k_BARL[:, :, near])
+    sent_BASC = by_chunk(dk_k_BARL[:, :, far])
+    keep_BAS = by_chunk(decays_BARL[:, :, SINCE])[..., BLOCK - 1 :: BLOCK].prod(axis=3)
+    kept_BAS = keep_BAS * jnp.einsum(
+        "BASKV,BASKV->BAS", before, after, preferred_element_type=jnp.float32
+    )
+    dg_BASC = jnp.flip(jnp.cumsum(jnp.flip(gathered_BASC, 3), axis=3), 3) + kept_BAS[..., None]
+    dg_BASC += jnp.cumsum(sent_BASC, axis=3) - sent_BASC
+    dg_BLA = dg_BASC.reshape(*dg_BASC.shape[:2], -1).swapaxes(1, 2)
+    return dq, dk, dv, dg_BLA, dfirst
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+def decays(g_BLA):
+    """[B, A, R, L] float32: what decays up to each token of a block of BLOCK, and from it on.
+
+    Rows COARSE and FINE are sums of g from the block's start to the token: what is a multiple of
+    GRAIN adds up exactly, and the rest is small (as in `chunked.decays`). SINCE is their exp, what
+    is left of a state before the block; UNTIL what is left of the token at the block's end. The
+    last of SINCE is thus what is left over a block.
+    """
+    g_BANG = g_BLA.swapaxes(1, 2).reshape(g_BLA.shape[0], g_BLA.shape[2], -1, BLOCK)
+    coarse = jnp.round(g_BANG / GRAIN) * GRAIN
+    coarse, fine = jnp.cumsum(coarse, axis=3), jnp.cumsum(g_BANG - coarse, axis=3)
+    to_last = (coarse[..., -1:] - coarse) + (fine[..., -1:] - fine)
+    rows = jnp.stack([coarse, fine, jnp.exp(coarse + fine), jnp.exp(to_last)], axis=2)
+    return rows.reshape(*rows.shape[:3], -1)
+
+
+# Launches. Arrays keep their layout [B, L, A, K]; heads and rows of a batch are one axis of the
+# grid, the last, so that programs that share tokens follow each other and find them in cache.
+
+
+def _states(chunk, k_BLAK, v_BLAV, decays_BARL, first_BAKV, *, reverse=False):
+    """(before_BASKV, last_BAKV): the states before all S chunks, and after the last, of
+
+        S_t = exp(g_t) S_{t-1} + k_t^T v_t
+
+    from first_BAKV on; in reverse, those after all chunks, and before the first, of
+    S_{t-1} = exp(g_t) (S_t + k_t^T v_t).
+    """
+    (B, L, A, K), V = k_BLAK.shape, v_BLAV.shape[3]
+    rows, columns, S = min(K, BLOCK), min(V, BLOCK), L // chunk
+    shapes = (
+        jax.ShapeDtypeStruct((B, A, S, K, V), k_BLAK.dtype),
+        jax.ShapeDtypeStruct(first_BAKV.shape, jnp.float32),
+    )
+    state = pl.BlockSpec((None, None, rows, columns), lambda j, i, h: (h // A, h % A, i, j))
+    inputs = (k_BLAK, v_BLAV, decays_BARL, first_BAKV)
+    return pl.pallas_call(
+        functools.partial(_states_kernel, chunk, reverse),
+        shapes,
+        grid=(V // columns, K // rows, B * A),
+        in_specs=[
+            pl.BlockSpec((None, L, None, rows), lambda j, i, h: (h // A, 0, h % A, i)),
+            pl.BlockSpec((None, L, None, columns), lambda j, i, h: (h // A, 0, h % A, j)),
+            pl.BlockSpec((None, None, 4, L), lambda j, i, h: (h // A, h % A, 0, 0)),
+            state,
+        ],
+        out_specs=(
+            pl.BlockSpec((None, None, S, rows, columns), lambda j, i, h: (h // A, h % A, 0, i, j)),
+            state,
+        ),
+        cost_estimate=_cost(2 * B * A * L * K * V, 0, inputs, shapes),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+        name="linear_attention_states",
+    )(*inputs)
+
+
+def _mix(
+    chunk,
+    q_BLAK,
+    k_BLAK,
+    v_BLAV,
+    decays_BARL,
+    states_BASKV,
+    *,
+    along=None,
+    transposed=False,
+    reverse=False,
+):
+    """y_BLAV, what the q gather from their chunk and from states_BASKV, those before all chunks.
+
+    In reverse, from the tokens after them and from the states after all chunks. transposed: the
+    states are [B, A, S, V, K]. With `along` [B, L, A, V] also the inner products [B, A, 2, L] of
+    `along` with y, its part from the chunk, each token by itself left out, and from the states.
+    """
+    (B, L, A, K), V = q_BLAK.shape, v_BLAV.shape[3]
+    columns = min(V, BLOCK if K > 2 * BLOCK else 2 * BLOCK)
+    blocks = chunk // BLOCK
+
+    def own(width, tile):
+        return pl.BlockSpec((None, BLOCK, None, width), lambda j, n, h: (h // A, n, h % A, tile(j)))
+
+    def all_of_chunk(width, tile):
+        return pl.BlockSpec(
+            (None, chunk, None, width), lambda j, n, h: (h // A, n // blocks, h % A, tile(j))
+        )
+
+    def whole(j):
+        return 0
+
+    def each(j):
+        return j
+
+    state = (None, None, None, columns, K) if transposed else (None, None, None, K, columns)
+    in_specs = [
+        own(K, whole),
+        all_of_chunk(K, whole),
+        all_of_chunk(columns, each),
+        pl.BlockSpec((None, None, 4, chunk), lambda j, n, h: (h // A, h % A, 0, n // blocks)),
+        pl.BlockSpec(
+            state,
+            lambda j, n, h: (h // A, h % A, n // blocks, *((j, 0) if transposed else (0, j))),
+        ),
+    ]
+    inputs = [q_BLAK, k_BLAK, v_BLAV, decays_BARL, states_BASKV]
+    shapes = [jax.ShapeDtypeStruct(v_BLAV.shape, v_BLAV.dtype)]
+    out_specs = [own(columns, each)]
+    if along is not None:
+        inputs.append(along)
+        in_specs.append(own(columns, each))
+        shapes.append(jax.ShapeDtypeStruct((B, A, V // columns, 2, L), jnp.float32))
+        out_specs.append(
+            pl.BlockSpec((None, None, None, 2, BLOCK), lambda j, n, h: (h // A, h % A, j, 0, n))
+        )
+    seen = (chunk + BLOCK) // 2  # tokens of its chunk that a token is multiplied by, on average
+    products = 2 * B * A * L * (seen * (K * (V // columns) + V) + K * V)
+    y_BLAV, *sums = pl.pallas_call(
+        functools.partial(_mix_kernel, transposed, reverse),
+        shapes,
+        grid=(V // columns, L // BLOCK, B * A),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        cost_estimate=_cost(products, B * A * L * BLOCK * (V // columns), inputs, shapes),
+        # The registers of fewer warps do not hold a wide query beside a wide result.
+        compiler_params=triton.CompilerParams(
+            num_warps=8 if max(K, columns) > BLOCK else 4, num_stages=2
+        ),
+        name="linear_attention_mix",
+    )(*inputs)
+    return (y_BLAV, sums[0].sum(axis=2)) if sums else y_BLAV
+
+
+def _cost(products, exponentials, inputs, outputs):
+    """What a kernel executes, and what it moves if the cache serves all programs but the first."""
+    return pl.CostEstimate(
+        flops=products,
+        transcendentals=exponentials,
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*inputs, *outputs)),
+    )
+
+
+# Kernels
+
+
+def _states_kernel(chunk, reverse, k_ref, v_ref, decays_ref, first_ref, states_ref, last_ref):
+    blocks = k_ref.shape[0] // BLOCK
+    weight = SINCE if reverse else UNTIL
+
+    def step(count, state_KV):
+        @pl.when(jax.lax.rem(count, chunk // BLOCK) == 0)
+        def _():
+            passed = jax.lax.div(count, chunk // BLOCK)
+            index = states_ref.shape[0] - 1 - passed if reverse else passed
+            states_ref[index] = state_KV.astype(states_ref.dtype)
+
+        start = BLOCK * (blocks - 1 - count if reverse else count)
+        tokens = pl.ds(start, BLOCK)
+        k_GK = _times(k_ref[tokens, :], decays_ref[weight, tokens][:, None])
+        keep = decays_ref[SINCE, start + BLOCK - 1]
+        return keep * state_KV + _dot(k_GK, v_ref[tokens, :], "GK,GV->KV")
+
+    last_ref[...] = jax.lax.fori_loop(0, blocks, step, first_ref[...])
+
+
+def _mix_kernel(transposed, reverse, q_ref, k_ref, v_ref, decays_ref, state_ref, *rest):
+    blocks = k_ref.shape[0] // BLOCK
+    block = jax.lax.rem(pl.program_id(1), blocks)
+    q_GK = q_ref[...]
+    read, write = (UNTIL, SINCE) if reverse else (SINCE, UNTIL)
+
+    def step(count, carry):
+        """Gathers from one more block away, of which `keep` is left at the border of this one."""
+        y_GV, keep = carry
+        start = BLOCK * (block + 1 + count if reverse else block - 1 - count)
+        tokens = pl.ds(start, BLOCK)
+        weight_H = keep * decays_ref[write, tokens]
+        p_GH = _dot(q_GK, k_ref[tokens, :], "GK,HK->GH") * weight_H[None, :]
+        v_HV = v_ref[tokens, :]
+        y_GV += _dot(p_GH.astype(v_HV.dtype), v_HV, "GH,HV->GV")
+        return y_GV, keep * decays_ref[SINCE, start + BLOCK - 1]
+
+    others = blocks - 1 - block if reverse else block
+    y_GV = jnp.zeros((BLOCK, v_ref.shape[1]), jnp.float32)
+    y_GV, keep = jax.lax.fori_loop(0, others, step, (y_GV, jnp.float32(1)))
+
+    tokens = pl.ds(BLOCK * block, BLOCK)
+    read_G1 = decays_ref[read, tokens][:, None]
+    k_GK, v_GV = k_ref[tokens, :], v_ref[tokens, :]
+    coarse_G, fine_G = decays_ref[COARSE, tokens], decays_ref[FINE, tokens]
+    between_GH = (coarse_G[:, None] - coarse_G[None, :]) + (fine_G[:, None] - fine_G[None, :])
+    row_GH, column_GH = (jax.lax.broadcasted_iota(jnp.int32, (BLOCK,) * 2, n) for n in (0, 1))
+    if reverse:
+        between_GH, row_GH, column_GH = -between_GH, column_GH, row_GH
+    factor_GH = jnp.where(row_GH > column_GH, jnp.exp(jnp.minimum(between_GH, 0)), 0)
+    p_GH = _dot(q_GK, k_GK, "GK,HK->GH") * factor_GH
+    near_GV = read_G1 * y_GV + _dot(p_GH.astype(v_GV.dtype), v_GV, "GH,HV->GV")
+    letters = "GK,VK->GV" if transposed else "GK,KV->GV"
+    far_GV = keep * read_G1 * _dot(q_GK, state_ref[...], letters)
+    own_GV = _inner(q_GK, k_GK)[:, None] * v_GV
+
+    if len(rest) == 1:
+        (y_ref,) = rest
+    else:
+        along_ref, y_ref, sums_ref = rest
+        sums_ref[0, :] = _inner(along_ref[...], near_GV)
+        sums_ref[1, :] = _inner(along_ref[...], far_GV)
+    y_ref[...] = (near_GV + far_GV + own_GV).astype(y_ref.dtype)
+
+
+def _times(x_GK, factor_G1):
+    """A key with its decay, for the next product."""
+    return (x_GK * factor_G1).astype(x_GK.dtype)
+
+
+def _inner(x_GK, y_GK):
+    """The inner product of every token of x with that of y, [G]."""
+    return jnp.sum(x_GK.astype(jnp.float32) * y_GK.astype(jnp.float32), axis=1)
+
+
+def _dot(a, b, letters):
+    """An einsum of two matrices; float32 operands count in full."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(letters, a, b, precision=precision, preferred_element_type=jnp.float32)
