@@ -6,9 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import SingleDeviceSharding
 
 from jaxvid.kernels.gated_delta import gated_delta
-from tests.kernels.test_linear_attention import assert_close
+from tests.kernels.test_linear_attention import (
+    TOPOLOGIES,
+    assert_close,
+    interpreter,
+    tpu_devices,
+)
 
 
 def inputs(L, K=16, V=24, decay=None, batch=2, heads=2):
@@ -57,6 +64,47 @@ def test_equals_reference(L, decay, chunk):
     assert_close(got, value_and_grads(arrays, segment_ids, implementation="reference"))
 
 
+@pytest.mark.parametrize("implementation", ["chunked", "tpu"])
+def test_keys_that_do_not_change(implementation):
+    """As in a still video: every write replaces the one before, however long the chunk."""
+    L = 128
+    k = jnp.full((1, L, 1, 16), 0.25)
+    v = jax.random.normal(jax.random.key(0), (1, L, 1, 16))
+    with pltpu.force_tpu_interpret_mode():
+        y = gated_delta(
+            k, k, v, jnp.ones((1, L, 1)), scale=1.0, chunk=L, implementation=implementation
+        )
+    np.testing.assert_allclose(y, v, atol=1e-5)
+
+
+@pytest.mark.parametrize("L, decay, cores", [(65, None, 1), (300, "token", 2)])
+def test_tpu_kernel_interpreted(L, decay, cores, capfd):
+    """Chunks in order, heads and rows in any; memory starts as NaN and races are looked for."""
+    arrays = inputs(L, decay=decay)
+    segment_ids = jnp.asarray([np.arange(L) // 40, np.arange(L) // 7])
+    with pltpu.force_tpu_interpret_mode(interpreter(cores)):
+        got = value_and_grads(arrays, segment_ids, implementation="tpu")
+        jax.block_until_ready(got)
+    assert "RACE" not in capfd.readouterr().out
+    assert_close(got, value_and_grads(arrays, segment_ids, implementation="reference"))
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_tpu_kernel_compiles(topology, monkeypatch):
+    devices = tpu_devices(topology, monkeypatch)
+    sharding = SingleDeviceSharding(devices[0])
+    B, L, A, K, V = 2, 512, 2, 128, 256
+    shapes = ((B, L, A, K), (B, L, A, K), (B, L, A, V), (B, L, A), (B, L, A))
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in shapes]
+    run = jax.jit(functools.partial(gated_delta, implementation="tpu"))
+    compiled = run.lower(*arrays).compile()
+    assert compiled.as_text().count("tpu_custom_call") == 1
+    inverse = 2 * 6 * 128**2  # two products for every doubling of a block of two tokens
+    products = B * L * A * (2 * 128 * (K + V) + 3 * K * V + inverse)
+    assert compiled.cost_analysis()["flops"] == pytest.approx(2 * products, rel=0.05)
+
+
 def test_a_written_value_is_read_back_and_overwritten():
     """With beta 1 a key returns the value that was written to it last, whatever others hold."""
     keys = jnp.eye(4)[jnp.array([0, 1, 2, 0, 3, 1])]
@@ -83,7 +131,7 @@ def test_bfloat16_keeps_its_dtype():
     [
         (dict(beta_BLA=jnp.ones((1, 4))), r"beta of shape \[1, 4\]: must be \[1, 4, 2\]"),
         (dict(log_decay=jnp.ones((1, 4, 2, 8))), "log_decay by channel"),
-        (dict(implementation="tpu"), "implementation='tpu': use auto, chunked, reference"),
+        (dict(implementation="gpu"), "implementation='gpu': use auto, tpu, chunked, reference"),
     ],
 )
 def test_bad_input_is_answered_in_one_line(changes, message):

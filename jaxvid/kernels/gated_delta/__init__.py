@@ -1,11 +1,15 @@
 """The gated delta rule: linear attention whose writes first take out what the key already reads."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
-from jaxvid.kernels.gated_delta import chunked, reference
-from jaxvid.kernels.linear_attention import check, resolve
+from jaxvid.kernels.gated_delta import chunked, reference, tpu
+from jaxvid.kernels.linear_attention import check, fastest, resolve, sharded
 
 IMPLEMENTATIONS = {
+    "tpu": tpu.gated_delta,
     "chunked": chunked.gated_delta,
     "reference": reference.gated_delta,
 }
@@ -40,14 +44,18 @@ def gated_delta(
         raise ValueError(f"beta of shape {list(beta_BLA.shape)}: must be {[B, L, A]}")
     if log_decay is not None and log_decay.ndim == 4:
         raise ValueError("log_decay by channel: the delta rule takes [A] or [B, L, A]")
-    if implementation == "auto":
-        implementation = "reference" if L == 1 else "chunked"
-    if implementation not in IMPLEMENTATIONS:
+    if implementation not in ("auto", *IMPLEMENTATIONS):
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"implementation={implementation!r}: use auto, {known}")
+    if implementation == "auto":
+        implementation, *_ = fastest(q_BLAK, IMPLEMENTATIONS)
+    attend = IMPLEMENTATIONS[implementation]
+    mesh = jax.sharding.get_abstract_mesh()
+    if implementation == "tpu" and not mesh.empty and not mesh.manual_axes:
+        attend = functools.partial(sharded.by_head, attend)
     if initial_state is None:
         initial_state = jnp.zeros((B, A, K, v_BLAV.shape[-1]))
-    y_BLAV, state_BAKV = IMPLEMENTATIONS[implementation](
+    y_BLAV, state_BAKV = attend(
         q_BLAK,
         k_BLAK,
         v_BLAV,

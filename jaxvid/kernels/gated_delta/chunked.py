@@ -43,7 +43,7 @@ def _within(q, k, v, beta_SBAG, g_SBAG):
     G = q.shape[3]
     earlier_GH = jnp.tri(G, k=-1)
     overlap_SBAGH = einsum("SBAGK,SBAHK->SBAGH", k, k)
-    inverse_SBAGH = _inverse(beta * overlap_SBAGH * factor_GH * earlier_GH).astype(v.dtype)
+    inverse_SBAGH = inverse(beta * overlap_SBAGH * factor_GH * earlier_GH).astype(v.dtype)
     own_SBAGV = einsum("SBAGH,SBAHV->SBAGV", inverse_SBAGH, (beta * v).astype(v.dtype))
     decayed_k = (beta * read[..., None] * k).astype(k.dtype)
     taken_SBAGK = einsum("SBAGH,SBAHK->SBAGK", inverse_SBAGH, decayed_k)
@@ -58,14 +58,22 @@ def _within(q, k, v, beta_SBAG, g_SBAG):
     )
 
 
-def _inverse(lower_GG):
+def inverse(lower_GG):
     """(1 + lower)^-1 of strictly lower triangular matrices, in full float32.
 
-    The series of powers of -lower ends with its size, and (1 + x)(1 + x^2)(1 + x^4) .. is its sum.
+    Blocks of 1, 2, 4 .. tokens are joined by pairs: ((a, 0), (c, b))^-1 = ((a', 0), (-b' c a', b'))
+    with a' and b' the inverses of a and b. No power of `lower` is formed: where keys resemble each
+    other, as in a still video, powers are far larger than the inverse that they add up to.
     """
-    power = -lower_GG
-    inverse = jnp.eye(power.shape[-1]) + power
-    for _ in range((power.shape[-1] - 1).bit_length() - 1):
-        power = jnp.matmul(power, power, precision="highest")
-        inverse += jnp.matmul(inverse, power, precision="highest")
-    return inverse
+    G = lower_GG.shape[-1]
+    i, j = (jax.lax.broadcasted_iota(jnp.int32, (G, G), axis) for axis in (0, 1))
+    inverse_GG = jnp.where(i == j, 1, jnp.zeros_like(lower_GG))
+    for level in range((G - 1).bit_length()):
+        # The highest bit in which i and j differ is that of this level.
+        pair_GG = jax.lax.shift_right_logical(i ^ j, level) == 1
+        between_GG = jnp.where(pair_GG, lower_GG, 0)
+        if level:  # blocks of one token are their own inverse
+            between_GG = jnp.matmul(inverse_GG, between_GG, precision="highest")
+            between_GG = jnp.matmul(between_GG, inverse_GG, precision="highest")
+        inverse_GG -= between_GG
+    return inverse_GG
