@@ -74,12 +74,19 @@ def test_data(settings, monkeypatch):
 def test_kernels(settings, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "LENGTHS", (256,))
     monkeypatch.setattr(bench, "LARGEST_SCORES", 0)
+    monkeypatch.setattr(bench, "PUBLISHED", [(8, 16, 512, 128)])
+    monkeypatch.setattr(bench.flops, "peak", lambda device, dtype: 1e9)
+    monkeypatch.setattr(bench.flops, "bandwidth", lambda device: 1e12)
     figures = bench.kernels("linear_attention")
     for direction, products in (("forward", 2 * 64 + 2 * 64), ("both", 7 * 64 + 6 * 64)):
         name = f"chunked_decay_256_{direction}"
         flop = 2 * 2 * 256 * 4 * 64 * products
         assert figures[f"{name}_gflop_per_s"] == pytest.approx(flop / figures[f"{name}_ms"] / 1e6)
         assert figures[f"{name}_gb_per_s"] > 0 and figures[f"{name}_share_of_limit"] > 0
+    label = "chunked_decay_b1a2l64k16_forward"  # an eighth of everything on a CPU
+    least_ms = 1e3 * 1 * 2 * 64 * 4 * 16 * (128 + 16) / 1e9  # arithmetic is the limit at 1 GFLOP/s
+    share = figures[f"{label}_share_of_roofline"]
+    assert share == pytest.approx(least_ms / figures[f"{label}_ms"])
     bench.plot(figures, tmp_path / "kernels.png")
 
 
@@ -103,6 +110,17 @@ def test_efficiency_length_is_where_the_costs_cross():
     )
     assert bench.efficiency_length(lengths, 0 * lengths, quadratic) == 0
     assert np.isnan(bench.efficiency_length(lengths, linear, -quadratic))
+
+
+def test_limits_of_an_h100():
+    """Milliseconds at 989 TFLOP/s and 3.35 TB/s, forward, and with a backward that reads states."""
+    known = [(1.28, 2.56), (0.240, 0.481), (0.160, 0.321), (0.321, 0.641), (0.321, 0.721)]
+    for (B, A, L, K), (forward, backward) in zip(bench.PUBLISHED, known):
+        (_, moved), (_, both) = (bench.work(name, K, 128) for name in ("forward", "both"))
+        token_ms = 2 * B * A * L / 3.35e12 * 1e3
+        written = K * K / 128  # of the states that forward saves, in the sum of both alone
+        assert moved * token_ms == pytest.approx(forward, rel=5e-3)
+        assert (both - moved - written) * token_ms == pytest.approx(backward, rel=5e-3)
 
 
 def test_softmax_competes_while_its_scores_fit(monkeypatch):

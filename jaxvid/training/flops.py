@@ -20,6 +20,16 @@ _PEAK_BFLOAT16 = {
     "TPU7x": 2307e12,
 }
 
+# Bytes/s of its memory, from the same sheets.
+_PEAK_BANDWIDTH = {
+    "NVIDIA A100-SXM4-80GB": 2.039e12,
+    "NVIDIA H100 80GB HBM3": 3.35e12,
+    "NVIDIA H200": 4.8e12,
+    "TPU v5 lite": 0.82e12,
+    "TPU v5": 2.765e12,
+    "TPU v6 lite": 1.64e12,
+}
+
 
 def count(function, *args):
     """FLOPs of the matrix products and convolutions in function(*args), from shapes alone.
@@ -49,14 +59,21 @@ def peak(device, dtype):
 
     float32 is promised at half the rate of bfloat16 (TF32) by NVIDIA and not at all by Google.
     """
-    promised = [
-        rate for kind, rate in _PEAK_BFLOAT16.items() if device.device_kind.startswith(kind)
-    ]
-    if not promised:
-        return None
-    if jnp.dtype(dtype) == jnp.bfloat16:
-        return promised[0]
-    return promised[0] / 2 if device.platform == "gpu" else None
+    promised = _promised(_PEAK_BFLOAT16, device)
+    if promised is None or jnp.dtype(dtype) == jnp.bfloat16:
+        return promised
+    return promised / 2 if device.platform == "gpu" else None
+
+
+def bandwidth(device):
+    """Bytes/s that the maker of the device promises for its memory; None where unknown."""
+    return _promised(_PEAK_BANDWIDTH, device)
+
+
+def _promised(table, device):
+    """The first entry of which the device's kind is a variant; None if there is none."""
+    kinds = (kind for kind in table if device.device_kind.startswith(kind))
+    return table.get(next(kinds, None))
 
 
 def machine(devices):

@@ -81,6 +81,9 @@ def test_peak():
     assert flops.peak(device("TPU v5p", "tpu"), "bfloat16") == 459e12
     assert flops.peak(device("TPU v5 lite", "tpu"), "float32") is None
     assert flops.peak(device("cpu", "cpu"), "float32") is None
+    assert flops.bandwidth(device("NVIDIA H100 80GB HBM3")) == 3.35e12
+    assert flops.bandwidth(device("NVIDIA H100 PCIe")) is None  # not in the table
+    assert flops.bandwidth(device("TPU v5 lite", "tpu")) == 0.82e12
 
 
 def test_the_machine_is_the_sum_of_its_devices(monkeypatch):
