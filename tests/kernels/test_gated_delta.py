@@ -1,13 +1,14 @@
 """The gated delta rule: chunks against the token recurrence, and what the rule promises."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxvid.kernels.gated_delta import gated_delta
 from tests.kernels.test_linear_attention import (
@@ -15,6 +16,7 @@ from tests.kernels.test_linear_attention import (
     assert_close,
     interpreter,
     tpu_devices,
+    tpu_pod,
 )
 
 
@@ -103,6 +105,19 @@ def test_tpu_kernel_compiles(topology, monkeypatch):
     inverse = 2 * 6 * 128**2  # two products for every doubling of a block of two tokens
     products = B * L * A * (2 * 128 * (K + V) + 3 * K * V + inverse)
     assert compiled.cost_analysis()["flops"] == pytest.approx(2 * products, rel=0.05)
+
+
+@pytest.mark.tpu_aot
+def test_tpu_kernel_compiles_for_a_pod(monkeypatch):
+    """By itself the choice on TPU; rows and heads apart, with nothing to exchange."""
+    mesh = tpu_pod(monkeypatch)
+    split = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
+    shapes = ((8, 256, 4, 128),) * 3 + ((8, 256, 4),) * 2
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=split) for shape in shapes]
+    with jax.set_mesh(mesh):
+        program = jax.jit(gated_delta).lower(*arrays).compile().as_text()
+    assert program.count('custom_call_target="tpu_custom_call"') == 1
+    assert not re.search(r" (all-|collective|reduce-scatter)", program)
 
 
 def test_a_written_value_is_read_back_and_overwritten():

@@ -38,6 +38,7 @@ CASES = {
     "decay of a token, long": (1000, 16, 24, "token", True),
     "decay of a channel": (65, 64, 16, "channel", False),
     "decay of a channel, packed": (150, 24, 16, "channel", True),
+    "decay of a channel, long": (150, 24, 16, "channel", False),
 }
 
 
@@ -251,16 +252,18 @@ def test_the_interpreter_finds_races(same, capfd):
 
 
 @pytest.mark.parametrize(
-    "case, chunk, batch, cores",
+    "case, strength, chunk, batch, cores",
     [
-        ("no decay, packed", 128, 2, 2),
-        ("decay of a token, long", 256, 2, 1),
-        ("decay of a channel, packed", 128, 1, 1),
+        ("no decay, packed", None, 128, 2, 2),
+        ("decay of a token, long", "mixed", 256, 2, 1),
+        ("decay of a token, long", "weak", 256, 1, 1),
+        ("decay of a channel, packed", "mixed", 128, 1, 1),
+        ("decay of a channel, long", "weak", 128, 1, 1),
     ],
 )
-def test_tpu_kernels_interpreted(case, chunk, batch, cores, capfd):
+def test_tpu_kernels_interpreted(case, strength, chunk, batch, cores, capfd):
     """Chunks in order, heads and rows in any; memory starts as NaN and races are looked for."""
-    arrays, segment_ids = inputs(case, batch=batch)
+    arrays, segment_ids = inputs(case, strength, batch)
     with pltpu.force_tpu_interpret_mode(interpreter(cores)):
         got = value_and_grads(arrays, segment_ids, implementation="tpu", chunk=chunk)
         jax.block_until_ready(got)
@@ -332,6 +335,12 @@ def tpu_devices(topology, monkeypatch):
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
+def tpu_pod(monkeypatch):
+    """Sixteen such devices as a mesh with two along every axis."""
+    devices = np.array(tpu_devices("v5e:4x4", monkeypatch)).reshape(2, 2, 2, 2)
+    return Mesh(devices, ("data", "fsdp", "tensor", "seq"), axis_types=(AxisType.Auto,) * 4)
+
+
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_tpu_kernels_compile(topology, monkeypatch):
@@ -354,9 +363,7 @@ def test_tpu_kernels_compile(topology, monkeypatch):
 @pytest.mark.tpu_aot
 def test_tpu_kernels_compile_for_a_pod(monkeypatch):
     """Split by hand over rows, heads and the sequence; devices exchange states and decays alone."""
-    devices = np.array(tpu_devices("v5e:4x4", monkeypatch)).reshape(2, 2, 2, 2)
-    names = ("data", "fsdp", "tensor", "seq")
-    mesh = Mesh(devices, names, axis_types=(AxisType.Auto,) * 4)
+    mesh = tpu_pod(monkeypatch)
     B, L, A, K = 8, 1024, 4, 128
     split = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "seq", "tensor"))
     x = jax.ShapeDtypeStruct((B, L, A, K), jnp.bfloat16, sharding=split)
@@ -386,16 +393,17 @@ def launch(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "case, chunk",
+    "case, strength, chunk",
     [
-        ("one token", None),
-        ("no decay", 128),
-        ("decay of a token, packed", None),
-        ("decay of a token, long", None),
+        ("one token", "mixed", None),
+        ("no decay", None, 128),
+        ("decay of a token, packed", "mixed", None),
+        ("decay of a token, long", "mixed", None),
+        ("decay of a token, long", "weak", None),
     ],
 )
-def test_gpu_kernels_interpreted(case, chunk, launch):
-    arrays, segment_ids = inputs(case)
+def test_gpu_kernels_interpreted(case, strength, chunk, launch):
+    arrays, segment_ids = inputs(case, strength)
     got = value_and_grads(arrays, segment_ids, implementation="gpu", chunk=chunk)
     assert_close(got, value_and_grads(arrays, segment_ids, implementation="reference"))
 
