@@ -11,13 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxvid.kernels.gated_delta import gated_delta
-from tests.kernels.test_linear_attention import (
-    TOPOLOGIES,
-    assert_close,
-    interpreter,
-    tpu_devices,
-    tpu_pod,
-)
+from tests.kernels.harness import TOPOLOGIES, assert_close, interpreter
 
 
 def inputs(L, K=16, V=24, decay=None, batch=2, heads=2):
@@ -93,9 +87,8 @@ def test_tpu_kernel_interpreted(L, decay, cores, capfd):
 
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_tpu_kernel_compiles(topology, monkeypatch):
-    devices = tpu_devices(topology, monkeypatch)
-    sharding = SingleDeviceSharding(devices[0])
+def test_tpu_kernel_compiles(topology, tpu_devices):
+    sharding = SingleDeviceSharding(tpu_devices(topology)[0])
     B, L, A, K, V = 2, 512, 2, 128, 256
     shapes = ((B, L, A, K), (B, L, A, K), (B, L, A, V), (B, L, A), (B, L, A))
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in shapes]
@@ -108,13 +101,12 @@ def test_tpu_kernel_compiles(topology, monkeypatch):
 
 
 @pytest.mark.tpu_aot
-def test_tpu_kernel_compiles_for_a_pod(monkeypatch):
+def test_tpu_kernel_compiles_for_a_pod(tpu_pod):
     """By itself the choice on TPU; rows and heads apart, with nothing to exchange."""
-    mesh = tpu_pod(monkeypatch)
-    split = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
+    split = NamedSharding(tpu_pod, PartitionSpec(("data", "fsdp"), None, "tensor"))
     shapes = ((8, 256, 4, 128),) * 3 + ((8, 256, 4),) * 2
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=split) for shape in shapes]
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(tpu_pod):
         program = jax.jit(gated_delta).lower(*arrays).compile().as_text()
     assert program.count('custom_call_target="tpu_custom_call"') == 1
     assert not re.search(r" (all-|collective|reduce-scatter)", program)
