@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxvid import bench
 from jaxvid import config as config_lib
+from jaxvid.bench import kernels, mixers, runs, timing
 from jaxvid.errors import UserError
 
 FILE = str(Path(__file__).parents[1] / "configs" / "ar_diffusion.py")
@@ -19,9 +19,9 @@ FILE = str(Path(__file__).parents[1] / "configs" / "ar_diffusion.py")
 @pytest.fixture
 def settings(monkeypatch):
     """A config of a moment, measured for a moment."""
-    monkeypatch.setattr(bench, "SECONDS", 0.0)
-    monkeypatch.setattr(bench, "FEWEST", 2)
-    monkeypatch.setattr(bench, "SHORT_RUN", 4)
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    monkeypatch.setattr(timing, "FEWEST", 2)
+    monkeypatch.setattr(runs, "SHORT_RUN", 4)
     config = config_lib.read(FILE)
     config.data.update(frames=4, size=16, batch_size=8, num_clips=32)
     config.task.model.update(width=16, depth=1, heads=2)
@@ -31,20 +31,20 @@ def settings(monkeypatch):
 
 
 def test_a_longer_stream_has_no_larger_state(monkeypatch):
-    monkeypatch.setattr(bench, "STREAMS", (40, 80))
+    monkeypatch.setattr(runs, "STREAMS", (40, 80))
     config = config_lib.read(FILE.replace("ar_diffusion", "tokenizer"))
     config.data.update(frames=5, size=8)
     config.task.network.update(width=16, heads=2, encode_blocks="t", decode_blocks="t")
-    figures = bench.stream(config, None)
+    figures = runs.stream(config, None)
     assert figures["state_mib_40"] == figures["state_mib_80"] > 0
     assert figures["frames_per_s_80"] > 0 and figures["peak_mib_80"] > 0
     with pytest.raises(UserError, match=r"configs/tokenizer\.py"):
-        bench.stream(config_lib.read(FILE), None)
+        runs.stream(config_lib.read(FILE), None)
 
 
 @pytest.mark.slow
 def test_step(settings):
-    figures = bench.step(settings, None)
+    figures = runs.step(settings, None)
     seconds = figures["step_ms"] / 1e3
     assert 0 < figures["step_ms_best"] <= figures["step_ms"]
     assert figures["frames_per_s"] == pytest.approx(8 * 4 / seconds)
@@ -57,7 +57,7 @@ def test_step(settings):
 
 @pytest.mark.slow
 def test_sample(settings):
-    figures = bench.sample(settings, bench.Latents(tokens=6, channels=4))
+    figures = runs.sample(settings, runs.Latents(tokens=6, channels=4))
     assert figures["cached_evaluations"] == 4 * 4 + 4
     assert figures["uncached_evaluations"] == (4 + 3 * 2) * 4
     assert figures["cached_share"] == pytest.approx(figures["cached_s"] / figures["uncached_s"])
@@ -65,19 +65,19 @@ def test_sample(settings):
 
 @pytest.mark.slow
 def test_data(settings, monkeypatch):
-    monkeypatch.setattr(bench, "SECONDS", 0.2)
-    figures = bench.input_pipeline(settings, None)
+    monkeypatch.setattr(timing, "SECONDS", 0.2)
+    figures = runs.input_pipeline(settings, None)
     assert figures["frames_per_s"] > 0 and figures["train_frames_per_s"] > 0
     assert 0 <= figures["train_data_wait"] < 1
 
 
 def test_kernels(settings, monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "LENGTHS", (256,))
-    monkeypatch.setattr(bench, "LARGEST_SCORES", 0)
-    monkeypatch.setattr(bench, "PUBLISHED", [(8, 16, 512, 128)])
-    monkeypatch.setattr(bench.flops, "peak", lambda device, dtype: 1e9)
-    monkeypatch.setattr(bench.flops, "bandwidth", lambda device: 1e12)
-    figures = bench.kernels("linear_attention")
+    monkeypatch.setattr(kernels, "LENGTHS", (256,))
+    monkeypatch.setattr(kernels, "LARGEST_SCORES", 0)
+    monkeypatch.setattr(kernels, "PUBLISHED", [(8, 16, 512, 128)])
+    monkeypatch.setattr(kernels.flops, "peak", lambda device, dtype: 1e9)
+    monkeypatch.setattr(kernels.flops, "bandwidth", lambda device: 1e12)
+    figures = kernels.measure("linear_attention")
     for direction, products in (("forward", 2 * 64 + 2 * 64), ("both", 7 * 64 + 6 * 64)):
         name = f"chunked_decay_256_{direction}"
         flop = 2 * 2 * 256 * 4 * 64 * products
@@ -87,13 +87,15 @@ def test_kernels(settings, monkeypatch, tmp_path):
     least_ms = 1e3 * 1 * 2 * 64 * 4 * 16 * (128 + 16) / 1e9  # arithmetic is the limit at 1 GFLOP/s
     share = figures[f"{label}_share_of_roofline"]
     assert share == pytest.approx(least_ms / figures[f"{label}_ms"])
-    bench.plot(figures, tmp_path / "kernels.png")
+    timing.plot(figures, tmp_path / "kernels.png")
 
 
 def test_mixers(settings, monkeypatch):
-    monkeypatch.setattr(bench, "STREAM_LENGTHS", (64, 128, 192))
-    monkeypatch.setattr(bench, "MIXERS", {n: bench.MIXERS[n] for n in ("softmax", "alibi", "gla")})
-    figures = bench.mixers()
+    monkeypatch.setattr(mixers, "STREAM_LENGTHS", (64, 128, 192))
+    monkeypatch.setattr(
+        mixers, "MIXERS", {n: mixers.MIXERS[n] for n in ("softmax", "alibi", "gla")}
+    )
+    figures = mixers.measure()
     for unit in ("ms", "mib"):
         names = {f"{n}_{L}_forward_{unit}" for n in ("softmax", "gla") for L in (64, 128, 192)}
         found = {name for name in figures if name.endswith(unit)}
@@ -105,18 +107,18 @@ def test_efficiency_length_is_where_the_costs_cross():
     lengths = np.array([512, 1024, 2048, 4096])
     quadratic = 1e-6 * lengths**2 + 1e-3 * lengths + 2
     linear = 4e-3 * lengths + 1
-    assert bench.efficiency_length(lengths, linear, quadratic) == pytest.approx(
+    assert mixers.efficiency_length(lengths, linear, quadratic) == pytest.approx(
         (3e-3 + np.sqrt(9e-6 - 4e-6)) / 2e-6
     )
-    assert bench.efficiency_length(lengths, 0 * lengths, quadratic) == 0
-    assert np.isnan(bench.efficiency_length(lengths, linear, -quadratic))
+    assert mixers.efficiency_length(lengths, 0 * lengths, quadratic) == 0
+    assert np.isnan(mixers.efficiency_length(lengths, linear, -quadratic))
 
 
 def test_limits_of_an_h100():
     """Milliseconds at 989 TFLOP/s and 3.35 TB/s, forward, and with a backward that reads states."""
     known = [(1.28, 2.56), (0.240, 0.481), (0.160, 0.321), (0.321, 0.641), (0.321, 0.721)]
-    for (B, A, L, K), (forward, backward) in zip(bench.PUBLISHED, known):
-        (_, moved), (_, both) = (bench.work(name, K, 128) for name in ("forward", "both"))
+    for (B, A, L, K), (forward, backward) in zip(kernels.PUBLISHED, known):
+        (_, moved), (_, both) = (kernels.work(name, K, 128) for name in ("forward", "both"))
         token_ms = 2 * B * A * L / 3.35e12 * 1e3
         written = K * K / 128  # of the states that forward saves, in the sum of both alone
         assert moved * token_ms == pytest.approx(forward, rel=5e-3)
@@ -124,9 +126,9 @@ def test_limits_of_an_h100():
 
 
 def test_softmax_competes_while_its_scores_fit(monkeypatch):
-    monkeypatch.setattr(bench, "LARGEST_SCORES", 4 * 2 * 4 * 256**2)
+    monkeypatch.setattr(kernels, "LARGEST_SCORES", 4 * 2 * 4 * 256**2)
     for tokens, fits in ((256, True), (257, False)):
-        found = bench.contenders("linear_attention", 2, tokens, 4)
+        found = kernels.contenders("linear_attention", 2, tokens, 4)
         assert ("softmax" in found) == fits and {"chunked_plain", "chunked_decay"} <= set(found)
 
 
@@ -136,27 +138,27 @@ def test_functions_take_turns(settings):
     def function(name, seconds):
         return lambda: (calls.append(name), time.sleep(seconds))[1]
 
-    slow, fast = bench.take_turns(function("slow", 0.02), function("fast", 0.0))
-    assert calls == ["slow", "fast"] * (1 + bench.FEWEST)  # the first round warms up
-    assert len(slow) == len(fast) == bench.FEWEST
+    slow, fast = timing.take_turns(function("slow", 0.02), function("fast", 0.0))
+    assert calls == ["slow", "fast"] * (1 + timing.FEWEST)  # the first round warms up
+    assert len(slow) == len(fast) == timing.FEWEST
     assert min(slow) >= 0.02 > max(fast)
 
 
 def test_latents_stand_in_for_a_tokenizer():
-    latents = bench._tokenizer("32x4")
+    latents = runs.stand_in("32x4")
     assert (latents.tokens, latents.channels, latents.grid(64)) == (32, 4, (1, 32))
     video = np.random.default_rng(0).standard_normal((2, 3, 16, 16, 3))
     z, _ = latents.encode({}, video)
     assert z.shape == (2, 3, 32, 4)
     np.testing.assert_array_equal(z[1, 2].ravel(), video[1, 2].ravel()[:128])
-    assert bench._tokenizer("") is None
+    assert runs.stand_in("") is None
     with pytest.raises(UserError, match="latents=32: write TOKENSxCHANNELS"):
-        bench._tokenizer("32")
+        runs.stand_in("32")
 
 
 def test_circumstances_can_be_repeated(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["bench.py", "step", "--config=a b.py"])
-    facts = bench.circumstances()
+    monkeypatch.setattr(sys, "argv", ["__main__.py", "step", "--config=a b.py"])
+    facts = timing.circumstances()
     assert facts["command"] == "python -m jaxvid.bench step '--config=a b.py'"
     assert facts["jax"] == jax.__version__ and facts["devices"] == 8
     assert "cores)" in facts["device"] and json.dumps(facts)

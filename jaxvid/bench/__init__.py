@@ -1,0 +1,1 @@
+"""Benchmarks of this machine; `python -m jaxvid.bench --help` names them."""

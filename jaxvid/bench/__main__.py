@@ -1,0 +1,61 @@
+"""Benchmarks of a config on this machine, as a table and as JSON in the work folder.
+
+    python -m jaxvid.bench step --config=configs/ar_diffusion.py     training step, MFU, memory
+    python -m jaxvid.bench data --config=configs/ar_diffusion.py     input pipeline, waiting share
+    python -m jaxvid.bench sample --config=configs/ar_diffusion.py   cached and uncached sampling
+    python -m jaxvid.bench stream --config=configs/tokenizer.py      long videos through a tokenizer
+    python -m jaxvid.bench kernels --op=linear_attention             kernels beside softmax, a plot
+    python -m jaxvid.bench mixers                                    mixers by length of the stream
+
+`--latents=32x4` puts 32 latent tokens of 4 channels in the place of a frame's patches, so that the
+network can be timed at the size of a tokenizer's output without one.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from jaxvid import config as config_lib
+from jaxvid.bench import kernels, mixers, runs, timing
+
+RUNS = {
+    "step": runs.step,
+    "data": runs.input_pipeline,
+    "sample": runs.sample,
+    "stream": runs.stream,
+}
+
+
+def main(command):
+    """Runs a benchmark, prints its table and writes <workdir>/bench_<command>.json."""
+    if command in RUNS:
+        config, workdir = config_lib.from_flags()
+        figures = RUNS[command](config, runs.stand_in(flags.FLAGS.latents))
+    else:
+        workdir = flags.FLAGS.workdir
+        figures = mixers.measure() if command == "mixers" else kernels.measure(flags.FLAGS.op)
+        timing.plot(figures, Path(workdir, f"bench_{command}.png"))
+    facts = timing.circumstances()
+    print(f"bench {command} on {facts['devices']} x {facts['device']}, {facts['date']}")
+    for name, value in figures.items():
+        print(f"  {name:<42}{value:>12,.5g}")
+    path = Path(workdir, f"bench_{command}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**facts, "figures": figures}, indent=2) + "\n")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    if "kernels" in sys.argv[1:]:
+        flags.DEFINE_enum("op", "linear_attention", list(kernels.OPS), "Operation to time.")
+        flags.DEFINE_string("workdir", "runs/kernels", "Folder for the figures and the plot.")
+    elif "mixers" in sys.argv[1:]:
+        flags.DEFINE_string("workdir", "runs/mixers", "Folder for the figures and the plot.")
+    else:
+        config_lib.define_flags()
+        flags.DEFINE_string(
+            "latents", "", "Time the network on TOKENSxCHANNELS latents, as in 32x4."
+        )
+    config_lib.run(main, commands=(*RUNS, "kernels", "mixers"))

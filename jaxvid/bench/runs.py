@@ -1,0 +1,242 @@
+"""What a config does on this machine: (config, tokenizer or None) -> {figure: number}."""
+
+import contextlib
+import dataclasses
+import re
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxvid import config as config_lib
+from jaxvid import data
+from jaxvid.bench import timing
+from jaxvid.data.transforms import normalize
+from jaxvid.errors import UserError
+from jaxvid.inference import make_task
+from jaxvid.parallel.mesh import make_mesh
+from jaxvid.parallel.multihost import to_global
+from jaxvid.parallel.sharding import batch_sharding
+from jaxvid.training import flops
+from jaxvid.training.logging import peak_bytes
+from jaxvid.training.optim import make_optimizer
+from jaxvid.training.restore import batch_shapes
+from jaxvid.training.state import make_init
+from jaxvid.training.step import make_step
+
+SHORT_RUN = 40  # steps
+STREAMS, STREAM_PIECE = (64, 1000), 16  # frames of long clips, and about that many at once
+
+
+def step(config, tokenizer):
+    """The training step on random clips, with plain matrix products as the measure of the machine.
+
+    Steps and products take turns, so that whatever else the machine does slows both. FLOPs are
+    those of matrix products and convolutions, forward and twice that backward. The share of what
+    plain products reach compares best with best; everything else is of the median step.
+    """
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        batch = jax.device_put(random_batch(config, config.data.batch_size), batch_sharding(mesh))
+        task, frozen, state, update = _program(config, tokenizer, batch, mesh)
+        work = flops.of_step(task, state, frozen, batch)
+        begin = time.perf_counter()
+        update = update.lower(state, frozen, batch).compile()
+        compile_s = time.perf_counter() - begin
+
+        def advance():
+            nonlocal state
+            state, metrics = update(state, frozen, batch)
+            return metrics
+
+        dtype = jnp.dtype(config.task.model.dtype)
+        square, alike = timing.products(config.task.model.width, dtype)
+        times, square_times, alike_times = timing.take_turns(advance, square.run, alike.run)
+
+    frames = config.data.batch_size * config.data.frames
+    best_rate = work / min(times)
+    square_rate = mesh.size * square.flops / min(square_times)
+    alike_rate = mesh.size * alike.flops / min(alike_times)
+    promised = flops.peak(mesh.devices.flat[0], dtype)
+    memory = update.memory_analysis()
+    return {
+        "step_ms": 1e3 * statistics.median(times),
+        "step_ms_best": 1e3 * min(times),
+        "frames_per_s": frames / statistics.median(times),
+        "gflop_per_step": work / 1e9,
+        "gflop_per_s": work / statistics.median(times) / 1e9,
+        "gflop_per_s_best": best_rate / 1e9,
+        "matmul_square_gflop_per_s": square_rate / 1e9,
+        "matmul_alike_gflop_per_s": alike_rate / 1e9,
+        "share_of_matmul": best_rate / max(square_rate, alike_rate),
+        **({"mfu": work / statistics.median(times) / (mesh.size * promised)} if promised else {}),
+        "compile_s": compile_s,
+        "program_mib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20,
+        "peak_mib": peak_bytes(mesh.devices.flat[0]) / 2**20,
+    }
+
+
+def sample(config, tokenizer):
+    """One clip with the exact cache and one with every frame recomputed in every iteration."""
+    frames, figures = config.data.frames, {}
+    cond = {**random_batch(config, 1), "num": 1}
+    for memory in ("cache", "none"):
+        fields = ConfigDict(config.task.to_dict())
+        fields.sampler.memory = memory
+        task = _task(fields, tokenizer)
+        frozen = task.frozen()
+        params, _ = jax.jit(task.init)(jax.random.key(0), random_batch(config, 1))
+
+        def clip(task=task, params=params, frozen=frozen):
+            return task.sample(params, jax.random.key(1), cond, frozen=frozen, frames=frames)
+
+        begin = time.perf_counter()
+        jax.block_until_ready(clip())
+        compile_s = time.perf_counter() - begin
+        (times,) = timing.take_turns(clip)
+        name = "cached" if memory == "cache" else "uncached"
+        figures[f"{name}_s"] = statistics.median(times)
+        figures[f"{name}_first_call_s"] = compile_s
+    schedule = task.schedule(frames)
+    return {
+        **figures,
+        "cached_share": figures["cached_s"] / figures["uncached_s"],
+        "cached_frames_per_s": frames / figures["cached_s"],
+        "cached_evaluations": schedule.evaluations,
+        "uncached_evaluations": schedule.iterations * frames,
+    }
+
+
+def input_pipeline(config, tokenizer):
+    """Frames per second out of the iterator alone, and the share of training spent waiting for it.
+
+    The loop is that of `train`: the next batch is fetched while the device works on the last.
+    """
+    mesh, size = make_mesh(config.mesh), config.data.batch_size
+    alone = data.throughput(config.data, timing.SECONDS)
+    options = dict(split="train", seed=config.seed, batch_size=size)
+    with (
+        jax.set_mesh(mesh),
+        contextlib.closing(data.make_iterator(config.data, **options)) as clips,
+    ):
+        _, frozen, state, update = _program(config, tokenizer, next(clips), mesh)
+        last, waited, begin = None, 0.0, None
+        for _ in range(1 + SHORT_RUN):
+            asked = time.perf_counter()
+            rows = next(clips)
+            waited += time.perf_counter() - asked
+            state, metrics = update(state, frozen, to_global(rows, batch_sharding(mesh)))
+            jax.block_until_ready(last)
+            last = metrics
+            if begin is None:  # the first step compiles, and then the clock starts
+                jax.block_until_ready(last)
+                waited, begin = 0.0, time.perf_counter()
+        jax.block_until_ready(last)
+    seconds = time.perf_counter() - begin
+    return {
+        "frames_per_s": alone,
+        "train_frames_per_s": SHORT_RUN * size * config.data.frames / seconds,
+        "train_data_wait": waited / seconds,
+    }
+
+
+def stream(config, tokenizer):
+    """Clips of STREAMS frames through the encoder and the decoder of a tokenizer, piece by piece.
+
+    The peak is of the process so far, so a longer clip that needs no more memory leaves it alone.
+    """
+    task = make_task(config.task)
+    if tokenizer or config.task.name != "tokenizer":
+        raise UserError(f"task.name={config.task.name}: use --config=configs/tokenizer.py")
+    tokenizer, size = task.tokenizer, config.data.size
+    batch = random_batch(config, 1)
+    params, extra = jax.jit(task.init)(jax.random.key(0), batch)
+    params, grid = {**params, **extra}, tokenizer.grid(size)
+    group = tokenizer.frames_for_latents(2) - 1
+    later = max(STREAM_PIECE // group, 1) * group
+    noise_BTHWC = np.random.default_rng(0).integers(
+        0, 256, (1, 1 + later, size, size, 3), dtype=np.uint8
+    )
+
+    @jax.jit
+    def through(params, video_u8, states):
+        z, encoder = tokenizer.encode(params, normalize(video_u8), states[0])
+        video, decoder = tokenizer.decode(params, z, grid, states[1])
+        return video.mean(), (encoder, decoder)
+
+    figures = {}
+    for frames in STREAMS:
+        states = (None, None)
+        pieces = -(-(frames - 1) // later)
+        for piece in range(pieces):
+            value, states = through(params, noise_BTHWC[:, min(piece, 1) :], states)
+            jax.block_until_ready(value)
+            if piece == 1:  # both programs are compiled by then
+                begin = time.perf_counter()
+        figures[f"peak_mib_{frames}"] = peak_bytes(jax.devices()[0]) / 2**20
+        figures[f"state_mib_{frames}"] = sum(x.nbytes for x in jax.tree.leaves(states)) / 2**20
+        figures[f"frames_per_s_{frames}"] = (pieces - 2) * later / (time.perf_counter() - begin)
+    return figures
+
+
+@dataclasses.dataclass(frozen=True)
+class Latents:
+    """Stands in for a tokenizer of one row of tokens; its latents are pixels off the frame's top.
+
+    The members are those of `models.patches.Patches`. `decode` shows latents as grey pictures.
+    """
+
+    tokens: int
+    channels: int
+
+    def grid(self, size):
+        del size
+        return (1, self.tokens)
+
+    def latents_for_frames(self, frames):
+        return frames
+
+    def encode(self, params, video_BTHWC, state=None):
+        del params
+        B, T = video_BTHWC.shape[:2]
+        z = video_BTHWC.reshape(B, T, -1)[..., : self.tokens * self.channels]
+        return z.reshape(B, T, self.tokens, self.channels), state
+
+    def decode(self, params, z_BTNZ, grid, state=None):
+        del params, grid
+        return z_BTNZ[..., None], state
+
+
+def random_batch(config, size):
+    """A batch of `size` clips of noise, of class 0 and without words."""
+    shapes = batch_shapes(config.data, size)
+    batch = {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items()}
+    batch["video"] = np.random.default_rng(0).integers(0, 256, shapes["video"].shape, np.uint8)
+    return batch
+
+
+def _task(fields, tokenizer):
+    """The task of `config.task`, with another tokenizer than its own unless None."""
+    return make_task(ConfigDict({**fields, "tokenizer": tokenizer}) if tokenizer else fields)
+
+
+def _program(config, tokenizer, batch, mesh):
+    """(task, frozen weights, first state, step) of training; call inside the mesh."""
+    config_lib.check_batch(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    task = _task(config.task, tokenizer)
+    tx, schedule = make_optimizer(config.optim, config.steps)
+    init, shardings = make_init(task, tx, batch, config, mesh)
+    return task, task.frozen(), init(), make_step(task, tx, schedule, config, mesh, shardings)
+
+
+def stand_in(latents):
+    """The Latents of --latents=TOKENSxCHANNELS; None where it is empty. Raises UserError."""
+    if not latents:
+        return None
+    match = re.fullmatch(r"(\d+)x(\d+)", latents)
+    if not match:
+        raise UserError(f"latents={latents}: write TOKENSxCHANNELS, such as 32x4")
+    return Latents(*map(int, match.groups()))

@@ -1,0 +1,100 @@
+"""How all benchmarks measure: in turns, beside plain products, and told with the circumstances."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+SECONDS = 15.0  # of measuring, start-up and compilation aside
+FEWEST = 5  # repetitions, however long they take
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "grain", "av")
+
+
+def take_turns(*functions):
+    """Seconds of every call of every function, called in turn for SECONDS: one list each."""
+    for function in functions:
+        jax.block_until_ready(function())
+    times = [[] for _ in functions]
+    deadline = time.perf_counter() + SECONDS
+    while len(times[0]) < FEWEST or time.perf_counter() < deadline:
+        for function, seconds in zip(functions, times):
+            begin = time.perf_counter()
+            jax.block_until_ready(function())
+            seconds.append(time.perf_counter() - begin)
+    return times
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A matrix product: a function that runs it and the FLOPs that it takes."""
+
+    run: object
+    flops: int
+
+
+def products(width, dtype):
+    """(a large square product, one like those of an MLP of this width), compiled and run once."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    shapes = (size, size, size), (size, width, 4 * width)
+
+    def make(rows, inner, columns):
+        a, b = (jnp.ones(shape, dtype) for shape in ((rows, inner), (inner, columns)))
+        product = jax.jit(jnp.matmul)
+        product(a, b)
+        return Product(lambda: product(a, b), 2 * rows * inner * columns)
+
+    return tuple(make(*shape) for shape in shapes)
+
+
+def circumstances():
+    """What a figure means nothing without: device, date, command and versions."""
+    device = jax.devices()[0]
+    return {
+        "device": _cpu() if device.platform == "cpu" else device.device_kind,
+        "devices": jax.device_count(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
+        "command": shlex.join(["python", "-m", "jaxvid.bench", *sys.argv[1:]]),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _cpu():
+    """Model and usable cores of the processor, as far as the system tells."""
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):  # not on a Mac
+        cores = len(os.sched_getaffinity(0))
+    try:
+        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        model = None
+    return f"{model[1] if model else platform.machine()} ({cores} cores)"
+
+
+def plot(figures, path):
+    """Milliseconds over tokens, one line for each contender; nothing without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: matplotlib is not installed; pip install 'jaxvid[plot]'")
+        return
+    lines = {}
+    for name, value in figures.items():
+        if match := re.fullmatch(r"(.+)_(\d+)_(forward|both)_ms", name):
+            lines.setdefault(f"{match[1]}, {match[3]}", []).append((int(match[2]), value))
+    figure = Figure(layout="constrained")
+    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds")
+    for name, points in lines.items():
+        axes.plot(*zip(*points), "o--" if name.endswith("forward") else "o-", label=name)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
