@@ -17,7 +17,6 @@ import functools
 import importlib.util
 import io
 import json
-import os
 import re
 import sys
 import tokenize
@@ -26,6 +25,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from jaxvid import files
 from jaxvid.errors import UserError
 from jaxvid.parallel import host
 
@@ -95,14 +95,7 @@ def read(argument: str) -> ConfigDict:
 
 def save(config: ConfigDict, path) -> None:
     """Writes the config as JSON; the file appears complete or not at all."""
-    text = config.to_json(indent=2) + "\n"
-    path = Path(path)
-    unfinished = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    with open(unfinished, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    files.write(path, config.to_json(indent=2) + "\n")
 
 
 def load(path) -> ConfigDict:
@@ -262,17 +255,17 @@ def _parse(argv):
 def _check_fields(argv) -> None:
     """Names what ml_collections would answer with a traceback: no config, or no such field."""
     flag = re.compile(r"--?config(?:=(.*))?$")
-    files = [
+    named = [
         following if match[1] is None else match[1]
         for argument, following in zip(argv, [*argv[1:], ""])
         if (match := flag.match(argument))
     ]
     asks_for_help = any(re.match(r"--?help", argument) for argument in argv)
-    if not files:
+    if not named:
         if asks_for_help:
             return
         raise UserError("config=: missing; name a config file, --config=configs/ar_diffusion.py")
-    fields = flatten(read(files[-1]))
+    fields = flatten(read(named[-1]))
     for argument in argv:
         match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
         if match and match[1] not in fields:

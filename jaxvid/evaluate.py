@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from jaxvid import config as config_lib
-from jaxvid import data, weights
+from jaxvid import data, files, weights
 from jaxvid.data import video as video_lib
 from jaxvid.data.transforms import normalize, to_uint8
 from jaxvid.inference import open_run
@@ -51,7 +51,7 @@ def main():
         else:
             document["video_distance"] = video_distance(run, batches, params, FLAGS.i3d)
             print(json.dumps(document["video_distance"], indent=2) + "\n")
-        (folder / "evaluate.json").write_text(json.dumps(document, indent=2) + "\n")
+        files.write(folder / "evaluate.json", json.dumps(document, indent=2) + "\n")
         write_pictures(run, folder)
 
 
@@ -147,7 +147,7 @@ def write_pictures(run, folder):
     truth, guess = batch["video"], _samples(run, batch, stream(run.config.seed, EVALUATE))
     pairs = np.stack([truth, to_uint8(np.asarray(guess))])  # [2, B, T, H, W, 3]
     rows = pairs.swapaxes(0, 1).reshape(-1, *truth.shape[1:])
-    (folder / "evaluate.png").write_bytes(video_lib.contact_sheet(rows))
+    files.write(folder / "evaluate.png", video_lib.contact_sheet(rows))
     _, B, T, H, W, C = pairs.shape
     tiled_THWC = pairs.transpose(2, 0, 3, 1, 4, 5).reshape(T, 2 * H, B * W, C)
     video_lib.write_mp4(folder / "evaluate.mp4", tiled_THWC, FPS)

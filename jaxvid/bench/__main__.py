@@ -18,6 +18,7 @@ from pathlib import Path
 from absl import flags
 
 from jaxvid import config as config_lib
+from jaxvid import files
 from jaxvid.bench import kernels, mixers, runs, timing
 
 RUNS = {
@@ -43,7 +44,7 @@ def main(command):
         print(f"  {name:<42}{value:>12,.5g}")
     path = Path(workdir, f"bench_{command}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**facts, "figures": figures}, indent=2) + "\n")
+    files.write(path, json.dumps({**facts, "figures": figures}, indent=2) + "\n")
     print(f"written to {path}")
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import importlib.metadata
+import io
 import os
 import platform
 import re
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+
+from jaxvid import files
 
 SECONDS = 15.0  # of measuring, start-up and compilation aside
 FEWEST = 5  # repetitions, however long they take
@@ -97,4 +100,6 @@ def plot(figures, path):
         axes.plot(*zip(*points), "o--" if name.endswith("forward") else "o-", label=name)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150)
+    files.write(path, picture.getvalue())

@@ -10,6 +10,7 @@ import re
 
 from absl import logging
 
+from jaxvid import files
 from jaxvid.data import video
 from jaxvid.errors import UserError
 
@@ -24,9 +25,9 @@ def find(root, field="data.path"):
     if not root or not os.path.isdir(root):
         raise UserError(f"{field}={str(root)!r}: no such directory; name a directory of videos")
     names = []
-    for folder, folders, files in os.walk(root):
+    for folder, folders, names_here in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
+        for name in names_here:
             if name.lower().endswith(video.SUFFIXES) and not name.startswith("."):
                 names.append(pathlib.Path(folder, name).relative_to(root).as_posix())
     if not names:
@@ -141,8 +142,6 @@ def _save(cache, known):
     """Write in one stroke; without a writable home the next start decodes again, no more."""
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_name(f"{cache.name}.{os.getpid()}")
-        partial.write_text(json.dumps(known))
-        partial.replace(cache)
+        files.write(cache, json.dumps(known))
     except OSError as error:
         logging.warning("the index of videos is not kept: %s", error)

@@ -37,7 +37,7 @@ from jaxvid.errors import UserError
 SHARD_BYTES = 2**28
 WORKER_BYTES = 2**33  # of address space
 # Files in the folder where a set grows.
-_OWN = re.compile(r"(train|validation)-\d{5}.*|(dataset|journal)\.(json|tmp)")
+_OWN = re.compile(r"(train|validation)-\d{5}.*|(dataset|journal)\.json(\.tmp\d+)?")
 
 
 @dataclasses.dataclass(frozen=True)

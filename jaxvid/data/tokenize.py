@@ -30,7 +30,7 @@ import jax
 import numpy as np
 
 from jaxvid import config as config_lib
-from jaxvid import data
+from jaxvid import data, files
 from jaxvid.data import array_record, clips, prepare, video
 from jaxvid.data.transforms import Window, mirror, normalize
 from jaxvid.errors import UserError
@@ -253,9 +253,7 @@ class Journal:
             self.records[split] = writer.records
         self.done = done
         names = ("recipe", "done", "records", "skipped")
-        unfinished = self._path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps({name: getattr(self, name) for name in names}))
-        unfinished.replace(self._path)
+        files.write(self._path, json.dumps({name: getattr(self, name) for name in names}))
 
 
 def write_set(folder, items, encoder, recipe, facts):

@@ -8,7 +8,6 @@ frames of a read: it is three times as fast as `frame.to_ndarray(format="rgb24")
 import contextlib
 import dataclasses
 import io
-import pathlib
 import zlib
 from fractions import Fraction
 
@@ -17,6 +16,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
+from jaxvid import files
 from jaxvid.data import transforms
 from jaxvid.errors import UserError
 
@@ -347,7 +347,7 @@ def write_mp4(path, video_THWC, fps):
             frame = av.VideoFrame.from_ndarray(picture_HWC, format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    pathlib.Path(path).write_bytes(buffer.getvalue())
+    files.write(path, buffer.getvalue())
 
 
 def gif_bytes(video_THWC, fps):
@@ -360,7 +360,7 @@ def gif_bytes(video_THWC, fps):
 
 def write_gif(path, video_THWC, fps):
     """uint8 [T, H, W, 3] -> a looping GIF file."""
-    pathlib.Path(path).write_bytes(gif_bytes(video_THWC, fps))
+    files.write(path, gif_bytes(video_THWC, fps))
 
 
 def contact_sheet(video_BTHWC, columns=16):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from jaxvid import files
 from jaxvid.data import video
 
 FPS = 8  # of sampled clips; a model knows frames, not seconds
@@ -76,7 +76,7 @@ class Writer:
 def write_clips(folder, video_BTHWC):
     """uint8 clips -> an mp4 and a GIF each, numbered, and sheet.png with all, a row each."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sheet.png").write_bytes(video.contact_sheet(video_BTHWC))
+    files.write(folder / "sheet.png", video.contact_sheet(video_BTHWC))
     for index, video_THWC in enumerate(video_BTHWC):
         video.write_mp4(folder / f"{index}.mp4", video_THWC, FPS)
         video.write_gif(folder / f"{index}.gif", video_THWC, FPS)
@@ -93,6 +93,4 @@ def _drop_lines_past(path, step):
                 kept.append(line + "\n")
         except (ValueError, TypeError, KeyError):
             continue
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text("".join(kept))
-    os.replace(unfinished, path)
+    files.write(path, "".join(kept))
