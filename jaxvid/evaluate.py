@@ -17,6 +17,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -25,6 +26,7 @@ from jaxvid import data, files, weights
 from jaxvid.data import video as video_lib
 from jaxvid.data.transforms import normalize, to_uint8
 from jaxvid.inference import open_run
+from jaxvid.layers.quantize import usage
 from jaxvid.metrics import frechet, i3d
 from jaxvid.parallel.sharding import batch_sharding, replicated
 from jaxvid.training.state import EVALUATE, stream
@@ -43,6 +45,8 @@ def main():
     batches = FLAGS.batches or run.config.evaluate.batches
     with jax.set_mesh(run.mesh):
         scores, clips = score(run, batches)
+        if run.config.task.name == "tokenizer":
+            scores |= codes(run, batches)
         print(f"{folder}, step {run.step}, {clips} held-out clips of {run.config.data.name}\n")
         print(report(scores))
         document = {"step": run.step, "clips": clips, **{k: _json(v) for k, v in scores.items()}}
@@ -72,6 +76,30 @@ def score(run, batches):
             found = evaluate(run.params, _place(batch, run.mesh), rng, frozen=run.frozen)
             rows.append({name: np.asarray(value)[fresh] for name, value in found.items()})
     return {name: _mean(np.concatenate([row[name] for row in rows])) for name in rows[0]}, len(seen)
+
+
+def codes(run, batches):
+    """Tokens per frame of a tokenizer, and how all held-out clips together use its codes.
+
+    That of a batch alone, which `score` gives, is bounded by the number of its tokens.
+    """
+    tokenizer, frames = run.task.tokenizer, run.config.data.frames
+    cells = np.prod(tokenizer.grid(run.config.data.size))
+    per_frame = cells * tokenizer.latents_for_frames(frames) / frames
+    found = {"tokens_per_frame": per_frame}
+    if not hasattr(tokenizer.quantizer, "size"):  # Gaussian latents
+        return found
+    tokens = jax.jit(lambda params, video: tokenizer.tokens(params, normalize(video))[0])
+    ids, seen = [], set()
+    with contextlib.closing(_held_out(run)) as iterator:
+        for _ in range(batches):
+            batch = next(iterator)
+            fresh = _first_places(batch["id"], seen)
+            if not fresh:
+                break
+            ids.append(np.asarray(tokens(run.params, _place(batch, run.mesh)["video"]))[fresh])
+    whole = usage(jnp.asarray(np.concatenate(ids)), tokenizer.quantizer.size)
+    return found | {name: np.asarray(value) for name, value in whole.items()}
 
 
 def report(scores):

@@ -42,6 +42,25 @@ def test_a_longer_stream_has_no_larger_state(monkeypatch):
         runs.stream(config_lib.read(FILE), None)
 
 
+def test_encoding_counts_the_encoder_alone(monkeypatch):
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    config = config_lib.read(FILE.replace("ar_diffusion", "tokenizer"))
+    config.data.update(frames=5, size=8, batch_size=2)
+    config.task.network.update(
+        width=16, heads=2, encode_blocks="t", decode_blocks="t", mlp_ratio=1.0, position="rope"
+    )
+    figures = runs.encode(config, None)
+    # 2 clips of 3 latents of 4 tokens; layers of 4 + 3 square matrices in space and in time.
+    tokens, latents = 24, 6
+    stem = 8 * 48 * 16 + 16 * 96 * 16
+    layers = tokens * 2 * 7 * 16 * 16
+    scores = latents * 2 * 4 * 4 * 16 + 8 * 2 * 3 * 3 * 16
+    assert figures["gflop"] == pytest.approx(2e-9 * (stem + layers + scores + tokens * 16 * 6))
+    assert figures["encode_ms"] >= figures["encode_ms_best"] > 0
+    with pytest.raises(UserError, match=r"configs/tokenizer\.py"):
+        runs.encode(config_lib.read(FILE), None)
+
+
 @pytest.mark.slow
 def test_step(settings):
     figures = runs.step(settings, None)
@@ -51,6 +70,7 @@ def test_step(settings):
     assert figures["gflop_per_s"] == pytest.approx(figures["gflop_per_step"] / seconds)
     best = max(figures["matmul_square_gflop_per_s"], figures["matmul_alike_gflop_per_s"])
     assert figures["share_of_matmul"] == pytest.approx(figures["gflop_per_s_best"] / best)
+    assert figures["share_of_matmul_all_pairs"] >= figures["share_of_matmul"]
     assert figures["compile_s"] > 0
     assert 0 < figures["program_mib"] < figures["peak_mib"]
 

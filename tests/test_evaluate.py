@@ -63,6 +63,32 @@ def test_batches_bound_the_work_and_differ_in_noise(run):
     assert two["noise"] == again["noise"]
 
 
+def test_codes_are_counted_over_all_clips_together(run, monkeypatch):
+    """Clip i is two tokens of code i and one of code 7, out of ten."""
+
+    def held_out(run):
+        for ids in ([0, 1, 2, 3], [4, 0, 1, 2], [0, 1, 2, 3]):
+            yield {"id": np.array(ids, np.int32), "video": np.array(ids)[:, None, None]}
+
+    monkeypatch.setattr(evaluate, "_held_out", held_out)
+    monkeypatch.setattr(evaluate, "normalize", lambda video: video)
+    run.config.data.update(frames=5, size=8)
+    tokenizer = SimpleNamespace(
+        quantizer=SimpleNamespace(size=10),
+        grid=lambda size: (1, size // 8),
+        latents_for_frames=lambda frames: 3,
+        tokens=lambda params, x: (jnp.concatenate([x, x, jnp.full_like(x, 7)], axis=2), None),
+    )
+    run.task = SimpleNamespace(tokenizer=tokenizer)
+    found = evaluate.codes(run, batches=3)
+    share = np.array([2 / 15] * 5 + [1 / 3])
+    assert found["usage"] == pytest.approx(0.6) and found["dead"] == 4
+    assert found["perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-5)
+    assert found["tokens_per_frame"] == pytest.approx(3 / 5)
+    tokenizer.quantizer = SimpleNamespace()
+    assert set(evaluate.codes(run, batches=3)) == {"tokens_per_frame"}
+
+
 def test_report(run):
     scores, _ = evaluate.score(run, batches=50)
     lines = evaluate.report(scores).splitlines()

@@ -3,6 +3,7 @@
     python -m jaxvid.bench step --config=configs/ar_diffusion.py     training step, MFU, memory
     python -m jaxvid.bench data --config=configs/ar_diffusion.py     input pipeline, waiting share
     python -m jaxvid.bench sample --config=configs/ar_diffusion.py   cached and uncached sampling
+    python -m jaxvid.bench encode --config=configs/tokenizer.py      clips to latents
     python -m jaxvid.bench stream --config=configs/tokenizer.py      long videos through a tokenizer
     python -m jaxvid.bench kernels --op=linear_attention             kernels beside softmax, a plot
     python -m jaxvid.bench mixers                                    mixers by length of the stream
@@ -25,6 +26,7 @@ RUNS = {
     "step": runs.step,
     "data": runs.input_pipeline,
     "sample": runs.sample,
+    "encode": runs.encode,
     "stream": runs.stream,
 }
 

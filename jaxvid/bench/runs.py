@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import re
 import statistics
 import time
@@ -36,13 +37,16 @@ def step(config, tokenizer):
 
     Steps and products take turns, so that whatever else the machine does slows both. FLOPs are
     those of matrix products and convolutions, forward and twice that backward. The share of what
-    plain products reach compares best with best; everything else is of the median step.
+    plain products reach compares best with best; everything else is of the median step. Pairs that
+    a mask hides are not computed and do not count, but for the share of `all_pairs`, which says how
+    fast a plain attention, which computes them, would have to be to take as little time.
     """
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         batch = jax.device_put(random_batch(config, config.data.batch_size), batch_sharding(mesh))
         task, frozen, state, update = _program(config, tokenizer, batch, mesh)
         work = flops.of_step(task, state, frozen, batch)
+        all_pairs = flops.of_step(task, state, frozen, batch, all_pairs=True)
         begin = time.perf_counter()
         update = update.lower(state, frozen, batch).compile()
         compile_s = time.perf_counter() - begin
@@ -52,26 +56,20 @@ def step(config, tokenizer):
             state, metrics = update(state, frozen, batch)
             return metrics
 
-        dtype = jnp.dtype(config.task.model.dtype)
-        square, alike = timing.products(config.task.model.width, dtype)
-        times, square_times, alike_times = timing.take_turns(advance, square.run, alike.run)
+        width, dtype = _width_and_dtype(config)
+        square, alike = timing.products(width, dtype)
+        times, *others = timing.take_turns(advance, square.run, alike.run)
 
-    frames = config.data.batch_size * config.data.frames
-    best_rate = work / min(times)
-    square_rate = mesh.size * square.flops / min(square_times)
-    alike_rate = mesh.size * alike.flops / min(alike_times)
+    rates = _rates(work, times, (square, alike), others, mesh.size)
     promised = flops.peak(mesh.devices.flat[0], dtype)
     memory = update.memory_analysis()
     return {
         "step_ms": 1e3 * statistics.median(times),
         "step_ms_best": 1e3 * min(times),
-        "frames_per_s": frames / statistics.median(times),
+        "frames_per_s": config.data.batch_size * config.data.frames / statistics.median(times),
         "gflop_per_step": work / 1e9,
-        "gflop_per_s": work / statistics.median(times) / 1e9,
-        "gflop_per_s_best": best_rate / 1e9,
-        "matmul_square_gflop_per_s": square_rate / 1e9,
-        "matmul_alike_gflop_per_s": alike_rate / 1e9,
-        "share_of_matmul": best_rate / max(square_rate, alike_rate),
+        **rates,
+        "share_of_matmul_all_pairs": all_pairs / work * rates["share_of_matmul"],
         **({"mfu": work / statistics.median(times) / (mesh.size * promised)} if promised else {}),
         "compile_s": compile_s,
         "program_mib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20,
@@ -143,18 +141,35 @@ def input_pipeline(config, tokenizer):
     }
 
 
+def encode(config, tokenizer):
+    """A batch of random clips to latents, with plain matrix products in turn as in `step`."""
+    tokenizer, params = _own_tokenizer(config, tokenizer)
+    video_BTHWC = jnp.asarray(normalize(random_batch(config, config.data.batch_size)["video"]))
+
+    def run(params, video_BTHWC):
+        return tokenizer.encode(params, video_BTHWC)[0]
+
+    work = flops.count(run, params, video_BTHWC)
+    program = functools.partial(jax.jit(run), params, video_BTHWC)
+    square, alike = timing.products(*_width_and_dtype(config))
+    times, *others = timing.take_turns(program, square.run, alike.run)
+    return {
+        "encode_ms": 1e3 * statistics.median(times),
+        "encode_ms_best": 1e3 * min(times),
+        "frames_per_s": config.data.batch_size * config.data.frames / statistics.median(times),
+        "gflop": work / 1e9,
+        **_rates(work, times, (square, alike), others),
+    }
+
+
 def stream(config, tokenizer):
     """Clips of STREAMS frames through the encoder and the decoder of a tokenizer, piece by piece.
 
     The peak is of the process so far, so a longer clip that needs no more memory leaves it alone.
     """
-    task = make_task(config.task)
-    if tokenizer or config.task.name != "tokenizer":
-        raise UserError(f"task.name={config.task.name}: use --config=configs/tokenizer.py")
-    tokenizer, size = task.tokenizer, config.data.size
-    batch = random_batch(config, 1)
-    params, extra = jax.jit(task.init)(jax.random.key(0), batch)
-    params, grid = {**params, **extra}, tokenizer.grid(size)
+    tokenizer, params = _own_tokenizer(config, tokenizer)
+    size = config.data.size
+    grid = tokenizer.grid(size)
     group = tokenizer.frames_for_latents(2) - 1
     later = max(STREAM_PIECE // group, 1) * group
     noise_BTHWC = np.random.default_rng(0).integers(
@@ -216,6 +231,34 @@ def random_batch(config, size):
     batch = {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items()}
     batch["video"] = np.random.default_rng(0).integers(0, 256, shapes["video"].shape, np.uint8)
     return batch
+
+
+def _rates(work, seconds, products, product_seconds, devices=1):
+    """What `work` FLOPs in each of `seconds` are beside a square and an alike product in theirs."""
+    best = work / min(seconds)
+    square, alike = (devices * p.flops / min(s) for p, s in zip(products, product_seconds))
+    return {
+        "gflop_per_s": work / statistics.median(seconds) / 1e9,
+        "gflop_per_s_best": best / 1e9,
+        "matmul_square_gflop_per_s": square / 1e9,
+        "matmul_alike_gflop_per_s": alike / 1e9,
+        "share_of_matmul": best / max(square, alike),
+    }
+
+
+def _width_and_dtype(config):
+    """Of the network that `config` trains, which tasks call their model or their network."""
+    network = config.task.get("model") or config.task.network
+    return network.width, jnp.dtype(network.dtype)
+
+
+def _own_tokenizer(config, tokenizer):
+    """(the tokenizer that `config` trains, random weights of it)."""
+    if tokenizer or config.task.name != "tokenizer":
+        raise UserError(f"task.name={config.task.name}: use --config=configs/tokenizer.py")
+    task = make_task(config.task)
+    params, extra = jax.jit(task.init)(jax.random.key(0), random_batch(config, 1))
+    return task.tokenizer, {**params, **extra}
 
 
 def _task(fields, tokenizer):

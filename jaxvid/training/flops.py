@@ -31,27 +31,29 @@ _PEAK_BANDWIDTH = {
 }
 
 
-def count(function, *args):
+def count(function, *args, all_pairs=False):
     """FLOPs of the matrix products and convolutions in function(*args), from shapes alone.
 
     A scan counts as often as it runs, which the compiler's own cost analysis leaves out; of a
     `cond` the dearest branch counts, and a `while` counts once. What remat repeats counts again.
-    `args` may be arrays or ShapeDtypeStructs.
+    all_pairs: softmax attention counts every pair of a query and a key, also those that a mask
+    hides and that are not computed. `args` may be arrays or ShapeDtypeStructs.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    return _count(jax.make_jaxpr(function)(*args).jaxpr, all_pairs)
 
 
-def of_step(task, state, frozen, batch):
+def of_step(task, state, frozen, batch, all_pairs=False):
     """FLOPs of one training step: the loss, and twice as much again for its gradient.
 
-    What remat repeats does not count, and the optimiser multiplies no matrices.
+    What remat repeats does not count, and the optimiser multiplies no matrices. all_pairs: as in
+    `count`.
     """
 
     def loss(params, extra, frozen, batch):
         rng = jax.random.key(0)
         return task.loss(params, batch, rng, step=0, frozen=frozen, extra=extra)
 
-    return 3 * count(loss, state.params, state.extra, frozen, batch)
+    return 3 * count(loss, state.params, state.extra, frozen, batch, all_pairs=all_pairs)
 
 
 def peak(device, dtype):
@@ -100,7 +102,7 @@ def measured(size=1024, repeats=5):
     return 2 * size**3 / min(seconds[1:])
 
 
-def _count(jaxpr):
+def _count(jaxpr, all_pairs):
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -112,8 +114,11 @@ def _count(jaxpr):
         elif eqn.primitive.name.startswith("dot_product_attention_fwd"):
             q_BLAK, k_BMAK = (variable.aval for variable in eqn.invars[:2])
             total += 4 * q_BLAK.size * k_BMAK.shape[1]  # cuDNN computes masked pairs too
+        elif all_pairs and eqn.params.get("name") == "softmax_attention":
+            q_BALK, k_BAMK = (variable.aval for variable in eqn.invars[:2])
+            total += 4 * q_BALK.size * k_BAMK.shape[2]
         else:
-            inner = [_count(body) for body in _bodies(eqn)]
+            inner = [_count(body, all_pairs) for body in _bodies(eqn)]
             if inner:
                 total += max(inner) if eqn.primitive.name == "cond" else _runs(eqn) * sum(inner)
     return total

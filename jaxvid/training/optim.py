@@ -16,7 +16,7 @@ GROUPS = ("discriminator",)  # branches of the parameters that may have an optim
 SCHEDULES = ("constant", "cosine")
 
 # The matrices inside of transformer layers, which Muon is made for, alone or in stacks of layers.
-_HIDDEN = re.compile(r"/(q|k|v|out|up|down)/kernel$")
+_HIDDEN = re.compile(r"/(q|k|v|out|up|gate|down)/kernel$")
 
 
 def make_optimizer(config, steps):

@@ -79,7 +79,7 @@ def test_a_network_of_zeros_has_the_loss_of_its_target(options, prediction):
 
 
 def test_clean_frames_are_condition_and_not_target():
-    """What the first frame shows, a part of every prefix, matters through the other frames alone."""
+    """What a frame of the prefix shows matters to the loss through the other frames alone."""
     task = Task(**fields(clean_prefix=1.0, timesteps="full_sequence", prediction="x0"))
     data = batch(1)
     changed = {**data, "video": data["video"].copy()}

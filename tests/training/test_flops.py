@@ -5,8 +5,11 @@ from types import SimpleNamespace
 import jax
 import jax.extend
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from jaxvid.kernels.attention import attention
+from jaxvid.layers.masks import causal
 from jaxvid.training import flops
 
 x = jax.ShapeDtypeStruct((4, 8), jnp.float32)
@@ -43,6 +46,28 @@ def test_cudnn_attention():
     q_BLAK, kv_BMAK = (jax.ShapeDtypeStruct((2, n, 4, 8), jnp.bfloat16) for n in (6, 10))
     products = 2 * (2 * 4) * 6 * 10 * 8 * 2
     assert flops.count(primitive.bind, q_BLAK, kv_BMAK, kv_BMAK) == products
+
+
+@pytest.mark.parametrize("all_pairs", [False, True])
+def test_masked_pairs_count_where_asked(all_pairs):
+    """Two chunks of 128 queries; the first reads its own 128 keys, of which the mask hides half."""
+    q_BLAK = jax.ShapeDtypeStruct((2, 256, 4, 8), jnp.float32)
+
+    @jax.checkpoint
+    def run(q_BLAK):
+        frames = np.arange(256) // 64
+        return attention(
+            q_BLAK,
+            q_BLAK,
+            q_BLAK,
+            q_position_L=frames,
+            k_position_M=frames,
+            allow=causal(),
+            implementation="xla",
+        )
+
+    pairs = 256 * 256 if all_pairs else 128 * 128 + 128 * 256
+    assert flops.count(run, q_BLAK, all_pairs=all_pairs) == 2 * 2 * (2 * 4) * pairs * 8
 
 
 def test_control_flow():

@@ -70,6 +70,7 @@ def test_muon_orthogonalises_the_matrices_of_layers_and_leaves_the_rest_to_adamw
         "layers": {
             "q": {"kernel": rng.normal(size=(3, 32, 8)), "bias": rng.normal(size=(3, 8))},
             "up": {"kernel": rng.normal(size=(3, 8, 32))},
+            "gate": {"kernel": rng.normal(size=(3, 8, 32))},
             "down": {"kernel": rng.normal(size=(3, 8, 32))},  # [out, in]
         },
         "head": {"kernel": rng.normal(size=(8, 8))},
@@ -88,7 +89,7 @@ def test_muon_orthogonalises_the_matrices_of_layers_and_leaves_the_rest_to_adamw
         np.testing.assert_allclose(get(muon), get(nadam), rtol=1e-6)
     # Each layer of a stack by itself: singular values near 1, times lr and the square root of the
     # out-features to an in-feature, where these are more.
-    for name, size in (("q", 0.5), ("up", 1.0), ("down", 0.5)):
+    for name, size in (("q", 0.5), ("up", 1.0), ("gate", 1.0), ("down", 0.5)):
         singular = np.linalg.svd(muon["layers"][name]["kernel"], compute_uv=False)
         assert singular.shape == (3, 8)
         assert 0.6 * size < singular.min() and singular.max() < 1.3 * size
