@@ -55,6 +55,7 @@ def get_config(options=""):
             arch=chosen.arch,  # cvivit, omnitokenizer or ar_vae
             error="l2",  # of the pixels: l1 or l2
             images=0.125,  # frames also rebuilt as images, as a share of the clip's
+            sizes=(),  # pixels of which every step draws one, up to data.size; () for that alone
             inflation="average",  # of the weights of an init_from of images: average, first or none
         )
     )

@@ -31,14 +31,16 @@ class Task:
     And, as asked, distances in the features of networks that know how things look, and the verdict
     of discriminators that are trained in the same step.
 
-    size, frames: of the training clips, pixels and frames. arch: a name of ARCHITECTURES. network:
-    its options. quantizer: name in `layers.quantize.QUANTIZERS` and its options. error: of pixels
-    in [-1, 1], "l1" or "l2". images: share of a clip's frames that are also drawn at random and
-    rebuilt as images, so that the weights of first frames, which are few, learn as the others do.
-    inflation: how `init_from` makes the maps of groups of frames from those of first frames.
-    perceptual: files with the weights of "lpips" (of a random frame of every clip and image) and of
-    "i3d" (of clips), "" for none, and the weight of each in the loss, `<name>_weight`. gan: options
-    of `tasks.adversarial.Adversary`, None for none; pictures are the images, clips the clips.
+    size, frames: of the training clips, pixels and frames. sizes: of which every step draws one at
+    random and shrinks its clips to it, to learn many resolutions; () for `size` alone. arch: a name
+    of ARCHITECTURES. network: its options. quantizer: name in `layers.quantize.QUANTIZERS` and its
+    options. error: of pixels in [-1, 1], "l1" or "l2". images: share of a clip's frames that are
+    also drawn at random and rebuilt as images, so that the weights of first frames, which are few,
+    learn as the others do. inflation: how `init_from` makes the maps of groups of frames from those
+    of first frames. perceptual: files with the weights of "lpips" (of a random frame of every clip
+    and image) and of "i3d" (of clips), "" for none, and the weight of each in the loss,
+    `<name>_weight`. gan: options of `tasks.adversarial.Adversary`, None for none; pictures are the
+    images, clips the clips.
     """
 
     sharding_rules = (
@@ -57,12 +59,15 @@ class Task:
         quantizer,
         error,
         images,
+        sizes=(),
         inflation="average",
         perceptual=None,
         gan=None,
     ):
         _check(arch, network, quantizer, error, images, inflation)
+        _check_sizes(sizes, size, arch, gan)
         self.frames, self.size = frames, (size, size)
+        self.sizes = tuple(sizes)
         self.error, self.num_images = ERRORS[error], round(images * frames)
         options = dict(quantizer)
         quantizer = QUANTIZERS[options.pop("name")](**options)
@@ -73,7 +78,8 @@ class Task:
             features=quantizer.features, channels=quantizer.channels, **options
         )
         self.tokenizer = Tokenizer(network, quantizer)
-        self.tokenizer.grid(size)
+        for pixels in (size, *sizes):
+            self.tokenizer.grid(pixels)
         self.tokenizer.latents_for_frames(frames)
         self.perceptual, self.inflation = dict(perceptual or {}), inflation
         self.adversary = Adversary(**gan) if gan else None
@@ -134,9 +140,24 @@ class Task:
 
     def loss(self, params, batch, rng, *, step, frozen, extra):
         """Error of the clips and of the images among them, a frame counting as a frame."""
+        video_BTHWC = normalize(batch["video"])
+        run = functools.partial(self._loss, params, step=step, frozen=frozen, extra=extra)
+        if not self.sizes:
+            return run(video_BTHWC, rng)
+
+        def shrunk(size):
+            shape = (*video_BTHWC.shape[:2], size, size, video_BTHWC.shape[-1])
+            return lambda rng: run(jax.image.resize(video_BTHWC, shape, "linear"), rng)
+
+        # One program with a branch for every size, so that no step compiles.
+        rng, rng_size = jax.random.split(rng)
+        drawn = jax.random.randint(rng_size, (), 0, len(self.sizes))
+        return jax.lax.switch(drawn, [shrunk(size) for size in self.sizes], rng)
+
+    def _loss(self, params, video_BTHWC, rng, *, step, frozen, extra):
+        """The loss on clips of any size."""
         rng_images, rng_latent, rng_codebook, rng_frame = jax.random.split(rng, 4)
         params = {**params, **extra}
-        video_BTHWC = normalize(batch["video"])
         parts = [video_BTHWC]
         if self.num_images:
             parts.append(self._images(video_BTHWC, rng_images))
@@ -156,8 +177,8 @@ class Task:
         latents = [q.reshape(*z.shape[:3], -1) for q, z in zip(clips_BLZ, features)]
 
         def rebuild(last):
-            network = {**params["network"], "pixels": last}
-            return [self._decode({**params, "network": network}, z_BTNZ) for z_BTNZ in latents]
+            weights = {**params, "network": {**params["network"], "pixels": last}}
+            return [self._decode(weights, z, video_BTHWC.shape[2:4]) for z in latents]
 
         def distance(guesses):
             return self._distance(guesses, parts, frozen, rng_frame)
@@ -234,8 +255,8 @@ class Task:
         index = order_BT[:, : self.num_images, None, None, None]
         return jnp.take_along_axis(video_BTHWC, index, axis=1).reshape(-1, 1, *frame)
 
-    def _decode(self, params, z_BTNZ):
-        return self.tokenizer.decode(params, z_BTNZ, self.tokenizer.grid(self.size))[0]
+    def _decode(self, params, z_BTNZ, size):
+        return self.tokenizer.decode(params, z_BTNZ, self.tokenizer.grid(size))[0]
 
     def evaluate(self, params, batch, rng, *, frozen):
         """Quality of the rebuilt clips.
@@ -248,7 +269,7 @@ class Task:
         video_BTHWC = normalize(batch["video"])
         z_BTNZ, _ = self.tokenizer.features(params, video_BTHWC)
         q_BTNZ, _, aux = self.tokenizer.quantizer(z_BTNZ, params["codebook"])
-        guess_BTHWC = jnp.clip(self._decode(params, q_BTNZ), -1, 1)
+        guess_BTHWC = jnp.clip(self._decode(params, q_BTNZ, self.size), -1, 1)
         change = jnp.diff(guess_BTHWC - video_BTHWC, axis=1)
         motion_BT = jnp.abs(change).mean((-3, -2, -1))
         metrics = {
@@ -272,7 +293,7 @@ class Task:
     @functools.partial(jax.jit, static_argnums=0)
     def _rebuild(self, params, video_u8):
         z_BTNZ, _ = self.tokenizer.encode(params, normalize(video_u8))
-        return jnp.clip(self._decode(params, z_BTNZ), -1, 1)
+        return jnp.clip(self._decode(params, z_BTNZ, self.size), -1, 1)
 
 
 def _by_kind(parts):
@@ -319,3 +340,17 @@ def _check(arch, network, quantizer, error, images, inflation):
         )
     if not 0 <= images <= 1:
         raise UserError(f"task.images={images}: not a share of the frames; use 0 to 1")
+
+
+def _check_sizes(sizes, size, arch, gan):
+    """The same for the sizes that steps draw from."""
+    if any(pixels > size for pixels in sizes):
+        raise UserError(
+            f"task.sizes={sizes}: clips are not enlarged; use at most data.size={size}, or raise it"
+        )
+    if sizes and arch == "ar_vae":
+        raise UserError(
+            f"task.sizes={sizes}: arch=ar_vae has latents for one size; leave sizes empty"
+        )
+    if sizes and gan and gan["kind"] == "stylegan":
+        raise UserError(f"task.sizes={sizes}: gan=stylegan judges one size; use gan=patch")

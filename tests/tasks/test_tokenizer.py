@@ -121,6 +121,28 @@ def test_config_help_describes_every_field(arch, quantizer):
     assert [row for row in rows if not row[place:].strip()] == []
 
 
+def test_a_step_draws_the_size_of_its_clips():
+    def objective(**changes):
+        task = Task(**fields("quantizer=fsq", **changes))
+        return task, jax.jit(
+            lambda params, extra, video, rng: task.loss(
+                params, {"video": video}, rng, step=0, frozen={}, extra=extra
+            )[0]
+        )
+
+    video, rng = batch()["video"], jax.random.key(2)
+    task, run = objective(sizes=(8, 12), images=0.0)
+    weights = jax.jit(task.init)(jax.random.key(0), batch())
+    found = {float(run(*weights, video, jax.random.fold_in(rng, n))) for n in range(8)}
+    wanted = []
+    for size in (8, 12):
+        shrunk = jax.image.resize(video.astype(np.float32), (2, 5, size, size, 3), "linear")
+        _, alone = objective(size=size, images=0.0)
+        wanted.append(alone(*weights, shrunk, rng))
+    np.testing.assert_allclose(sorted(found), sorted(wanted), rtol=1e-5)
+    assert run._cache_size() == 1
+
+
 def test_images_are_frames_of_the_clips_none_twice():
     task = Task(**fields(images=0.6))
     video = normalize(batch(3)["video"])
@@ -172,6 +194,8 @@ def test_perceptual_distances_join_the_loss_and_say_when_they_are_off(tmp_path, 
         ({"network__mixer__name": "rnn"}, "task.network.mixer.name='rnn'"),
         ({"network__patch": 5}, "patch=5: does not divide frames of 12 x 12"),
         ({"frames": 6}, "frames=6: .* use 5 or 7"),
+        ({"sizes": (8, 16)}, r"task.sizes=\(8, 16\): .* at most data.size=12"),
+        ({"sizes": (10,)}, "patch=4: does not divide frames of 10 x 10"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_compiled(changes, message):
