@@ -79,7 +79,13 @@ def ad(frames, sample_steps, s, window=None):
 
 
 def synchronous(frames, sample_steps, window=None):
-    """All frames together: full-sequence diffusion."""
+    """All frames together: full-sequence diffusion. Raises UserError if they exceed `window`."""
+    _check_sizes(frames, sample_steps, window)
+    if frames > (window or frames):
+        raise UserError(
+            f"schedule='synchronous': {frames} frames would be noisy at once but window={window}; "
+            f"use schedule='ad' with s >= {math.ceil(sample_steps / window)}"
+        )
     return ad(frames, sample_steps, 0, window)
 
 

@@ -155,8 +155,8 @@ class NoiseSchedule:
             )
         if prediction == "eps" and self.ends_in_pure_noise:
             raise UserError(
-                f"prediction='eps': says nothing of x0 where name={self.name!r} is pure noise; "
-                "use v or x0"
+                f"prediction='eps': says nothing of x0 where the schedule {self.name!r} is pure "
+                "noise; use v or x0"
             )
 
 

@@ -13,6 +13,8 @@ from jaxvid.layers.linear import Linear
 from jaxvid.mixers import cache as kv
 from jaxvid.parallel.sharding import shard
 
+MASKS = ("causal", "full", "leaky")
+
 
 class Attention(nn.Module):
     """Frame-block causal multi-head attention with rotary positions over (t, h, w).

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxvid.errors import UserError
 from jaxvid.kernels.linear_attention import linear_attention
 from jaxvid.layers.bias import alibi_slopes
 from jaxvid.layers.linear import Linear
@@ -168,5 +169,5 @@ def slopes(law, heads, layer=0, layers=1):
         "sglang": lambda: alibi_slopes(heads) * (1 - (layer - 1) / max(layers - 1, 1) + 1e-5),
     }
     if law not in laws:
-        raise ValueError(f"slopes={law!r}: unknown; use one of {', '.join(laws)} or one per head")
+        raise UserError(f"slopes={law!r}: unknown; use one of {', '.join(laws)} or one per head")
     return laws[law]()

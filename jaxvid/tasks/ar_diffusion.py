@@ -9,9 +9,10 @@ import numpy as np
 
 from jaxvid.data.transforms import normalize
 from jaxvid.diffusion import guidance, samplers, schedulers, schedules, timesteps
-from jaxvid.errors import UserError
+from jaxvid.errors import UserError, within
 from jaxvid.metrics import quality
 from jaxvid.mixers import MIXERS
+from jaxvid.mixers.attention import MASKS
 from jaxvid.models.conditioning import KINDS, Conditioner
 from jaxvid.models.dit import ARRANGEMENTS, DiT
 from jaxvid.models.patches import Patches
@@ -72,7 +73,8 @@ class Task:
         self.timesteps, self.clean_prefix = timesteps, clean_prefix
         self.condition, self.sampler = dict(condition), dict(sampler)
         self.drop = self.condition.pop("drop")
-        self.noise = schedules.make(**noise)
+        with within("task.noise", noise):
+            self.noise = schedules.make(**noise)
         _check(self, patch if tokenizer is None else 1, model)
         self.tokenizer = Patches(patch) if tokenizer is None else tokenizer
         self.grid = self._fits("size", self.tokenizer.grid, size)
@@ -107,14 +109,15 @@ class Task:
     def schedule(self, frames):
         """The frame schedule for this many latent frames; raises UserError where it cannot be."""
         options = self.sampler
-        return schedulers.make(
-            options["schedule"],
-            frames,
-            options["steps"],
-            s=options["s"],
-            block=options["block"],
-            window=self.window,
-        )
+        with within("task.sampler", options):
+            return schedulers.make(
+                options["schedule"],
+                frames,
+                options["steps"],
+                s=options["s"],
+                block=options["block"],
+                window=self.window,
+            )
 
     def check(self, source):
         """Raise UserError where the clips have more classes than the table, or no captions.
@@ -381,6 +384,7 @@ def _check(task, patch, model):
     choose("sampler.memory", sampler["memory"], MEMORIES)
     choose("model.arrangement", model["arrangement"], ARRANGEMENTS)
     choose("model.mixer.name", mixer["name"], MIXERS)
+    choose("model.mixer.mask", mixer.get("mask", "causal"), MASKS)
     choose("model.dtype", model["dtype"], DTYPES)
     options = {"name", *(field.name for field in dataclasses.fields(MIXERS[mixer["name"]]))}
     for name in set(mixer) - options:
@@ -399,7 +403,17 @@ def _check(task, patch, model):
         width * model["mlp_ratio"] >= 1,
         f"model.mlp_ratio={model['mlp_ratio']}: leaves width={width} no hidden unit; use 4",
     )
-    task.noise.weight(np.zeros(1, np.int32), task.weight, task.prediction)
+    with within("task", ("prediction", "weight")):
+        task.noise.weight(np.zeros(1, np.int32), task.weight, task.prediction)
+    levels = task.noise.num_steps
+    require(
+        1 <= sampler["steps"] < levels,
+        f"sampler.steps={sampler['steps']}: there are {levels} noise levels; use 1 to {levels - 1}",
+    )
+    require(
+        0 <= sampler["eta"] <= 1,
+        f"sampler.eta={sampler['eta']}: a share of fresh noise; use 0 (DDIM) to 1 (ancestral)",
+    )
     require(
         size % patch == 0,
         f"patch={patch}: does not divide size={size}; use a divisor of {size}",

@@ -226,6 +226,10 @@ def test_make(name, expected):
         (lambda: schedulers.ad(4, 5, 1, window=0), "window=0: must be positive"),
         (lambda: schedulers.block_causal(4, 5, 0), "block=0: .* use block >= 1"),
         (lambda: schedulers.block_causal(40, 5, 8, window=4), "block=8: .* use block <= 4"),
+        (
+            lambda: schedulers.make("synchronous", 40, 50, s=1, window=16),
+            r"^schedule='synchronous': 40 frames .* window=16; use schedule='ad' with s >= 4",
+        ),
         (lambda: schedulers.make("ad", 4, 5), "s=None: schedule='ad' needs it; use s=0..5"),
         (lambda: schedulers.make("sync", 4, 5), "schedule='sync': .* use one of synchronous, ad"),
     ],
