@@ -84,6 +84,8 @@ def _train(config, workdir, mesh, stack):
     frames = config.data.batch_size * config.data.frames
     progress = Progress(config.steps, frames, work, flops.machine(mesh.devices.flatten()))
     log = Log(config, writer, progress, guard)
+    if found:
+        _make_up(step, state, frozen, config, held_out, writer, log)
 
     while step < config.steps:
         rows = progress.next(clips)
@@ -94,12 +96,13 @@ def _train(config, workdir, mesh, stack):
 
         preempted, scores = checkpoints.preempted(step), None
         last = step == config.steps
-        if (_due(step, config.evaluate.every) or last) and not preempted:
+        is_measured = last or _due(step, config.evaluate.every)
+        if is_measured and not preempted:
             with progress.outside(metrics):
                 scores = held_out.evaluate(state.weights, frozen)
             log.settle(scores)
         if checkpoints.due(step):
-            log.settle()  # so that the record never lags behind what is saved
+            log.settle(always=is_measured)  # so that the record never lags behind what is saved
             checkpoints.save(step, state, clips, scores)
         if preempted:
             say(f"{workdir}: stopped; step {step} is saved, the same command goes on from there")
@@ -111,6 +114,21 @@ def _train(config, workdir, mesh, stack):
     writer.videos(step, held_out.sample(state.weights, frozen))
     say(f"{workdir}: finished at step {step}")
     return state
+
+
+def _make_up(step, state, frozen, config, held_out, writer, log):
+    """The evaluation and the samples due at the step that is resumed, where a stop prevented them.
+
+    All processes do what the files of process 0 ask for.
+    """
+    last = step == config.steps
+    lacks_scores = (last or _due(step, config.evaluate.every)) and not writer.has_scores(step)
+    lacks_videos = _due(step, config.sample.every) and not last and not writer.has_videos(step)
+    lacks_scores, lacks_videos = multihost.agreed(lacks_scores, lacks_videos)
+    if lacks_scores:
+        log.make_up(step, held_out.evaluate(state.weights, frozen))
+    if lacks_videos:
+        writer.videos(step, held_out.sample(state.weights, frozen))
 
 
 def _begin(state, task, config):

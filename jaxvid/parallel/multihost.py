@@ -4,7 +4,9 @@ import logging
 import os
 
 import jax
+import numpy as np
 import portpicker
+from jax.experimental import multihost_utils
 
 from jaxvid.errors import UserError
 
@@ -78,6 +80,13 @@ def batch_share(mesh):
             blocks.setdefault(device.process_index, set()).add(block)
     shares = sorted({tuple(sorted(held)) for held in blocks.values()})
     return shares.index(tuple(sorted(blocks[jax.process_index()]))), len(shares)
+
+
+def agreed(*flags):
+    """The flags of process 0, on all processes."""
+    if jax.process_count() == 1:
+        return flags
+    return tuple(map(bool, multihost_utils.broadcast_one_to_all(np.array(flags))))
 
 
 def to_global(batch, sharding):

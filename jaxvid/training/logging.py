@@ -23,8 +23,11 @@ class Log:
         self.settle()
         self.pending = step, metrics, ids
 
-    def settle(self, evaluation=None):
-        """Fetch the pending step, let the guard judge it, write it down when its turn has come."""
+    def settle(self, evaluation=None, always=False):
+        """Fetch the pending step, let the guard judge it, write it down when its turn has come.
+
+        Or if it has been evaluated, or `always`.
+        """
         if self.pending is None:
             return
         step, metrics, ids = self.pending
@@ -32,11 +35,24 @@ class Log:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.guard.check(step, values["skipped"], ids)
         self.progress.settled(step)
-        if evaluation or step % self.every == 0 or step == self.steps:
-            scores = {f"evaluate/{name}": value for name, value in (evaluation or {}).items()}
-            values |= self.progress.rates(step) | scores
+        if evaluation or always or step % self.every == 0 or step == self.steps:
+            values |= self.progress.rates(step) | _scores(evaluation or {})
             self.writer.scalars(step, values)
             say(self.progress.line(step, values))
+
+    def make_up(self, step, evaluation):
+        """Write down the evaluation of a step that was settled without, before a stop."""
+        scores = _scores(evaluation)
+        self.writer.amend(step, scores)
+        say("  ".join([f"step {step} made up", *_shown(scores)]))
+
+
+def _scores(evaluation):
+    return {f"evaluate/{name}": value for name, value in evaluation.items()}
+
+
+def _shown(scores):
+    return [f"{name} {v:.4g}" for name, v in scores.items() if name.startswith("evaluate/")]
 
 
 class Progress:
@@ -109,8 +125,7 @@ class Progress:
             ]
         if values["skipped"]:
             parts.append(f"{values['skipped']:.0f} steps skipped")
-        parts += [f"{name} {v:.4g}" for name, v in values.items() if name.startswith("evaluate/")]
-        return "  ".join(parts)
+        return "  ".join([*parts, *_shown(values)])
 
 
 def duration(seconds):

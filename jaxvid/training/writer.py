@@ -13,6 +13,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from jaxvid import files
 from jaxvid.data import video
 
+SHEET = "sheet.png"
 FPS = 8  # of sampled clips; a model knows frames, not seconds
 
 
@@ -25,11 +26,10 @@ class Writer:
 
     def __init__(self, workdir, step, tensorboard):
         self.workdir, self.lines, self.events = Path(workdir), None, None
+        self._path = self.workdir / "metrics.jsonl"
         if jax.process_index():
             return
-        path = self.workdir / "metrics.jsonl"
-        _drop_lines_past(path, step)
-        self.lines = open(path, "a", buffering=1)  # noqa: SIM115
+        self._rewrite(self._lines_up_to(step))
         if tensorboard:
             folder = self.workdir / "tensorboard"
             folder.mkdir(exist_ok=True)
@@ -38,21 +38,37 @@ class Writer:
             self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, step, values):
-        """One line, one point of each curve. What is not finite is null: JSON has no NaN."""
+        """One line, one point of each curve. What is not finite is null."""
         if not self.lines:
             return
-        values = {name: float(value) for name, value in values.items()}
-        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        self.lines.write(json.dumps({"step": step, **finite}) + "\n")
-        if self.events:
-            entries = [Summary.Value(tag=name, simple_value=v) for name, v in values.items()]
-            self._event(step, summary=Summary(value=entries))
+        self.lines.write(json.dumps({"step": step, **_finite(values)}) + "\n")
+        self._points(step, values)
+
+    def has_scores(self, step):
+        """Whether the line of `step` holds an evaluation; asked of process 0."""
+        lines = self._lines_up_to(step) if self.lines else []
+        names = [name for line in lines if line["step"] == step for name in line]
+        return any(name.startswith("evaluate/") for name in names)
+
+    def amend(self, step, values):
+        """`scalars` of what the line of `step`, the last that is written, does not hold yet."""
+        if not self.lines:
+            return
+        lines = self._lines_up_to(step)
+        known = lines.pop() if lines and lines[-1]["step"] == step else {"step": step}
+        self.lines.close()
+        self._rewrite([*lines, known | _finite(values)])
+        self._points(step, values)
+
+    def has_videos(self, step):
+        """Whether the samples of `step` are there, and whole."""
+        return (self._samples(step) / SHEET).exists()
 
     def videos(self, step, video_BTHWC):
         """uint8 clips -> samples/<step>/: an mp4 and a GIF each, and sheet.png with all."""
         if not self.lines:
             return
-        write_clips(self.workdir / "samples" / f"{step:06d}", video_BTHWC)
+        write_clips(self._samples(step), video_BTHWC)
         if self.events:
             # As an image: tensorboardX.add_video writes nothing, silently, without moviepy.
             H, W = video_BTHWC.shape[2:4]
@@ -68,6 +84,32 @@ class Writer:
         for file in filter(None, (self.lines, self.events)):
             file.close()
 
+    def _samples(self, step):
+        return self.workdir / "samples" / f"{step:06d}"
+
+    def _lines_up_to(self, step):
+        """The lines of metrics.jsonl as dicts, without one that a crash cut short."""
+        if not self._path.exists():
+            return []
+        lines = []
+        for line in self._path.read_text(errors="replace").splitlines():
+            try:
+                found = json.loads(line)
+                if found["step"] <= step:
+                    lines.append(found)
+            except (ValueError, TypeError, KeyError):
+                continue
+        return lines
+
+    def _rewrite(self, lines):
+        files.write(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+        self.lines = open(self._path, "a", buffering=1)  # noqa: SIM115
+
+    def _points(self, step, values):
+        if self.events:
+            entries = [Summary.Value(tag=name, simple_value=v) for name, v in values.items()]
+            self._event(step, summary=Summary(value=entries))
+
     def _event(self, step, **content):
         self.events.write_event(Event(wall_time=time.time(), step=step, **content))
         self.events.flush()
@@ -76,21 +118,13 @@ class Writer:
 def write_clips(folder, video_BTHWC):
     """uint8 clips -> an mp4 and a GIF each, numbered, and sheet.png with all, a row each."""
     folder.mkdir(parents=True, exist_ok=True)
-    files.write(folder / "sheet.png", video.contact_sheet(video_BTHWC))
     for index, video_THWC in enumerate(video_BTHWC):
         video.write_mp4(folder / f"{index}.mp4", video_THWC, FPS)
         video.write_gif(folder / f"{index}.gif", video_THWC, FPS)
+    files.write(folder / SHEET, video.contact_sheet(video_BTHWC))  # last: where it is, all are
 
 
-def _drop_lines_past(path, step):
-    """Rewrite metrics.jsonl without later steps and without a line that a crash cut short."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, TypeError, KeyError):
-            continue
-    files.write(path, "".join(kept))
+def _finite(values):
+    """Floats, and None for what is not finite: JSON has no NaN."""
+    values = {name: float(value) for name, value in values.items()}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}

@@ -11,6 +11,7 @@ import toy
 from jaxvid import config as config_lib
 from jaxvid.errors import UserError
 from jaxvid.train import train
+from jaxvid.training.checkpoint import Checkpoints
 
 
 def lines(workdir):
@@ -132,6 +133,38 @@ def test_more_steps_go_on_where_it_stopped(tmp_path, compiled, monkeypatch):
         [line["loss"] for line in lines(tmp_path / "straight")],
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize("stop", [4, 8])
+def test_an_evaluation_that_a_stop_prevented_is_made_up(tmp_path, monkeypatch, stop):
+    """SIGTERM at a step that is evaluated, or the last: all is as if it had not come, once."""
+    options = dict(
+        checkpoint__every=4, evaluate__every=4, sample__every=4, log__every=3, log__tensorboard=True
+    )
+    straight = train(toy.config(**options), str(tmp_path / "straight"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "preempted", lambda self, step: step == stop)
+        stopped = train(toy.config(**options), str(tmp_path / "cut"))
+    assert int(stopped.step) == lines(tmp_path / "cut")[-1]["step"] == stop
+    assert not (tmp_path / "cut" / "samples" / f"{stop:06d}").exists()
+    resumed = train(toy.config(**options), str(tmp_path / "cut"))
+    for a, b in zip(jax.tree.leaves(straight), jax.tree.leaves(resumed)):
+        np.testing.assert_array_equal(a, b)
+    train(toy.config(**options), str(tmp_path / "cut"))  # nothing is missing any more
+
+    found, wanted = (
+        [
+            {name: v for name, v in line.items() if not name.endswith(("_per_s", "_wait", "mfu"))}
+            for line in lines(tmp_path / run)
+        ]
+        for run in ("cut", "straight")
+    )
+    assert found == wanted and [line["step"] for line in found] == [3, 4, 6, 8]
+    assert "evaluate/mse" in found[1] and "evaluate/mse" in found[3]
+    for sample in ("000004", "000008"):
+        for path in (tmp_path / "straight" / "samples" / sample).iterdir():
+            made_up = tmp_path / "cut" / "samples" / sample / path.name
+            assert made_up.read_bytes() == path.read_bytes()
 
 
 def test_nan_for_a_while_is_skipped_and_counted(tmp_path):
