@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import inspect
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.sharding import path_name, shard_params
 from jaxvid.training.restore import restore_weights
 
+TASKS = ("ar_diffusion", "tokenizer", "mqar")  # modules of jaxvid.tasks
+WITHOUT_S = ("synchronous", "autoregressive")  # frame schedules that know when frames start
 DIGEST = 16  # hexadecimal digits that name a tokenizer
 
 
@@ -41,9 +44,14 @@ def open_run(workdir, sampler=None):
     config = config_lib.load(Path(workdir, "config.json"))
     if "task" not in config:
         raise UserError(f"workdir={workdir}: its config.json has no task; is it that of a run?")
-    if sampler:
+    if sampler and "sampler" in config.task:
+        fields = config.task.sampler
         with config.ignore_type():  # s counts iterations or, of a pyramid, parts of one
-            config.task.sampler.update(sampler)
+            fields.update(sampler)
+        if "s" in sampler and fields.schedule in WITHOUT_S:
+            raise UserError(
+                f"s={fields.s:g}: schedule={fields.schedule} has no s; leave --s out, or use ad"
+            )
     task = make_task(config.task)
     mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
     step, params = restore_weights(workdir, config, task, mesh)
@@ -58,13 +66,9 @@ def make_task(fields):
     A work folder in the field `tokenizer` becomes the tokenizer in it. Its weights must be those
     that `tokenizer_digest` names; an empty one is filled in, which binds a run to its latents.
     """
-    module = f"jaxvid.tasks.{fields.name}"
-    try:
-        module = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        raise UserError(f"task.name={fields.name}: there is no module {module}") from error
+    if fields.name not in TASKS:
+        raise UserError(f"task.name={fields.name}: unknown; use one of {', '.join(TASKS)}")
+    module = importlib.import_module(f"jaxvid.tasks.{fields.name}")
     options = {name: value for name, value in fields.items() if name != "name"}
     digest = options.pop("tokenizer_digest", "")
     workdir = options.get("tokenizer")
@@ -78,6 +82,13 @@ def make_task(fields):
                 f"task.tokenizer={workdir}: its weights, {found}, are not those that this run was "
                 f"made with, {digest}; bring these back or train again"
             )
+    try:
+        inspect.signature(module.Task).bind(**options)
+    except TypeError as error:
+        raise UserError(
+            f"task.name={fields.name}: config.task holds the fields of another task ({error}); "
+            "choose the task by its own config file"
+        ) from error
     return module.Task(**options)
 
 

@@ -34,6 +34,8 @@ class Source:
     captions = False
 
     def __init__(self, config, split):
+        if "vocabulary" not in config:
+            raise UserError("data.name='mqar': symbols, no video; use --config=configs/mqar.py")
         self._split, self._frames, self._size = split, config.frames, config.size
         self._vocabulary, self._pairs = config.vocabulary, tuple(config.pairs)
         self._count = config.num_clips if split == "train" else VALIDATION_CLIPS

@@ -193,8 +193,10 @@ def test_nan_without_end_stops_naming_the_clips(tmp_path):
         ({"data__batch_size": 6}, "data.batch_size=6"),
         ({"mesh__data": 3}, "does not match the 8 devices"),
         ({"optim__schedule": "cosin"}, "optim.schedule=cosin"),
-        ({"task__name": "toys"}, "task.name=toys"),
+        ({"task__name": "base"}, "task.name=base: unknown; use one of ar_diffusion, tokenizer"),
+        ({"task__name": "mqar"}, "task.name=mqar: config.task holds the fields of another task"),
         ({"data__name": "toys"}, "data.name='toys'"),
+        ({"data__name": "mqar"}, "data.name='mqar': symbols, no video; use --config"),
         ({"checkpoint__best": "mse"}, "must be a multiple of evaluate.every=0"),
         (
             {"checkpoint__best": "-msr", "evaluate__every": 3},

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxvid import data
+from jaxvid import data, inference
 from jaxvid.errors import UserError
 from jaxvid.parallel.sharding import path_name, shard
 
@@ -103,6 +103,7 @@ def install():
     """Make `task.name = "toy"` and `data.name = "toy"` what the trainer finds."""
     sys.modules["jaxvid.tasks.toy"] = sys.modules["jaxvid.data.toy"] = sys.modules[__name__]
     data.SOURCES = (*data.SOURCES, "toy")
+    inference.TASKS = (*inference.TASKS, "toy")
 
 
 def config(**changes):
