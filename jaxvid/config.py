@@ -209,6 +209,7 @@ def run(main, commands: tuple[str, ...] = ()) -> None:
     With `commands`, the command line must name one of them and it becomes main's argument.
     """
     host.prepare()
+    sys.unraisablehook = _unraisable
     app.run(functools.partial(_main, main, commands), flags_parser=_parse)
 
 
@@ -229,6 +230,12 @@ def _main(main, commands, argv):
         if error.errno not in _DISK_TROUBLE:
             raise
         return _report(f"{error.filename or 'disk'}: {error.strerror}")
+
+
+def _unraisable(trouble):
+    """Of a damaged checkpoint, reads still under way when one fails find asyncio's loop closed."""
+    if str(trouble.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(trouble)
 
 
 def _report(error) -> int:

@@ -21,6 +21,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxvid import config as config_lib
 from jaxvid.errors import UserError
+from jaxvid.training.restore import reason, remedy
 
 # Sections and fields that may differ when a run is resumed: they do not change what is learnt,
 # except `steps`, which stretches a cosine schedule.
@@ -126,7 +127,7 @@ class Checkpoints:
         except Exception as error:
             raise UserError(
                 f"workdir={self.workdir}: checkpoint {step} is not one of jaxvid's "
-                f"({_first_line(error)}); choose another --workdir"
+                f"({reason(error)}); {self._remedy()}"
             ) from error
         changed = [
             f"{field}: {old!r} -> {new!r}"
@@ -153,14 +154,16 @@ class Checkpoints:
         try:
             restored = self.manager.restore(step, args=items)
         except Exception as error:
-            folder = os.path.join(self.workdir, "ckpt", str(step))
             raise UserError(
                 f"workdir={self.workdir}: checkpoint {step} does not fit this model or is damaged "
-                f"({_first_line(error)}); choose another --workdir, or delete {folder} to go on "
-                "from the one before it"
+                f"({reason(error)}); {self._remedy()}"
             ) from error
         iterator.set_state(restored.data)
         return step, restored.state
+
+    def _remedy(self):
+        done = remedy(os.path.join(self.workdir, "ckpt"), self.manager.all_steps())
+        return f"choose another --workdir, or {done}"
 
     @contextlib.contextmanager
     def _one_line(self, action):
@@ -168,13 +171,13 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            reason = _disk_trouble(error)
-            if not reason:
+            trouble = _disk_trouble(error)
+            if not trouble:
                 raise
             kept = self.manager.all_steps() if hasattr(self, "manager") else []
             kept = f"checkpoint {max(kept)} is whole" if kept else "nothing was saved yet"
             raise UserError(
-                f"workdir={self.workdir}: cannot {action} ({reason}); {kept}; "
+                f"workdir={self.workdir}: cannot {action} ({trouble}); {kept}; "
                 "make room or mend the folder and run the same command again"
             ) from error
 
@@ -212,8 +215,8 @@ def _require_room(folder, state):
     need = 0.8 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(folder).free
     if free < need:
-        reason = f"{os.strerror(errno.ENOSPC)}: {free / 1e6:.1f} MB of {need / 1e6:.1f} MB"
-        raise OSError(errno.ENOSPC, reason)
+        trouble = f"{os.strerror(errno.ENOSPC)}: {free / 1e6:.1f} MB of {need / 1e6:.1f} MB"
+        raise OSError(errno.ENOSPC, trouble)
 
 
 def _disk_trouble(error):
@@ -222,8 +225,3 @@ def _disk_trouble(error):
         return error.strerror or str(error)
     complaints = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
     return next((os.strerror(code) for code in complaints if os.strerror(code) in str(error)), "")
-
-
-def _first_line(error, limit=200):
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return line if len(line) <= limit else f"{line[:limit]}..."

@@ -1,6 +1,8 @@
 """The trained weights of a run without its optimiser: what evaluating and sampling need."""
 
+import json
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxvid.errors import UserError
-from jaxvid.parallel.sharding import shard_params
+from jaxvid.parallel.sharding import path_name, shard_params
 
 
 def batch_shapes(fields, size):
@@ -50,12 +52,37 @@ def restore_weights(workdir, config, task, mesh=None):
                 os.path.join(folder, str(step), "state"),
                 args=ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True),
             )
+            _check_shapes(found, wanted)
     except Exception as error:  # orbax raises many kinds, tensorstore's among them
-        reason = str(error).strip().splitlines()[0][:200]
         raise UserError(
-            f"workdir={workdir}: checkpoint {step} does not fit its config or is damaged ({reason})"
+            f"workdir={workdir}: checkpoint {step} does not fit its config or is damaged "
+            f"({reason(error)}); bring back its config.json, or {remedy(folder, steps)}"
         ) from error
     return step, {**found[part], **found.get("extra", {})}
+
+
+def reason(error):
+    """What orbax or tensorstore has against a checkpoint, in a few words."""
+    if isinstance(error, json.JSONDecodeError):
+        return "a description in it is cut short or no JSON"
+    text = str(error.args[0] if isinstance(error, KeyError) else error).strip()
+    if re.match(r"[A-Z_]+: ", text):  # tensorstore's, with all its drivers and source files
+        return "arrays in it cannot be read"
+    sentence = next(iter(text.splitlines()), type(error).__name__).partition(". ")[0]
+    return sentence if len(sentence) <= 200 else f"{sentence[:200]}..."
+
+
+def remedy(folder, steps):
+    """What to do about the newest of the checkpoints `steps` in a folder."""
+    *before, last = sorted(steps)
+    after = f"go on from step {before[-1]}" if before else "begin anew"
+    return f"delete {os.path.join(folder, str(last))} to {after}"
+
+
+def _check_shapes(found, wanted):
+    for (path, have), want in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(wanted)):
+        if have.shape != want.shape:
+            raise ValueError(f"{path_name(path)} has shape {have.shape}, not {want.shape}")
 
 
 def _wanted(shapes, mesh, rules):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import toy
 
+from configs import ar_diffusion
 from jaxvid import config as config_lib
 from jaxvid import data
 from jaxvid.errors import UserError
@@ -58,7 +59,15 @@ def test_an_unfinished_save_is_passed_over(finished, tmp_path):
     [
         (lambda workdir: (workdir / "config.json").unlink(), "no such file"),
         (lambda workdir: shutil.rmtree(workdir / "ckpt"), "there is no checkpoint yet"),
-        (lambda workdir: save(workdir, task__width=8), "does not fit its config"),
+        (lambda workdir: save(workdir, task__width=8), r"\(8,\).* shape: \(16,\)\); bring back"),
+        (
+            lambda workdir: (workdir / "ckpt/4/state/manifest.ocdbt").write_text("xx"),
+            r"\(arrays in it cannot be read\); bring .*, or delete .*/ckpt/4 to go on from step 3$",
+        ),
+        (
+            lambda workdir: (workdir / "ckpt/4/state/_METADATA").write_text("{"),
+            r"damaged \(a description in it is cut short or no JSON\); bring",
+        ),
     ],
 )
 def test_what_cannot_be_opened_is_one_line(finished, tmp_path, spoil, message):
@@ -67,6 +76,21 @@ def test_what_cannot_be_opened_is_one_line(finished, tmp_path, spoil, message):
     with pytest.raises(UserError, match=message) as error:
         open_run(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_a_schedule_without_s_refuses_one(tmp_path):
+    config_lib.save(ar_diffusion.get_config(), tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"^s=2: schedule=synchronous has no s; leave --s out"):
+        open_run(str(tmp_path), sampler={"schedule": "synchronous", "s": 2.0})
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        open_run(str(tmp_path), sampler={"schedule": "synchronous"})
+
+
+def test_another_model_is_refused_without_a_mesh_too(finished):
+    config = toy.config(task__width=8)
+    task = toy.Task(width=8)
+    with pytest.raises(UserError, match=r"hidden/bias has shape \(16,\), not \(8,\)"):
+        restore.restore_weights(str(finished[0]), config, task)
 
 
 def save(workdir, **changes):

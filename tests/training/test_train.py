@@ -93,7 +93,9 @@ def test_a_checkpoint_of_something_else_is_refused(finished, tmp_path):
 
     shutil.copytree(finished / "ckpt", tmp_path / "ckpt")
     shutil.rmtree(tmp_path / "ckpt" / "8" / "config")
-    assert "is not one of jaxvid's" in error_of(toy.config(), tmp_path)
+    message = error_of(toy.config(), tmp_path)
+    assert "checkpoint 8 is not one of jaxvid's (Item" in message
+    assert message.endswith(f"or delete {tmp_path}/ckpt/8 to go on from step 2")
 
 
 def test_a_damaged_checkpoint_is_one_line(finished, tmp_path):
@@ -104,7 +106,11 @@ def test_a_damaged_checkpoint_is_one_line(finished, tmp_path):
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     message = error_of(toy.config(checkpoint__every=2), tmp_path)
-    assert "checkpoint 8" in message and "damaged" in message
+    assert message == (
+        f"workdir={tmp_path}: checkpoint 8 does not fit this model or is damaged (arrays in it "
+        f"cannot be read); choose another --workdir, or delete {tmp_path}/ckpt/8 to go on from "
+        "step 2"
+    )
 
 
 def test_more_steps_go_on_where_it_stopped(tmp_path, compiled, monkeypatch):
