@@ -65,17 +65,12 @@ def score(run, batches):
     A clip counts once, even where the split is smaller than that; NaN counts nowhere.
     """
     evaluate = jax.jit(run.task.evaluate, out_shardings=replicated(run.mesh))
-    rows, seen = [], set()
-    with contextlib.closing(_held_out(run)) as iterator:
-        for index in range(batches):
-            batch = next(iterator)
-            fresh = _first_places(batch["id"], seen)
-            if not fresh:
-                break
-            rng = jax.random.fold_in(stream(run.config.seed, EVALUATE), index)
-            found = evaluate(run.params, _place(batch, run.mesh), rng, frozen=run.frozen)
-            rows.append({name: np.asarray(value)[fresh] for name, value in found.items()})
-    return {name: _mean(np.concatenate([row[name] for row in rows])) for name in rows[0]}, len(seen)
+    rows, clips = [], 0
+    for rng, batch, fresh in _batches(run, batches):
+        found = evaluate(run.params, _place(batch, run.mesh), rng, frozen=run.frozen)
+        rows.append({name: np.asarray(value)[fresh] for name, value in found.items()})
+        clips += len(fresh)
+    return {name: _mean(np.concatenate([row[name] for row in rows])) for name in rows[0]}, clips
 
 
 def codes(run, batches):
@@ -127,17 +122,11 @@ def video_distance(run, batches, params, path, repeats=4):
     Clips that are given frames begin with these in both sets.
     """
     features = jax.jit(i3d.features)
-    real, fake, seen = [], [], set()
-    with contextlib.closing(_held_out(run)) as iterator:
-        for index in range(batches):
-            batch = next(iterator)
-            fresh = _first_places(batch["id"], seen)
-            if not fresh:
-                break
-            batch = {name: rows[fresh] for name, rows in batch.items()}
-            rng = jax.random.fold_in(stream(run.config.seed, EVALUATE), index)
-            real.append(features(params, normalize(batch["video"])))
-            fake.append(features(params, _samples(run, batch, rng)))
+    real, fake = [], []
+    for rng, batch, fresh in _batches(run, batches):
+        batch = {name: rows[fresh] for name, rows in batch.items()}
+        real.append(features(params, normalize(batch["video"])))
+        fake.append(features(params, _samples(run, batch, rng)))
     real_ND, fake_ND = np.concatenate(real), np.concatenate(fake)
     draws = np.random.default_rng(run.config.seed)
     mean, spread = frechet.floor(real_ND, frechet.frechet, draws, repeats)
@@ -190,6 +179,18 @@ def _samples(run, batch, rng):
     if "given" in run.config.task:
         cond["first_frames"] = truth[:, : run.config.task.given]
     return run.task.sample(run.params, rng, cond, frozen=run.frozen, frames=truth.shape[1])
+
+
+def _batches(run, batches):
+    """Yield (rng, batch, its rows that are new) of held-out clips until none is new."""
+    seen = set()
+    with contextlib.closing(_held_out(run)) as iterator:
+        for index in range(batches):
+            batch = next(iterator)
+            fresh = _first_places(batch["id"], seen)
+            if not fresh:
+                return
+            yield jax.random.fold_in(stream(run.config.seed, EVALUATE), index), batch, fresh
 
 
 def _held_out(run):

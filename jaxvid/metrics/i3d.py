@@ -189,6 +189,7 @@ def convert(arrays, path="weights"):
     }
 
     def unit(name, shape):
+        """The params of a `Unit`, its norm folded to a scale and a shift."""
         stored = (shape[4], shape[3], *shape[:3]) if names.transposed else shape
         kernel = take(arrays, names.kernel.format(name), stored, path)
         if names.transposed:

@@ -58,10 +58,6 @@ def import_tokenizer(arrays, source, *, peg_layout="peer_scrambled", biased=None
     }
     over_time = stacks["encode_time"][0]
     head_width = over_time["attention"]["q_norm"]["scale"].size
-    letters = {
-        name: "".join("w" if "window" in layer else "t" for layer in layers)
-        for name, layers in stacks.items()
-    }
     in_space = [layer for side in ("encode", "decode") for layer in stacks[f"{side}_space"]]
     position = "rel" if any("bias" in layer for layer in in_space) else "rope"
     network = {"embed": {"image": image, "group": group}, "pixels": {}}
@@ -74,11 +70,7 @@ def import_tokenizer(arrays, source, *, peg_layout="peer_scrambled", biased=None
                 network["embed"][f"{part}_{norm}"] = file.norm(name)
         network["pixels"][part] = file.linear(f"{decoder}to_pixels{kind}.0")
     for name, layers in stacks.items():
-        for index, layer in enumerate(layers):
-            if name.endswith("time"):
-                layer.pop("bias", None)  # stored, and used in space alone
-            for part, params in layer.items():
-                network[f"stacks_{name}_{index}_{part}"] = params
+        network |= _named(name, layers)
         side = f"{encoder}enc" if name.startswith("encode") else f"{decoder}dec"
         kind = "spatial" if name.endswith("space") else "temporal"
         network[f"norms_{name}"] = file.norm(f"{side}_{kind}_transformer.norm_out")
@@ -95,8 +87,8 @@ def import_tokenizer(arrays, source, *, peg_layout="peer_scrambled", biased=None
         heads=over_time["attention"]["q"]["kernel"].shape[1] // head_width,
         head_width=head_width,
         hidden=over_time["mlp"]["up"]["kernel"].shape[1],
-        encode_blocks=letters["encode_space"],
-        decode_blocks=letters["decode_space"],
+        encode_blocks=_letters(stacks["encode_space"]),
+        decode_blocks=_letters(stacks["decode_space"]),
         encode_depth=len(stacks["encode_time"]),
         decode_depth=len(stacks["decode_time"]),
         window=(round(len(windows[0]) ** 0.5) + 1) // 2 if windows else 8,
@@ -115,6 +107,21 @@ def import_tokenizer(arrays, source, *, peg_layout="peer_scrambled", biased=None
         "latents": jax.device_get(moments(quantizer.channels)),
     }
     return Tokenizer(module, quantizer), params
+
+
+def _named(name, layers):
+    """The layers of a stack as the parameters of `PeerTokenizer` are named."""
+    return {
+        f"stacks_{name}_{index}_{part}": params
+        for index, layer in enumerate(layers)
+        for part, params in layer.items()
+        if part != "bias" or not name.endswith("time")  # stored, and used in space alone
+    }
+
+
+def _letters(layers):
+    """What a stack in space is made of, as `encode_blocks` says it."""
+    return "".join("w" if "window" in layer else "t" for layer in layers)
 
 
 def _phenaki_codes(file, width):
