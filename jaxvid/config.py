@@ -20,6 +20,7 @@ import json
 import re
 import sys
 import tokenize
+import traceback
 from pathlib import Path
 
 from absl import app, flags
@@ -73,7 +74,7 @@ _BOUNDS = {
 def read(argument: str) -> ConfigDict:
     """Runs `get_config` of "file.py" or "file.py:key=value,..."; returns the locked config.
 
-    Raises UserError when the file is missing or the part after the colon is not understood.
+    Raises UserError when the file is missing, fails, or does not know the part after the colon.
     """
     file, colon, options = argument.partition(":")
     path = Path(file)
@@ -85,12 +86,17 @@ def read(argument: str) -> ConfigDict:
         sys.path.append(home)
     spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     try:
+        spec.loader.exec_module(module)
         config = module.get_config(options) if colon else module.get_config()
+        return config.lock()
     except ValueError as error:
         raise UserError(f"config={argument}: {error}") from error
-    return config.lock()
+    except Exception as error:  # the file is a program of the user's, which may fail in any way
+        raise UserError(
+            f"config={argument}: {_place(error, path)}: {type(error).__name__}: "
+            f"{getattr(error, 'msg', error)}; mend that line"
+        ) from error
 
 
 def save(config: ConfigDict, path) -> None:
@@ -139,6 +145,19 @@ def _tuples(value):
     if isinstance(value, dict):
         return {name: _tuples(item) for name, item in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _place(error, path: Path) -> str:
+    """ "file:line" that an error in a config file comes from, of it or of one beside it."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    folder = path.resolve().parent
+    places = [
+        f"{frame.filename}:{frame.lineno}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).resolve().parent == folder
+    ]
+    return places[-1] if places else str(path)
 
 
 # Checks

@@ -87,6 +87,29 @@ def test_a_mistake_is_one_line_and_status_2(arguments, message):
     assert message in err
 
 
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("x = (1\n\ny = 2", r"mine\.py:1: SyntaxError: '\(' was never closed; mend"),
+        ("import no_such_module", r"mine\.py:1: ModuleNotFoundError: No module named"),
+        ("def get_config():\n    return width", r"mine\.py:2: NameError: name 'width'"),
+        (
+            "from configs import beside\ndef get_config():\n    return beside.half(0)",
+            r"beside\.py:2: ZeroDivisionError: division by zero",
+        ),
+        ("x = 1", r"mine\.py: AttributeError: .* has no attribute 'get_config'"),
+    ],
+)
+def test_a_config_that_fails_names_the_line(tmp_path, monkeypatch, source, message):
+    monkeypatch.syspath_prepend(tmp_path)
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    (configs / "mine.py").write_text(source)
+    (configs / "beside.py").write_text("def half(x):\n    return 1 / x")
+    with pytest.raises(UserError, match=message):
+        configlib.read(str(configs / "mine.py"))
+
+
 def test_a_bug_keeps_its_traceback():
     status, _, err = entry(f"--config={FILE}", "--config.seed=14")
     assert status == 1
