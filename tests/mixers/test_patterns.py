@@ -34,8 +34,8 @@ ORDERED = {
 
 @functools.cache
 def build(name, causal):
-    """(start, step, x, the shape of x as frames, source): a clip of FRAMES tokens, all apart if
-    causal and else in one frame; start reads the source, step frames."""
+    """(run, start, step, x, source): a clip x of FRAMES tokens, all apart if causal and else in one
+    frame. start reads the source, step frames; run does both, or reads no source if it is None."""
     mixer = MIXERS[name](width=WIDTH, heads=2, grid=(1, 1) if causal else (1, FRAMES))
     rng = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(rng[0], (1, FRAMES, WIDTH))
@@ -50,7 +50,11 @@ def build(name, causal):
     def step(x, state):
         return mixer.apply(params, x, state)
 
-    return start, step, x, frames, jax.random.normal(rng[2], (1, SOURCE, WIDTH))
+    def run(x, source):
+        state = None if source is None else start(source)[1]
+        return step(x.reshape(frames), state)[0].reshape(x.shape)
+
+    return run, start, step, x, jax.random.normal(rng[2], (1, SOURCE, WIDTH))
 
 
 def moved(f, x):
@@ -64,11 +68,8 @@ def moved(f, x):
 @pytest.mark.parametrize("name", MIXERS)
 def test_causal(name, cross):
     """Token by token equals all at once; a target sees the source, itself and what came before."""
-    start, step, x, frames, source = build(name, causal=True)
-
-    def run(x, source):
-        return step(x.reshape(frames), start(source)[1] if cross else None)[0].reshape(x.shape)
-
+    run, start, step, x, source = build(name, causal=True)
+    source = source if cross else None
     whole = run(x, source)
     state, parts = start(source)[1] if cross else None, []
     for i in range(FRAMES):
@@ -88,11 +89,8 @@ def test_causal(name, cross):
 @pytest.mark.parametrize("name", MIXERS)
 def test_non_causal(name, cross):
     """Every target sees every other; their order matters where ORDERED says so, and only there."""
-    start, step, x, frames, source = build(name, causal=False)
-
-    def run(x, source):
-        return step(x.reshape(frames), start(source)[1] if cross else None)[0].reshape(x.shape)
-
+    run, _, _, x, source = build(name, causal=False)
+    source = source if cross else None
     assert moved(lambda x: run(x, source), x).all()
     if cross:
         assert moved(lambda source: run(x, source), source).any(axis=1).all()
