@@ -457,7 +457,7 @@ def test_bad_options_of_the_command_are_one_line(
 ):
     assert encode(trained, prepared, tmp_path / "set", *options) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and re.search(message, error)
+    assert error.count("\n") == 1 and re.match(f"error: .*{message}", error)
     assert not (tmp_path / "set").exists()
 
 

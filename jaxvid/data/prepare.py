@@ -250,11 +250,17 @@ def clear(partial):
     shutil.rmtree(partial)
 
 
-def prepare(src, out, recipe, workers):
-    """Write the set to a directory beside `out` and rename it; returns the manifest."""
+def vacant(out):
+    """The absolute path of --out; UserError where anything but an empty directory is there."""
     out = pathlib.Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out}: exists already; remove it or choose another directory")
+    return out
+
+
+def prepare(src, out, recipe, workers):
+    """Write the set to a directory beside `out` and rename it; returns the manifest."""
+    out = vacant(out)
     clips.find(src, "--src")  # before anything on disk is touched
     partial = out.with_name(out.name + ".partial")
     clear(partial)
@@ -278,25 +284,34 @@ def main(argv=None):
     parser.add_argument("--frames", type=int, default=16, help="frames in a chunk")
     parser.add_argument("--fps", type=float, default=8.0, help="frames a second; 0: the source's")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="decoding processes")
-    args = parser.parse_args(argv)
+    return exit_status(_run, parser.parse_args(argv))
+
+
+def exit_status(work, args):
+    """0 after work(args); 2, and a line on stderr, where it met what the user can mend."""
     try:
-        recipe = Recipe(args.size, args.frames, args.fps)
-        if args.workers < 1:
-            raise UserError(f"--workers={args.workers}: must be at least 1")
-        manifest = prepare(args.src, args.out, recipe, args.workers)
+        work(args)
     except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+        message = str(error)
     except OSError as error:
-        print(f"--out={args.out}: {error.strerror or error}", file=sys.stderr)
-        return 2
+        message = f"--out={args.out}: {error.strerror or error}"
+    else:
+        return 0
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _run(args):
+    recipe = Recipe(args.size, args.frames, args.fps)
+    if args.workers < 1:
+        raise UserError(f"--workers={args.workers}: must be at least 1")
+    manifest = prepare(args.src, args.out, recipe, args.workers)
     for split, part in manifest["splits"].items():
         print(f"{split}: {part['clips']} clips, {part['records']} records")
     if manifest["skipped"]:
         print(f"skipped {len(manifest['skipped'])} files:")
     for entry in manifest["skipped"]:
         print(f"  {entry['name']} {entry['reason']}")
-    return 0
 
 
 if __name__ == "__main__":

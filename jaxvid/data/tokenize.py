@@ -144,6 +144,7 @@ def from_videos(recipe, encoder):
     crop = functools.partial(Window(1, recipe.size).augment, rng=None)
 
     def load(name):
+        """Yields (headers, pieces) of the next clips of a video, `encoder.batch` at a time."""
         caption = clips.class_of(name) if classes else ""
         about = {"label": classes.index(caption) if classes else 0, "caption": caption}
         with open(os.path.join(recipe.src, name), "rb") as file:
@@ -300,9 +301,7 @@ def write_set(folder, items, encoder, recipe, facts):
 
 def tokenize(workdir, src, out, *, size=None, frames=None, fps=8.0, mirrored=False, batch=8):
     """Write the set to a directory beside `out` and rename it; the manifest. Raises UserError."""
-    out = pathlib.Path(out).absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out={out}: exists already; remove it or choose another directory")
+    out = prepare.vacant(out)
     frozen = open_tokenizer(workdir)
     fields = config_lib.load(pathlib.Path(workdir, "config.json")).data
     size, frames = size or fields.size, frames or fields.frames
@@ -335,33 +334,28 @@ def main(argv=None):
     parser.add_argument("--fps", type=float, default=8.0, help="of videos; 0: the source's")
     parser.add_argument("--flip", action="store_true", help="encode every clip mirrored too")
     parser.add_argument("--batch", type=int, default=8, help="clips encoded at once")
-    args = parser.parse_args(argv)
-    try:
-        if args.batch < 1:
-            raise UserError(f"--batch={args.batch}: must be at least 1")
-        manifest = tokenize(
-            args.workdir,
-            args.src,
-            args.out,
-            size=args.size,
-            frames=args.frames,
-            fps=args.fps,
-            mirrored=args.flip,
-            batch=args.batch,
-        )
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"--out={args.out}: {error.strerror or error}", file=sys.stderr)
-        return 2
+    return prepare.exit_status(_run, parser.parse_args(argv))
+
+
+def _run(args):
+    if args.batch < 1:
+        raise UserError(f"--batch={args.batch}: must be at least 1")
+    manifest = tokenize(
+        args.workdir,
+        args.src,
+        args.out,
+        size=args.size,
+        frames=args.frames,
+        fps=args.fps,
+        mirrored=args.flip,
+        batch=args.batch,
+    )
     shape = " x ".join(map(str, manifest["shape"]))
     print(f"of each clip {shape} {manifest['dtype']}")
     for split, part in manifest["splits"].items():
         print(f"{split}: {part['records']} clips")
     for entry in manifest["skipped"]:
         print(f"skipped {entry['name']}: {entry['reason']}")
-    return 0
 
 
 if __name__ == "__main__":

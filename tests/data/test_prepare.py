@@ -192,7 +192,7 @@ def test_bad_options_are_one_line(tmp_path, clip, capsys, options, words):
     make_source_folder(tmp_path, clip, 1, 4)
     assert run(tmp_path / "src", tmp_path / "set", *options) == 2
     error = capsys.readouterr().err
-    assert words in error
+    assert error.startswith(f"error: {words}")
     assert error.count("\n") == 1
     assert not (tmp_path / "set").exists()
 
