@@ -47,11 +47,6 @@ def get_config(options=""):
     # One value for the data and the task: a change of data.frames, say, reaches both.
     config.data.frames = frames = FieldReference(config.data.frames)
     config.data.size = size = FieldReference(config.data.size)
-    tokens, token_width = 1, 64
-    if chosen.cond == "text":
-        config.data.text_tokens = tokens = FieldReference(20)  # the longest sprite caption has 19
-        config.data.text_width = token_width = FieldReference(config.data.text_width)
-
     width, depth, heads = SIZES[chosen.size]
     tiny = chosen.size == "tiny"
     flow = chosen.noise == "flow"
@@ -96,15 +91,7 @@ def get_config(options=""):
             zero_terminal_snr=False,  # make the last level pure noise (flow always is)
         )
     )
-    config.task.condition = ConfigDict(
-        dict(
-            kind=chosen.cond,  # none, class or text
-            tokens=tokens,  # context tokens (text: follows data.text_tokens)
-            width=token_width,  # numbers in a context token (text: follows data.text_width)
-            num_classes=101,  # rows of the class table
-            drop=0.1,  # probability that training hides the condition
-        )
-    )
+    _condition(config, chosen.cond)
     config.task.sampler = ConfigDict(
         dict(
             steps=10 if tiny else 50,  # noise levels that a frame is walked through
@@ -117,6 +104,23 @@ def get_config(options=""):
         )
     )
     return config
+
+
+def _condition(config, kind):
+    """What the network is told beside the clip."""
+    tokens, width = 1, 64
+    if kind == "text":
+        config.data.text_tokens = tokens = FieldReference(20)  # the longest sprite caption has 19
+        config.data.text_width = width = FieldReference(config.data.text_width)
+    config.task.condition = ConfigDict(
+        dict(
+            kind=kind,  # none, class or text
+            tokens=tokens,  # context tokens (text: follows data.text_tokens)
+            width=width,  # numbers in a context token (text: follows data.text_width)
+            num_classes=101,  # rows of the class table
+            drop=0.1,  # probability that training hides the condition
+        )
+    )
 
 
 def _large(config):
