@@ -152,6 +152,7 @@ class ARVAE(nn.Module):
             length=self.depth,
             variable_axes={"params": 0},
             split_rngs={"params": True},
+            unroll=1 if self.remat else self.depth,
         )(latents=self.tokens, window=self.window, **shared)
         self.norm = blocks.LayerNorm(dtype=self.dtype)
         self.pixels = Linear(3 * self.patch**2, dtype=jnp.float32)
