@@ -114,6 +114,8 @@ def add_mixer(config, name, frames):
         config.task.model.mixer.mask = "causal"  # or full or leaky, which cannot stream
     if name == "lightning":
         config.task.model.mixer.slopes = "lightning"  # how fast heads forget; or fla or sglang
+    if name == "gla":
+        config.task.model.mixer.feature = "none"  # of queries and keys: none (the paper's) or silu
     if name == "gated_delta":
         config.task.model.mixer.conv = 4  # frames that the convolutions before the rule read
     if name == "lightnet":

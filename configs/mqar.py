@@ -18,16 +18,16 @@ def get_config(options=""):
     """The experiment, as the options after the config's colon choose it."""
     chosen = common.parse(options, mixer=common.MIXERS)
     config = common.get_config()
-    config.steps = 2000
+    config.steps = 3000
     config.data.name = "mqar"  # source: mqar alone has symbols
     config.data.frames = frames = FieldReference(32)
     config.data.size = 2  # pixels along each side of a frame, which has one colour
-    config.data.batch_size = 64
+    config.data.batch_size = 32
     config.data.num_clips = 100_000  # streams in the training split
     config.data.vocabulary = vocabulary = FieldReference(64)  # symbols: blank, keys and values
     config.data.pairs = pairs = FieldReference((2, 4, 8))  # how many pairs streams have
     config.optim.name = "adamw"
-    config.optim.lr = 3e-3
+    config.optim.lr = 5e-3
     config.optim.weight_decay = 0.1
     config.evaluate.batches = 16
     config.task = ConfigDict(
@@ -46,4 +46,6 @@ def get_config(options=""):
         )
     )
     common.add_mixer(config, chosen.mixer, frames)
+    if chosen.mixer == "gla":
+        config.task.model.mixer.feature = "silu"  # learns to recall sooner
     return config

@@ -25,6 +25,7 @@ class Linear(nn.Module):
     use_bias: bool = True
     transposed: bool = False
     kernel_init: Any = nn.initializers.lecun_normal()
+    bias_init: Any = nn.initializers.zeros
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -38,5 +39,5 @@ class Linear(nn.Module):
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         y = jax.lax.dot_general(rows, kernel, (((1,), (int(self.transposed),)), ((), ())))
         if self.use_bias:
-            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            y += self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
         return y.reshape(*x.shape[:-1], self.features)

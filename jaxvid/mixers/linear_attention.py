@@ -25,6 +25,7 @@ from jaxvid.parallel.sharding import shard
 
 GATE_RANK = 16  # of GLA's decays, and the divisor of their logarithm
 _EPSILON = 1e-6
+_ONE_OF_SILU = 1.2784645427610738  # silu of it is 1
 
 
 class Recurrent(nn.Module):
@@ -60,11 +61,21 @@ class Recurrent(nn.Module):
         return (self._norm("q_norm")(q), self._norm("k_norm")(k), v) if self.qk_norm else (q, k, v)
 
     def _gated_out(self, y_BTNAK, x_BTND, gate):
-        """Normalise every head, multiply by a gate from the input, join the heads."""
+        """Normalise every head, multiply by a gate from the input, join the heads.
+
+        The gate starts within a hundredth of a constant: silu of 1, the sigmoid of 1/2. As noise it
+        multiplies all that a layer recalls by a sign, or nearly none, for every input and channel,
+        which for long hides from training what is worth recalling.
+        """
         y_BTND = self._norm("out_norm")(y_BTNAK).reshape(*y_BTNAK.shape[:3], self.width)
-        return self._dense(self.width, "out")(
-            y_BTND * gate(self._dense(self.width, "gate")(x_BTND))
-        )
+        logit_BTND = Linear(
+            self.width,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.variance_scaling(1e-4, "fan_in", "normal"),
+            bias_init=nn.initializers.constant(_ONE_OF_SILU if gate is nn.silu else 0.0),
+            name="gate",
+        )(x_BTND)
+        return self._dense(self.width, "out")(y_BTND * gate(logit_BTND))
 
 
 class LinearAttention(Recurrent):
@@ -109,11 +120,19 @@ class GLA(Recurrent):
 
     x_BTND -> y_BTND in `dtype`. The decay's logarithm is log sigmoid(low-rank projection) / 16,
     that of a frame the mean over its tokens; heads' outputs are normalised and gated by silu.
+    feature: "none", or "silu" of queries and keys. The paper has none; products of either sign add
+    up to noise before training has found what to match, so that a model learns to recall later.
     """
+
+    feature: str = "none"
 
     @nn.compact
     def __call__(self, x_BTND, state=None):
         q, k, v = self._qkv(x_BTND)
+        if self.feature == "silu":
+            q, k = nn.silu(q), nn.silu(k)
+        elif self.feature != "none":
+            raise ValueError(f"feature={self.feature!r}: unknown; use none or silu")
         rank_BTNR = self._dense(GATE_RANK, "decay_in")(x_BTND)
         logit_BTND = self._dense(self.width, "decay_out")(rank_BTNR).astype(jnp.float32)
         g_BTD = (nn.log_sigmoid(logit_BTND) / GATE_RANK).mean(axis=2)

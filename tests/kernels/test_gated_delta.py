@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jaxvid.kernels.gated_delta import gated_delta
+from jaxvid.kernels.gated_delta import chunked, gated_delta
 from tests.kernels.harness import TOPOLOGIES, assert_close, interpreter
 
 
@@ -58,6 +58,15 @@ def test_equals_reference(L, decay, chunk):
     segment_ids = jnp.asarray([np.arange(L) // 40, np.arange(L) // 7])
     got = value_and_grads(arrays, segment_ids, chunk=chunk)
     assert_close(got, value_and_grads(arrays, segment_ids, implementation="reference"))
+
+
+@pytest.mark.parametrize("G", [1, 16, 17, 37, 64])
+def test_inverse_of_a_triangle(G):
+    lower_NGG = np.tril(np.random.default_rng(G).normal(size=(3, G, G)), -1) * G**-0.5
+    exact = np.linalg.inv(np.eye(G) + lower_NGG)
+    for invert in (chunked.inverse, chunked.by_halves):
+        got = jax.jit(invert)(lower_NGG.astype(np.float32))
+        np.testing.assert_allclose(got, exact, atol=1e-5 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("implementation", ["chunked", "tpu"])

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +23,7 @@ ROWS = [
     ("linear", {}),
     ("lightning", {"slopes": "fla"}),
     ("gla", {}),
+    ("gla", {"feature": "silu"}),
     ("gated_delta", {}),
     ("lightnet", {}),
     ("lightnet", {"lrpe": False, "tpe": 0}),
@@ -114,6 +116,48 @@ def test_linear_attention_is_a_mean_weighted_by_the_kernel():
     expected = (mean @ out["kernel"] + out["bias"])[:, :, None]
     y, _ = apply(zero, x, None)
     np.testing.assert_allclose(y, jnp.broadcast_to(expected, y.shape), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, gate, start",
+    [
+        ("lightning", nn.sigmoid, 0.5),
+        ("gla", nn.silu, 1),
+        ("gated_delta", nn.silu, 1),
+        ("lightnet", nn.silu, 1),
+    ],
+)
+def test_gates_of_outputs_start_near_a_constant_and_learn(name, gate, start):
+    mixer = MIXERS[name](width=16, heads=2)
+    x_BTND = jax.random.normal(jax.random.key(0), (2, 5, 1, 16))
+    params = jax.jit(mixer.init)(jax.random.key(1), x_BTND)
+
+    def loss(params):
+        def is_gate(module, _):
+            return module.name == "gate"
+
+        (y_BTND, _), seen = mixer.apply(params, x_BTND, capture_intermediates=is_gate)
+        return jnp.square(y_BTND).sum(), seen["intermediates"]["gate"]["__call__"][0]
+
+    grads, logit_BTND = jax.jit(jax.grad(loss, has_aux=True))(params)
+    np.testing.assert_allclose(gate(logit_BTND), start, atol=0.1)
+    assert jnp.abs(grads["params"]["gate"]["kernel"]).min() > 0
+
+
+def test_gated_delta_starts_with_the_memory_of_mamba_2():
+    """Rates uniform in (0, 16], steps log-uniform in [0.001, 0.1], logits of variance 1/3."""
+    A = 512
+    x_BTND = jax.random.normal(jax.random.key(0), (64, 1, 1, 2 * A))
+    mixer = MIXERS["gated_delta"](width=2 * A, heads=A)
+    w = jax.jit(mixer.init)(jax.random.key(1), x_BTND)["params"]
+    rate_A, step_A = np.exp(w["log_rate"]), np.asarray(nn.softplus(w["step_bias"]))
+    assert rate_A.min() > 0 and rate_A.max() <= 16 and abs(rate_A.mean() - 8) < 0.8
+    assert step_A.min() > 0.99e-3 and step_A.max() < 0.101
+    assert abs(np.log(step_A).mean() - np.log(0.01)) < 0.2
+    for name in ("step", "beta"):
+        np.testing.assert_allclose((x_BTND @ w[name]["kernel"]).var(), 1 / 3, rtol=0.05)
+    steps_BTNA = nn.softplus(x_BTND @ w["step"]["kernel"] + w["step_bias"])
+    np.testing.assert_allclose((steps_BTNA / step_A).mean(), np.exp(1 / 6), rtol=0.05)
 
 
 def test_published_slopes():

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from jaxvid.kernels.linear_attention.chunked import CHUNK, decays, einsum, join, split
 
+WHOLE = 16  # tokens of the largest matrix that is inverted as a whole
+
 
 def gated_delta(q_BLAK, k_BLAK, v_BLAV, beta_BLA, log_decay, *, scale, state_BAKV, chunk):
     """As `reference.gated_delta`; log_decay is -128 or more."""
@@ -43,7 +45,7 @@ def _within(q, k, v, beta_SBAG, g_SBAG):
     G = q.shape[3]
     earlier_GH = jnp.tri(G, k=-1)
     overlap_SBAGH = einsum("SBAGK,SBAHK->SBAGH", k, k)
-    inverse_SBAGH = inverse(beta * overlap_SBAGH * factor_GH * earlier_GH).astype(v.dtype)
+    inverse_SBAGH = by_halves(beta * overlap_SBAGH * factor_GH * earlier_GH).astype(v.dtype)
     own_SBAGV = einsum("SBAGH,SBAHV->SBAGV", inverse_SBAGH, (beta * v).astype(v.dtype))
     decayed_k = (beta * read[..., None] * k).astype(k.dtype)
     taken_SBAGK = einsum("SBAGH,SBAHK->SBAGK", inverse_SBAGH, decayed_k)
@@ -56,6 +58,25 @@ def _within(q, k, v, beta_SBAG, g_SBAG):
         own_SBAGV.astype(v.dtype),
         taken_SBAGK.astype(k.dtype),
     )
+
+
+def by_halves(lower_GG):
+    """As `inverse`, of many large matrices: their corners are inverted alone, and then joined.
+
+    `inverse` multiplies whole matrices of which most is zero, which is what a kernel on one of them
+    is good at. Done by halves down to WHOLE tokens that work is a tenth.
+    """
+    G = lower_GG.shape[-1]
+    if G <= WHOLE:
+        return inverse(lower_GG)
+    half, odd = -(-G // 2), G % 2
+    lower_GG = jnp.pad(lower_GG, [(0, 0)] * (lower_GG.ndim - 2) + [(0, odd)] * 2)
+    corners = (lower_GG[..., :half, :half], lower_GG[..., half:, half:])
+    first, last = jnp.moveaxis(by_halves(jnp.stack(corners, axis=-3)), -3, 0)
+    between = jnp.matmul(last, lower_GG[..., half:, :half], precision="highest")
+    between = jnp.matmul(between, first, precision="highest")
+    rows = ((first, jnp.zeros_like(first)), (-between, last))
+    return jnp.concatenate([jnp.concatenate(row, -1) for row in rows], -2)[..., :G, :G]
 
 
 def inverse(lower_GG):
