@@ -37,10 +37,8 @@ def get_config(options=""):
         raise ValueError(f"mixer={chosen.mixer}: arch=ar_vae attends to a window; leave mixer out")
     config = common.get_config()
     config.data.name = chosen.data
-    config.steps = 1500
+    config.steps = 1800
     config.data.frames = 17
-    config.optim.name = "adamw"
-    config.optim.lr = 6e-4
     tiny = chosen.size == "tiny"
     if not tiny:
         _large(config)
@@ -83,7 +81,7 @@ def get_config(options=""):
         config.task.network.mixer.name = chosen.mixer  # temporal mixer, a name in jaxvid.mixers
         if chosen.mixer in ("softmax", "alibi"):
             config.task.network.mixer.window = 8  # latent frames that one sees, its own included
-    _quantizer(config, chosen.quantizer)
+    _quantizer(config, chosen.quantizer, tiny)
     # Weights of others, .npz or .safetensors; without them these losses are off.
     config.task.perceptual = ConfigDict(
         dict(
@@ -139,7 +137,7 @@ def _cvivit(config, omni, t_patch, space, time):
     config.task.network.patch_norm = False  # as peers have it; hides how bright a flat patch is
 
 
-def _quantizer(config, name):
+def _quantizer(config, name, tiny):
     """Options of the quantizers of `jaxvid.layers.quantize`."""
     if name == "fsq":
         config.task.quantizer = ConfigDict(
@@ -152,12 +150,12 @@ def _quantizer(config, name):
         config.task.quantizer = ConfigDict(
             dict(
                 name=name,  # fsq, vq, lfq, bsq or kl: choose by the config's option
-                codes=8192,  # vocabulary
+                codes=1024 if tiny else 8192,  # vocabulary
                 channels=8,  # numbers in a latent
                 ema=0.99,  # memory of the means that codes follow; 0 trains them by gradient
                 commitment=0.25,  # weight of pulling tokens to their codes
                 normalize=True,  # compare directions
-                restart=0.01,  # tokens a batch below which a code starts anew; 0 never
+                restart=0.1 if tiny else 0.01,  # fewer tokens a batch restart a code; 0 never
                 kmeans=4,  # iterations of k-means on the first batch; 0 for none
                 estimator="straight_through",  # of the gradient: straight_through or rotation
             )
@@ -174,12 +172,12 @@ def _quantizer(config, name):
         config.task.quantizer = ConfigDict(
             dict(
                 name=name,  # fsq, vq, lfq, bsq or kl: choose by the config's option
-                channels=18,  # numbers in a latent
+                channels=10 if tiny else 18,  # numbers in a latent; 2^channels is the vocabulary
                 entropy=0.1,  # weight of the entropies
                 diversity=1.0,  # of the batch's entropy, beside the token's
                 commitment=0.25,  # weight of pulling tokens to their codes
-                sharpness=100.0,  # inverse temperature of the entropies
-                group=9,  # bits whose joint entropy is taken
+                sharpness=10.0 if tiny else 100.0,  # inverse temperature of the entropies
+                group=10 if tiny else 9,  # bits whose joint entropy is taken
             )
         )
 
@@ -189,6 +187,7 @@ def _large(config):
     config.steps = 500_000
     config.data.size = 128
     config.data.batch_size = 64
+    config.optim.name = "adamw"
     config.optim.lr = 1e-4
     config.optim.warmup = 5000
     config.optim.ema = 0.999
