@@ -150,7 +150,7 @@ def _quantizer(config, name, tiny):
         config.task.quantizer = ConfigDict(
             dict(
                 name=name,  # fsq, vq, lfq, bsq or kl: choose by the config's option
-                codes=1024 if tiny else 8192,  # vocabulary
+                codes=512 if tiny else 8192,  # vocabulary
                 channels=8,  # numbers in a latent
                 ema=0.99,  # memory of the means that codes follow; 0 trains them by gradient
                 commitment=0.25,  # weight of pulling tokens to their codes
