@@ -361,7 +361,8 @@ class LFQ(_NoCodebook):
         for bits in np.array_split(np.arange(self.channels), groups):
             left_LV, right_LV = (_joint(logit_LZ[:, half]) for half in np.array_split(bits, 2))
             p = jnp.matmul(left_LV.T, right_LV, precision=_HIGHEST) / len(logit_LZ)
-            total -= jax.scipy.special.xlogy(p, p).sum()
+            # Of a code that underflows, log p would be infinite and its gradient no number.
+            total -= (p * jnp.log(jnp.maximum(p, jnp.finfo(p.dtype).tiny))).sum()
         return total
 
     def _place(self, z):

@@ -113,6 +113,15 @@ def test_entropy_of_a_group_is_that_of_all_its_codes():
         np.testing.assert_allclose(aux["token_entropy"], entropies(np.arange(5))[0], rtol=1e-5)
 
 
+def test_codes_that_nothing_is_near_have_a_finite_gradient():
+    """Tokens so sure of one code that the probability of others is 0 in float32."""
+    z_LZ = jnp.array([[3.0, -2.0, 1.0], [3.0, -2.0, 1.1]])
+    quantizer = LFQ(channels=3, sharpness=100.0)
+    loss, grad_LZ = jax.jit(jax.value_and_grad(lambda z: quantizer(z)[2]["loss"]))(z_LZ)
+    np.testing.assert_allclose(loss, 0.25 * jnp.square(z_LZ - jnp.sign(z_LZ)).mean(), rtol=1e-6)
+    np.testing.assert_allclose(grad_LZ, 0.5 * (z_LZ - jnp.sign(z_LZ)) / z_LZ.size, atol=1e-6)
+
+
 def test_a_quarter_million_codes_need_no_matrix_of_them():
     quantizer = LFQ(channels=18)
     z = jax.ShapeDtypeStruct((4096, 18), jnp.float32)
