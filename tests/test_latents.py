@@ -78,7 +78,8 @@ def write_run(workdir, config):
 
     @jax.jit
     def measure(weights, video):
-        return task._measure(weights, task.tokenizer.features(weights, normalize(video))[0])
+        z_BTNZ, _ = task.tokenizer.encode(weights, normalize(video))
+        return update_moments(weights["latents"], z_BTNZ)
 
     extra = {**extra, "latents": measure(weights, batch["video"])}
     state = TrainState(*[jnp.zeros((), jnp.int32)] * 2, params, {}, params, extra)

@@ -219,7 +219,8 @@ class VQ:
     def _nearest(self, z, code_VZ):
         """argmin |z - e|^2 = argmax z e - |e|^2 / 2."""
         closeness = jnp.matmul(z, code_VZ.T, precision=_HIGHEST) - jnp.square(code_VZ).sum(1) / 2
-        return jnp.argmax(closeness, axis=-1).astype(jnp.int32)
+        closeness = jax.lax.stop_gradient(closeness)
+        return jax.lax.platform_dependent(closeness, cpu=_argmax_in_two, default=_argmax)
 
     def _totals(self, z_LZ, ids_L):
         """(tokens, sum of tokens) of each code."""
@@ -442,6 +443,18 @@ def _unit(x):
 
 def _mse(a, b):
     return jnp.square(a - b).mean()
+
+
+def _argmax(x):
+    """The first place of the largest number along the last axis, int32."""
+    return jnp.argmax(x, axis=-1).astype(jnp.int32)
+
+
+def _argmax_in_two(x):
+    """The same for CPU, where XLA makes vectors of two reductions but not of argmax itself."""
+    place = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    is_largest = x == x.max(axis=-1, keepdims=True)
+    return jnp.where(is_largest, place, x.shape[-1] - 1).min(axis=-1)
 
 
 def _pick(z_LZ, number, rng):

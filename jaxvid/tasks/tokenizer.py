@@ -169,7 +169,11 @@ class Task:
         z_BLZ = jnp.concatenate(rows, axis=1)
         quantizer = self.tokenizer.quantizer
         q_BLZ, ids_BL, aux = quantizer(z_BLZ, params["codebook"], rng=rng_latent)
-        extra = {**extra, "latents": self._measure(params, features[0])}
+        # Latents as `encode` gives them, which draws none: Gaussian ones, without ids, are means.
+        fixed_BLZ = quantizer(z_BLZ, params["codebook"])[0] if ids_BL is None else q_BLZ
+        fixed_BLZ = jax.lax.stop_gradient(fixed_BLZ)
+        fixed_BTNZ = fixed_BLZ[:, : rows[0].shape[1]].reshape(*features[0].shape[:3], -1)
+        extra = {**extra, "latents": update_moments(params["latents"], fixed_BTNZ)}
         if "codebook" in extra:
             extra["codebook"] = quantizer.update(params["codebook"], z_BLZ, ids_BL, rng_codebook)
 
@@ -242,11 +246,6 @@ class Task:
             return *nothing[:2], verdicts
 
         return jax.lax.cond(step >= adversary.start, judge, pass_over)
-
-    def _measure(self, params, features_BTNZ):
-        """The moments of the latents of clips, as `encode` gives them."""
-        z_BTNZ = self.tokenizer.quantizer(features_BTNZ, params["codebook"])[0]
-        return update_moments(params["latents"], jax.lax.stop_gradient(z_BTNZ))
 
     def _images(self, video_BTHWC, rng):
         """Random frames of every clip as clips of one frame, [B images, 1, H, W, C]."""

@@ -154,6 +154,21 @@ def test_gradients_pass_to_every_channel(name):
         np.testing.assert_allclose(grads, weight, rtol=1e-6)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_nearest_code_is_found_and_the_first_of_equals(normalize):
+    rng = np.random.default_rng(0)
+    z_LZ = rng.standard_normal((50, 4), np.float32)
+    code_VZ = np.tile(rng.standard_normal((6, 4), np.float32), (2, 1))
+    if normalize:
+        code_VZ /= np.linalg.norm(code_VZ, axis=1, keepdims=True)
+    quantizer = VQ(codes=12, channels=4, normalize=normalize)
+    _, ids_L, _ = run(quantizer, z_LZ, {"code_VZ": code_VZ})
+    if normalize:
+        z_LZ /= np.linalg.norm(z_LZ, axis=1, keepdims=True)
+    distance_LV = np.linalg.norm(z_LZ[:, None] - code_VZ, axis=-1)
+    np.testing.assert_array_equal(ids_L, distance_LV.argmin(axis=1))
+
+
 def test_rotation_keeps_angles_between_token_code_and_gradient():
     """Gradients turn with the token: g at the code comes back as |e| / |z| R^T g."""
     z, e, g = np.random.default_rng(3).standard_normal((3, 5, 4), np.float32)
