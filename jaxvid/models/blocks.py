@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -308,12 +309,49 @@ class PEG(nn.Module):
         if state is None:
             state = jnp.zeros((B, 2, H, W, D), x_BTHWD.dtype)
         seen = jnp.concatenate([state, x_BTHWD], axis=1)
-        padded = jnp.pad(seen, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
-        taps = itertools.product(range(3), repeat=3)
-        y = bias_D + sum(
-            kernel[t, h, w] * padded[:, t : t + T, h : h + H, w : w + W] for t, h, w in taps
-        )
-        return y, seen[:, T:]
+        return bias_D + _convolve(seen, kernel), seen[:, T:]
+
+
+@jax.custom_vjp
+def _convolve(x_BTHWD, kernel):
+    """Depth-wise 3 x 3 x 3 convolution, zeros around the frames but not around time."""
+    return _correlate(_pad(x_BTHWD, time=0), kernel)
+
+
+def _convolve_forward(x_BTHWD, kernel):
+    return _convolve(x_BTHWD, kernel), (x_BTHWD, kernel)
+
+
+def _convolve_backward(residuals, dy_BTHWD):
+    """dx as a convolution, not as the sum of padded arrays that the gradient of slices is."""
+    x_BTHWD, kernel = residuals
+    # Fused into what reads it 27 times, an array would be computed as often.
+    x, dy, padded = jax.lax.optimization_barrier(
+        (_pad(x_BTHWD, time=0), dy_BTHWD, _pad(dy_BTHWD, time=2))
+    )
+    dx_BTHWD = _correlate(padded, kernel[::-1, ::-1, ::-1])
+    taps = [(dy * window).sum((0, 1, 2, 3)) for window in _windows(x)]
+    return jax.lax.optimization_barrier((dx_BTHWD, jnp.stack(taps).reshape(kernel.shape)))
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _correlate(padded, kernel):
+    """Sum over the 27 taps of a (3, 3, 3, 1, D) kernel times what it then covers, BTHWD."""
+    return sum(tap_D * window for tap_D, window in zip(kernel.reshape(27, -1), _windows(padded)))
+
+
+def _windows(padded):
+    """The 27 views of [B, T + 2, H + 2, W + 2, D] that a 3 x 3 x 3 kernel has, each BTHWD."""
+    T, H, W = (size - 2 for size in padded.shape[1:4])
+    for t, h, w in itertools.product(range(3), repeat=3):
+        yield padded[:, t : t + T, h : h + H, w : w + W]
+
+
+def _pad(x_BTHWD, time):
+    """Zeros around the frames, one cell wide, and `time` of them before and after."""
+    return jnp.pad(x_BTHWD, ((0, 0), (time, time), (1, 1), (1, 1), (0, 0)))
 
 
 class TemporalBlock(nn.Module):

@@ -161,19 +161,31 @@ def test_windows_know_nothing_of_each_other_nor_of_what_lies_beyond_the_grid():
 
 
 def test_position_generator_is_a_convolution_padded_with_the_past():
-    x = np.random.default_rng(0).standard_normal((2, 4, 3, 5, 6), np.float32)
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal((2, 4, 3, 5, 6), np.float32) for _ in range(2))
     layer = PEG()
     params = jax.jit(layer.init)(jax.random.key(0), x)
-    y, _ = jax.jit(layer.apply)(params, x)
-    wanted = jax.lax.conv_general_dilated(
-        x,
-        params["params"]["kernel"],
-        window_strides=(1, 1, 1),
-        padding=((2, 0), (1, 1), (1, 1)),
-        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
-        feature_group_count=6,
+
+    def wanted(params, x):
+        return params["params"]["bias"] + jax.lax.conv_general_dilated(
+            x,
+            params["params"]["kernel"],
+            window_strides=(1, 1, 1),
+            padding=((2, 0), (1, 1), (1, 1)),
+            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+            feature_group_count=6,
+        )
+
+    def value_and_gradients(convolve):
+        y, pull = jax.vjp(convolve, params, x)
+        return y, pull(dy)
+
+    found = jax.jit(lambda: value_and_gradients(lambda *given: layer.apply(*given)[0]))()
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-4),
+        found,
+        jax.jit(lambda: value_and_gradients(wanted))(),
     )
-    np.testing.assert_allclose(y, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(
