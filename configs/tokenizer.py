@@ -9,6 +9,21 @@ for two CPU cores, b has the papers' width and depth), data=sprites|folder|array
 gan=none|patch|stylegan,
 mixer=paper|alibi|softmax|linear|lightning|gla|gated_delta|lightnet|aaren|routing (over time, not of
 ar_vae; paper is alibi for cvivit and softmax for omnitokenizer).
+
+Measured on held-out sprites, two cores of an AMD EPYC, 2026-11-22, jax 0.10.2. The first command:
+
+    step        300    600    900   1200   1500   1800
+    PSNR, dB   23.5   25.9   27.0   27.6   28.0   28.1
+    SSIM       0.72   0.82   0.86   0.87   0.88   0.88
+
+The other quantizers in runs of 600 steps, and the share of their codes that 16 clips use:
+
+                vq    lfq    bsq     kl
+    codes      512   1024   1024      -
+    PSNR, dB  25.2   20.1   22.6   27.1
+    use       0.55   0.82   0.73      -
+
+(FSQ has 64,000 codes, more than these clips have tokens, and they use 0.013 of them.)
 """
 
 from ml_collections import ConfigDict, FieldReference
