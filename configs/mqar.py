@@ -20,12 +20,12 @@ def get_config(options=""):
     config = common.get_config()
     config.steps = 3000
     config.data.name = "mqar"  # source: mqar alone has symbols
-    config.data.frames = frames = FieldReference(32)
+    config.data.frames = frames = FieldReference(64)
     config.data.size = 2  # pixels along each side of a frame, which has one colour
     config.data.batch_size = 32
     config.data.num_clips = 100_000  # streams in the training split
     config.data.vocabulary = vocabulary = FieldReference(64)  # symbols: blank, keys and values
-    config.data.pairs = pairs = FieldReference((2, 4, 8))  # how many pairs streams have
+    config.data.pairs = pairs = FieldReference((4, 8, 16))  # how many pairs streams have
     config.optim.name = "adamw"
     config.optim.lr = 5e-3
     config.optim.weight_decay = 0.1
@@ -39,7 +39,7 @@ def get_config(options=""):
     )
     config.task.model = ConfigDict(
         dict(
-            width=32,  # channels of a symbol
+            width=16,  # channels of a symbol
             depth=2,  # layers of convolution and mixer
             heads=2,  # heads of a mixer; must divide the width
             dtype="float32",  # of the computation
