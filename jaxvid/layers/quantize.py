@@ -102,6 +102,7 @@ class VQ:
     def __post_init__(self):
         _require(self.codes > 1, f"codes={self.codes}: use 2 or more")
         _require(self.channels > 0, f"channels={self.channels}: use 1 or more")
+        _require_weights(self, "commitment")
         _require(0 <= self.ema < 1, f"ema={self.ema}: use 0 (by gradient) to below 1")
         _require(
             self.estimator in ESTIMATORS,
@@ -322,6 +323,8 @@ class LFQ(_NoCodebook):
     def __post_init__(self):
         _require(1 <= self.channels <= 30, f"channels={self.channels}: use 1 to 30, ids are int32")
         _require(1 <= self.group <= 20, f"group={self.group}: use 1 to 20 bits")
+        _require(0 < self.sharpness < np.inf, f"sharpness={self.sharpness}: use more than 0")
+        _require_weights(self, "entropy", "diversity", "commitment")
 
     @property
     def features(self):
@@ -403,6 +406,7 @@ class KL(_NoCodebook):
 
     def __post_init__(self):
         _require(self.channels > 0, f"channels={self.channels}: use 1 or more")
+        _require_weights(self, "weight")
 
     @property
     def features(self):
@@ -421,6 +425,12 @@ class KL(_NoCodebook):
 
 
 QUANTIZERS = {"vq": VQ, "fsq": FSQ, "lfq": LFQ, "bsq": BSQ, "kl": KL}
+
+
+def _require_weights(quantizer, *names):
+    for name in names:
+        value = getattr(quantizer, name)
+        _require(0 <= value < np.inf, f"{name}={value}: use 0 or a positive number")
 
 
 def _require(holds, message):

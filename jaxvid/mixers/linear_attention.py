@@ -132,7 +132,7 @@ class GLA(Recurrent):
         if self.feature == "silu":
             q, k = nn.silu(q), nn.silu(k)
         elif self.feature != "none":
-            raise ValueError(f"feature={self.feature!r}: unknown; use none or silu")
+            raise UserError(f"mixer.feature={self.feature!r}: unknown; use none or silu")
         rank_BTNR = self._dense(GATE_RANK, "decay_in")(x_BTND)
         logit_BTND = self._dense(self.width, "decay_out")(rank_BTNR).astype(jnp.float32)
         g_BTD = (nn.log_sigmoid(logit_BTND) / GATE_RANK).mean(axis=2)
@@ -188,5 +188,5 @@ def slopes(law, heads, layer=0, layers=1):
         "sglang": lambda: alibi_slopes(heads) * (1 - (layer - 1) / max(layers - 1, 1) + 1e-5),
     }
     if law not in laws:
-        raise UserError(f"slopes={law!r}: unknown; use one of {', '.join(laws)} or one per head")
+        raise UserError(f"mixer.slopes={law!r}: unknown; use one of {', '.join(laws)} or one per head")
     return laws[law]()

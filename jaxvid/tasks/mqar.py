@@ -120,7 +120,7 @@ def _check(model):
     name, width, heads = model["mixer"]["name"], model["width"], model["heads"]
     if name not in MIXERS:
         raise UserError(f"task.model.mixer.name={name!r}: unknown; use one of {', '.join(MIXERS)}")
-    if width % heads or width // heads % 2:
+    if heads < 1 or width % heads or width // heads % 2:
         raise UserError(
             f"task.model.heads={heads}: does not divide width={width} into even heads; "
             f"use a divisor of {width // 2}"

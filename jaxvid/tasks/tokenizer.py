@@ -332,7 +332,7 @@ def _check(arch, network, quantizer, error, images, inflation):
     if "mixer" in network:
         choose("network.mixer.name", network["mixer"]["name"], MIXERS)
     width, heads = network["width"], network["heads"]
-    if width % heads or width // heads % 2:
+    if heads < 1 or width % heads or width // heads % 2:
         raise UserError(
             f"task.network.heads={heads}: does not divide width={width} into even heads; "
             f"use a divisor of {width // 2}"

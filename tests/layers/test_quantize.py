@@ -295,7 +295,12 @@ def test_kl_is_the_closed_form_and_its_draws_have_the_moments():
         (VQ, {"ema": 0.0, "restart": 1.0}, "restart=1.0"),
         (VQ, {"estimator": "gumbel"}, "estimator='gumbel'"),
         (LFQ, {"channels": 40}, "channels=40"),
+        (LFQ, {"sharpness": 0.0}, "sharpness=0.0"),
+        (BSQ, {"sharpness": np.nan}, "sharpness=nan"),
+        (LFQ, {"diversity": -1.0}, "diversity=-1.0"),
+        (VQ, {"commitment": np.nan}, "commitment=nan"),
         (KL, {"channels": 0}, "channels=0"),
+        (KL, {"weight": np.inf}, "weight=inf"),
     ],
 )
 def test_what_cannot_be_is_refused(quantizer, options, message):
