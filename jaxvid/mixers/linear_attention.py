@@ -188,5 +188,7 @@ def slopes(law, heads, layer=0, layers=1):
         "sglang": lambda: alibi_slopes(heads) * (1 - (layer - 1) / max(layers - 1, 1) + 1e-5),
     }
     if law not in laws:
-        raise UserError(f"mixer.slopes={law!r}: unknown; use one of {', '.join(laws)} or one per head")
+        raise UserError(
+            f"mixer.slopes={law!r}: unknown; use one of {', '.join(laws)} or one per head"
+        )
     return laws[law]()
