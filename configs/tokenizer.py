@@ -10,7 +10,8 @@ gan=none|patch|stylegan,
 mixer=paper|alibi|softmax|linear|lightning|gla|gated_delta|lightnet|aaren|routing (over time, not of
 ar_vae; paper is alibi for cvivit and softmax for omnitokenizer).
 
-Measured on held-out sprites, two cores of an AMD EPYC, 2026-11-22, jax 0.10.2. The first command:
+Measured on held-out sprites, two cores of an AMD EPYC, jax 0.10.2, on 2026-11-22 and the night
+after. The first command:
 
     step        300    600    900   1200   1500   1800
     PSNR, dB   23.5   25.9   27.0   27.6   28.0   28.1

@@ -85,14 +85,10 @@ def codes(run, batches):
     if not hasattr(tokenizer.quantizer, "size"):  # Gaussian latents
         return found
     tokens = jax.jit(lambda params, video: tokenizer.tokens(params, normalize(video))[0])
-    ids, seen = [], set()
-    with contextlib.closing(_held_out(run)) as iterator:
-        for _ in range(batches):
-            batch = next(iterator)
-            fresh = _first_places(batch["id"], seen)
-            if not fresh:
-                break
-            ids.append(np.asarray(tokens(run.params, _place(batch, run.mesh)["video"]))[fresh])
+    ids = [
+        np.asarray(tokens(run.params, _place(batch, run.mesh)["video"]))[fresh]
+        for _, batch, fresh in _batches(run, batches)
+    ]
     whole = usage(jnp.asarray(np.concatenate(ids)), tokenizer.quantizer.size)
     return found | {name: np.asarray(value) for name, value in whole.items()}
 

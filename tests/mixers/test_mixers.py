@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxvid.errors import UserError
 from jaxvid.layers import masks
 from jaxvid.mixers import MIXERS, cache
 from jaxvid.mixers.linear_attention import slopes
@@ -170,6 +171,13 @@ def test_published_slopes():
     np.testing.assert_allclose(slopes("lightning", 12), twelve * (1 + 1e-5))
     with pytest.raises(ValueError, match="slopes='alibi': unknown; use one of lightning, "):
         slopes("alibi", 8)
+
+
+def test_a_feature_that_is_none_is_refused_in_one_line():
+    with pytest.raises(UserError, match=r"mixer\.feature='elu': unknown; use none or silu"):
+        jax.eval_shape(
+            MIXERS["gla"](8, 2, feature="elu").init, jax.random.key(0), jnp.ones((1, 2, 1, 8))
+        )
 
 
 @pytest.mark.parametrize("mask", ["full", "leaky"])
