@@ -41,7 +41,7 @@ def get_config(options=""):
         dict(
             width=16,  # channels of a symbol
             depth=2,  # layers of convolution and mixer
-            heads=2,  # heads of a mixer; must divide the width
+            heads=1,  # heads of a mixer; must divide the width
             dtype="float32",  # of the computation
         )
     )

@@ -10,8 +10,7 @@ from jaxvid.layers.linear import Linear
 from jaxvid.mixers.linear_attention import Recurrent
 from jaxvid.parallel.sharding import shard
 
-_STRONGEST = 16.0  # largest rate of forgetting at the start, per unit of time
-_STEPS = (1e-3, 1e-1)  # units of time in a frame at the start
+_FASTEST, _SLOWEST = 1.6, 1e-3  # -log of a frame's decay at the start, over all heads
 
 
 class GatedDelta(Recurrent):
@@ -51,7 +50,7 @@ class GatedDelta(Recurrent):
             after.append(past)
         q, k, v = mixed
         beta_BTNA = nn.sigmoid(self._per_head("beta")(x_BTND).astype(jnp.float32))
-        rate_A = self.param("log_rate", _log_rates, (self.heads,))
+        rate_A = self.param("log_rate", nn.initializers.zeros, (self.heads,))
         step_A = self.param("step_bias", _step_biases, (self.heads,))
         step_BTNA = self._per_head("step")(x_BTND).astype(jnp.float32) + step_A
         g_BTA = -(jnp.exp(rate_A) * nn.softplus(step_BTNA)).mean(axis=2)
@@ -98,13 +97,14 @@ def _unit(x):
     return (h * jax.lax.rsqrt(jnp.square(h).sum(-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
-def _log_rates(rng, shape):
-    """log of rates uniform in (0, 16]."""
-    return jnp.log(_STRONGEST * (1 - jax.random.uniform(rng, shape)))
-
-
 def _step_biases(rng, shape):
-    """Inverse softplus of steps between those of _STEPS, uniform in their logarithm."""
-    low, high = jnp.log(jnp.array(_STEPS))
-    step = jnp.exp(jax.random.uniform(rng, shape, minval=low, maxval=high))
-    return step + jnp.log(-jnp.expm1(-step))
+    """Inverse softplus of steps that fall by equal factors from head to head, down to _SLOWEST.
+
+    The released layer draws a rate from (0, 16] and a step from [0.001, 0.1] for every head. Of few
+    heads it is then luck whether any remembers for more than a few frames. Here the last always
+    does, the others share out the same range, as ALiBi's slopes do theirs.
+    """
+    del rng
+    (heads,) = shape
+    step_A = _FASTEST * (_SLOWEST / _FASTEST) ** (jnp.arange(1, heads + 1) / heads)
+    return step_A + jnp.log(-jnp.expm1(-step_A))
