@@ -97,6 +97,46 @@ class TableBias(nn.Module):
         return table_VA[row_R * side + column_R].T[:, index_NN]
 
 
+class DistanceBias(nn.Module):
+    """-slope distance, of cells of a frame and of tokens that float above it -> [A, N, N] float32.
+
+    grid: (H, W) cells, N = H W + tokens. Learned are the slopes, one for each head, and the places
+    of the tokens, `place` [tokens, 2] in heights and widths of the frame. At first the tokens are
+    spread evenly (a Fibonacci lattice) and the slopes lie between SLOPES, by one spacing of the
+    tokens. So every token starts out reading what is around its place, and every cell the tokens
+    around it, which training is free to undo by flatter slopes.
+    """
+
+    heads: int
+    tokens: int
+
+    SLOPES = (8.0, 0.5)
+
+    @nn.compact
+    def __call__(self, grid):
+        place_M2 = self.param("place", lambda _: jnp.asarray(_spread(self.tokens)))
+        log_slope_A = self.param(
+            "log_slope", lambda _: jnp.log(jnp.geomspace(*self.SLOPES, self.heads))
+        )
+        H, W = grid
+        cell_N2 = (np.mgrid[:H, :W].reshape(2, -1).T + 0.5) / grid
+        place_N2 = jnp.concatenate([jnp.asarray(cell_N2, jnp.float32), place_M2])
+        # In cells, of which every token has H W / tokens.
+        apart_NN2 = (place_N2[:, None] - place_N2) * np.array(grid, np.float32)
+        squared_NN = jnp.square(apart_NN2).sum(-1) * (self.tokens / (H * W))
+        # The root has no gradient at 0, where a token meets itself.
+        distance_NN = jnp.sqrt(jnp.maximum(squared_NN, 1e-12))
+        return -jnp.exp(log_slope_A)[:, None, None] * distance_NN
+
+
+def _spread(count):
+    """Places in the unit square, evenly spread for any count, float32 [count, 2]."""
+    index_M = np.arange(count)
+    golden = (5**0.5 - 1) / 2
+    row_M, column_M = (index_M + 0.5) / count, (index_M * golden + 0.5) % 1
+    return np.stack([row_M, column_M], axis=1).astype(np.float32)
+
+
 def _offsets(grid):
     """Offsets (dy, dx) that occur in a grid, int [R, 2], and which of them each pair has [N, N]."""
     height, width = grid

@@ -9,6 +9,7 @@ import numpy as np
 from jaxvid.errors import UserError
 from jaxvid.kernels.attention import attention
 from jaxvid.layers import masks
+from jaxvid.layers.bias import DistanceBias
 from jaxvid.layers.embed import rotary_angles, rotate
 from jaxvid.layers.linear import Linear
 from jaxvid.layers.patch import patchify, unpatchify
@@ -64,8 +65,9 @@ class LatentAttention(nn.Module):
 class DecoderBlock(nn.Module):
     """Pixel tokens over time, then all tokens from latents over time, then the tokens of a frame.
 
-    x_BTND, state -> x_BTND, state; the last `latents` of the N tokens are the latents'. Both
-    temporal layers begin closed, so that the block starts as one of a frame alone.
+    x_BTND, state -> x_BTND, state; the last `latents` of the N tokens are the latents'. bias_ANN is
+    added to the scores within a frame. Both temporal layers begin closed, so that the block starts
+    as one of a frame alone.
     """
 
     heads: int
@@ -75,7 +77,7 @@ class DecoderBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BTND, state=None):
+    def __call__(self, x_BTND, state=None, bias_ANN=None):
         B, T, N, D = x_BTND.shape
         fine, coarse = (None, None) if state is None else state
 
@@ -102,12 +104,12 @@ class DecoderBlock(nn.Module):
         x_BTND = x_BTND + opened("coarse", y_BTND)
 
         in_frame = blocks.SpatialBlock("t", self.heads, self.hidden, dtype=self.dtype, name="frame")
-        x_BHWD, _ = in_frame(x_BTND.reshape(B * T, 1, N, D))
+        x_BHWD, _ = in_frame(x_BTND.reshape(B * T, 1, N, D), bias_ANN)
         return x_BHWD.reshape(B, T, N, D), (fine, coarse)
 
 
 class ARVAE(nn.Module):
-    """Video in [-1, 1] <-> `tokens` latents per frame, without a place in it (Yu et al. 2024).
+    """Video in [-1, 1] <-> `tokens` latents per frame, not one per cell (TiTok, Yu et al. 2024).
 
     encode: video_BTHWC, state -> z_BTHWZ float32 with H = 1, W = tokens, Z = features, state
     decode: z_BTHWZ with Z = channels, state -> video_BTHWC float32, state
@@ -117,8 +119,13 @@ class ARVAE(nn.Module):
     the past at each place and in the latents: state is what both have seen. Frames are of one size
     (H, W), which learned positions are made for (UserError). unit: latents are read as directions,
     as of AR-Diffusion's Gaussian ones. depth: of each of encoder and decoder. window: frames that a
-    frame sees, its own included; None = all of the past. The released decoder ends in a frozen
-    MaskGIT-VQGAN; this one in a linear map.
+    frame sees, its own included; None = all of the past.
+
+    Two things differ from what was released, whose decoder ends in a frozen MaskGIT-VQGAN and whose
+    weights begin as those of TiTok, trained for long. This one ends in a linear map, and latents
+    begin near a place of the frame (`layers.bias.DistanceBias`): without one, what tells pixels
+    apart has to pass two attentions that both begin as a mean over the frame, so that for long
+    nothing but the mean is learnt.
     """
 
     features: int
@@ -139,6 +146,7 @@ class ARVAE(nn.Module):
         hidden = int(self.mlp_ratio * self.width)
         shared = dict(heads=self.heads, hidden=hidden, dtype=self.dtype)
         cells = np.prod(blocks.grid_of(self.size, self.patch))
+        self.bias = DistanceBias(self.heads, self.tokens)
         self.embed = Linear(self.width, dtype=self.dtype)
         self.encode_position = self.param("encode_position", _normal, (cells, self.width))
         self.query = self.param("query", _normal, (self.tokens, self.width))
@@ -152,6 +160,7 @@ class ARVAE(nn.Module):
             length=self.depth,
             variable_axes={"params": 0},
             split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
             unroll=1 if self.remat else self.depth,
         )(latents=self.tokens, window=self.window, **shared)
         self.norm = blocks.LayerNorm(dtype=self.dtype)
@@ -170,7 +179,8 @@ class ARVAE(nn.Module):
             self.query.astype(self.dtype), (B, T, self.tokens, self.width)
         )
         x_BTHWD = jnp.concatenate([x_BTND, query_BTMD], axis=2)[:, :, None]
-        return self.to_latent(self.encoder(x_BTHWD)[:, :, :, -self.tokens :]), state
+        x_BTHWD = self.encoder(x_BTHWD, self._bias())
+        return self.to_latent(x_BTHWD[:, :, :, -self.tokens :]), state
 
     def decode(self, z_BTHWZ, state=None):
         """See the class; no latents change nothing."""
@@ -183,7 +193,8 @@ class ARVAE(nn.Module):
         latent_BTMD = self.from_latent(z_BTHWZ)[:, :, 0] + self.latent_position.astype(self.dtype)
         place_ND = self.decode_position.astype(self.dtype)
         place_BTND = jnp.broadcast_to(place_ND, (B, T, *place_ND.shape))
-        x_BTND, state = self.decoder(jnp.concatenate([place_BTND, latent_BTMD], axis=2), state)
+        x_BTND = jnp.concatenate([place_BTND, latent_BTMD], axis=2)
+        x_BTND, state = self.decoder(x_BTND, state, self._bias())
         x_BTND = self.pixels(self.norm(x_BTND[:, :, : -self.tokens]))
         rows, columns = blocks.grid_of(self.size, self.patch)
         x_BTHWP = x_BTND.reshape(B, T, rows, columns, -1)
@@ -193,6 +204,9 @@ class ARVAE(nn.Module):
         """Makes all parameters."""
         z_BTHWZ, _ = self.encode(video_BTHWC)
         return self.decode(z_BTHWZ[..., : self.channels])
+
+    def _bias(self):
+        return self.bias(blocks.grid_of(self.size, self.patch))
 
     def grid(self, size):
         """(1, tokens) of frames of `size` (H, W) pixels; UserError where that is another size."""

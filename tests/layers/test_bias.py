@@ -2,8 +2,9 @@
 
 import jax
 import numpy as np
+import pytest
 
-from jaxvid.layers.bias import ContinuousBias, TableBias, alibi_slopes, attend
+from jaxvid.layers.bias import ContinuousBias, DistanceBias, TableBias, alibi_slopes, attend
 
 
 def test_slopes_of_a_power_of_two_and_of_twelve():
@@ -55,3 +56,31 @@ def test_continuous_bias_reads_logarithmic_offsets():
     bias = jax.jit(module.apply, static_argnums=1)(params, (3, 2))
     bias = np.asarray(bias).reshape(2, 3, 2, 3, 2)
     np.testing.assert_allclose(bias[:, 2, 0, 0, 1], wanted, rtol=1e-5)
+
+
+def test_distance_bias_by_hand_and_its_gradient():
+    """Cells at (0.5, 0.5) .. and tokens at their places, apart in units of the tokens' spacing."""
+    module = DistanceBias(heads=2, tokens=3)
+    variables = jax.jit(module.init, static_argnums=1)(jax.random.key(0), (2, 4))
+    apply = jax.jit(module.apply, static_argnums=1)
+    place = np.asarray(variables["params"]["place"])
+    slopes = np.exp(variables["params"]["log_slope"])
+    np.testing.assert_allclose(slopes, [8, 0.5], rtol=1e-6)
+    bias = np.asarray(apply(variables, (2, 4)))
+    where = [(y + 0.5, x + 0.5) for y, x in np.ndindex(2, 4)]
+    where += [(2 * y, 4 * x) for y, x in place]
+    for i, j in np.ndindex(11, 11):
+        distance = np.hypot(*np.subtract(where[i], where[j])) / (2 * 4 / 3) ** 0.5
+        np.testing.assert_allclose(bias[:, i, j], -slopes * distance, rtol=1e-5, atol=1e-5)
+    grads = jax.jit(jax.grad(lambda v: apply(v, (2, 4)).sum()))(variables)
+    assert all(np.isfinite(leaf).all() and np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("count", [1, 5, 32, 100])
+def test_tokens_are_spread_over_the_whole_frame(count):
+    """No point of the frame is further from a token than 1.3 spacings of a square lattice."""
+    module = DistanceBias(heads=1, tokens=count)
+    place = module.init(jax.random.key(0), (1, 1))["params"]["place"]
+    point = np.stack(np.mgrid[:50, :50], -1).reshape(-1, 1, 2) / 50
+    nearest = np.linalg.norm(point - np.asarray(place), axis=-1).min(axis=1)
+    assert nearest.max() * count**0.5 < 1.3
