@@ -207,3 +207,28 @@ def test_what_does_not_fit_is_refused_with_what_does(shape, started, message):
 def test_a_tokenizer_of_one_size_refuses_others():
     with pytest.raises(UserError, match=r"size=\(8, 8\)"):
         ROWS["ar_vae"][0].grid((8, 8))
+
+
+def test_latents_of_ar_vae_begin_near_their_places():
+    """Before training a corner moves the latents around it most, and these the corner's pixels."""
+    network = ARVAE(size=(24, 24), patch=4, tokens=16, depth=1, **SMALL | dict(width=32))
+    rng = np.random.default_rng(0)
+    video = rng.uniform(-1, 1, (8, 1, 24, 24, 3)).astype(np.float32)
+    params = jax.jit(network.init)(jax.random.key(0), video)
+    encode, decode = (
+        jax.jit(lambda x, method=method: network.apply(params, x, method=method)[0])
+        for method in ("encode", "decode")
+    )
+    to_corner = np.linalg.norm(params["params"]["bias"]["place"], axis=1)
+    near, far = to_corner.argsort()[:4], to_corner.argsort()[-4:]
+
+    changed = video.copy()
+    changed[:, :, :8, :8] *= -1
+    z = encode(video)
+    moved_M = np.abs(encode(changed) - z).mean((0, 1, 2, 4))
+    assert moved_M[near].mean() > 2 * moved_M[far].mean()
+
+    changed = np.array(z)
+    changed[..., near, :] *= -1
+    moved_HW = np.abs(decode(changed) - decode(z)).mean((0, 1, 4))
+    assert moved_HW[:8, :8].mean() > 2 * moved_HW[-8:, -8:].mean()
