@@ -1,5 +1,8 @@
-"""A network and a quantizer as one tokenizer; the same frozen, with latents of unit scale."""
+"""A network and a quantizer as one tokenizer: of streams, of whole clips, frozen at unit scale."""
 
+from typing import Any, NamedTuple
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -68,6 +71,53 @@ class Tokenizer:
 
     def _apply(self, params, method, *arguments):
         return self.network.apply({"params": params["network"]}, *arguments, method=method)
+
+
+class Encoded(NamedTuple):
+    """A clip as `Codec` encodes it: z_BTHWZ float32, quantized, and its ids_BTHW int32.
+
+    Gaussian latents have no ids: None.
+    """
+
+    z_BTHWZ: Any
+    ids_BTHW: Any
+
+
+class Codec(nn.Module):
+    """The network and the quantizer of a `Tokenizer` as one Flax module, for whole clips.
+
+    encode: video_BTHWC in [-1, 1] -> Encoded
+    decode: z_BTHWZ, or all that encode gave -> video_BTHWC float32
+
+    Its parameters are the weights of a `Tokenizer`, {"network", "codebook"}. Pieces of a stream are
+    for `Tokenizer(codec.network, codec.quantizer)`, on the same ones.
+    """
+
+    network: nn.Module
+    quantizer: Any
+
+    def setup(self):
+        self.codebook = self.param("codebook", self._init_codebook)
+
+    def __call__(self, video_BTHWC):
+        """Makes all parameters, from a clip of two latents or more; the clip rebuilt."""
+        return self.decode(self.encode(video_BTHWC))
+
+    def encode(self, video_BTHWC):
+        """See the class."""
+        z_BTHWZ, _ = self.network.encode(video_BTHWC)
+        z_BTHWZ, ids_BTHW, _ = self.quantizer(z_BTHWZ, self.codebook)
+        return Encoded(z_BTHWZ, ids_BTHW)
+
+    def decode(self, z_BTHWZ):
+        """See the class."""
+        if isinstance(z_BTHWZ, Encoded):
+            z_BTHWZ = z_BTHWZ.z_BTHWZ
+        return self.network.decode(z_BTHWZ)[0]
+
+    def _init_codebook(self, rng):
+        trained, carried = self.quantizer.init(rng)
+        return {**trained, **carried}
 
 
 class FrozenTokenizer:

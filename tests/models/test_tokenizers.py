@@ -13,7 +13,7 @@ from jaxvid.models.ar_vae import ARVAE
 from jaxvid.models.blocks import PEG, WindowAttention
 from jaxvid.models.cvivit import CViViT
 from jaxvid.models.omnitokenizer import OmniTokenizer
-from jaxvid.models.tokenizer import Tokenizer
+from jaxvid.models.tokenizer import Codec, Tokenizer
 from tests import laws
 
 SIZE = (6, 10)  # of frames: grids of 3 x 5
@@ -124,6 +124,31 @@ def test_tokens_say_all_of_a_clip():
     assert z.shape[-1] == tokenizer.channels
     shape = jax.eval_shape(lambda z: tokenizer.decode(params, z, tokenizer.grid(SIZE))[0], z).shape
     assert shape == video.shape and tokenizer.frames_for_latents(7) == 13
+
+
+@pytest.mark.parametrize("name", ["vq", "kl"])
+def test_a_codec_is_its_tokenizer_on_whole_clips(name):
+    quantizer = QUANTIZERS[name]
+    network = ROWS["cvivit"][0].clone(channels=quantizer.channels)
+    codec, tokenizer = Codec(network, quantizer), Tokenizer(network, quantizer)
+    video = opened("cvivit")[2]
+    params = jax.jit(codec.init)(jax.random.key(0), video)["params"]
+    shapes, carried = jax.eval_shape(lambda: tokenizer.init(jax.random.key(0), SIZE))
+    shapes["codebook"] |= carried
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
+
+    @jax.jit
+    def both(params, video):
+        encoded = codec.apply({"params": params}, video, method="encode")
+        pixels = codec.apply({"params": params}, encoded, method="decode")
+        z_BTNZ, _ = tokenizer.encode(params, video)
+        ids_BTN, _ = tokenizer.tokens(params, video)
+        return (*encoded, pixels), (z_BTNZ, ids_BTN, tokenizer.decode(params, z_BTNZ, (3, 5))[0])
+
+    ours, theirs = both(params, video)
+    assert ours[0].shape == (1, 7, 3, 5, tokenizer.channels)
+    for found, wanted in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(found.reshape(wanted.shape), wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize("frames, size, t_patch, tokens", [(11, 128, 2, 1536), (17, 256, 4, 5120)])
