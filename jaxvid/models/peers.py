@@ -101,10 +101,13 @@ class PeerConv(nn.Module):
 
 
 class PeerTokenizer(nn.Module):
-    """Video in [-1, 1] <-> latents, whole clips only: a state other than None is refused.
+    """Video in [-1, 1] <-> latents, whole clips only.
 
-    encode: video_BTHWC -> (z_BTHWZ with Z = features, None)
-    decode: z_BTHWZ with Z = channels -> (video_BTHWC, None)
+    encode: video_BTHWC -> (z_BTHWZ with Z = features, ())
+    decode: z_BTHWZ with Z = channels -> (video_BTHWC, ())
+
+    A clip leaves the state (), and every state but None is refused (UserError): the next piece of a
+    stream is not taken for a clip of its own.
 
     Options are as of `cvivit.CViViT`, and beside them: head_width. hidden: units of the MLP.
     position: "shared", one continuous bias for all, "rel", one for each layer, or "rope". biased:
@@ -181,14 +184,14 @@ class PeerTokenizer(nn.Module):
         if self.unit:
             length = jnp.linalg.norm(z_BTHWZ, axis=-1, keepdims=True)
             z_BTHWZ = z_BTHWZ / jnp.maximum(length, 1e-12)
-        return z_BTHWZ, None
+        return z_BTHWZ, ()
 
     def decode(self, z_BTHWZ, state=None):
         """See the class."""
         _no_stream(state)
         x_BTHWD = self._time("decode_time", self.from_latent(z_BTHWZ))
         x_BTHWD = self._space("decode_space", x_BTHWD)
-        return (self.pixels(x_BTHWD, is_first=True) - self.offset) * 2, None
+        return (self.pixels(x_BTHWD, is_first=True) - self.offset) * 2, ()
 
     def _space(self, name, x_BTHWD):
         B, T, H, W, D = x_BTHWD.shape
@@ -259,5 +262,6 @@ def _turn(x_BLAK, grid):
 def _no_stream(state):
     if state is not None:
         raise UserError(
-            "tokenizer: one of others that mixes the future into the past cannot stream"
+            "tokenizer: the networks of others read whole clips and cannot stream; "
+            "give all frames at once, without a state"
         )

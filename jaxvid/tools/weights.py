@@ -1,7 +1,9 @@
 """Tokenizers from the weights that others have released.
 
     arrays = jaxvid.weights.read("tokenizer.safetensors")
-    tokenizer, params = import_tokenizer(arrays, "omnitokenizer")
+    module, params = import_tokenizer(arrays, "omnitokenizer")
+    encoded = module.apply({"params": params}, video_BTHWC, method="encode")
+    video_BTHWC = module.apply({"params": params}, encoded, method="decode")
 
 Sizes follow from the shapes. What the file does not say is an argument.
 """
@@ -14,7 +16,7 @@ import numpy as np
 from jaxvid.errors import UserError
 from jaxvid.layers.quantize import KL, VQ
 from jaxvid.models.peers import PEG_LAYOUTS, PeerTokenizer
-from jaxvid.models.tokenizer import Tokenizer, moments
+from jaxvid.models.tokenizer import Codec, moments
 from jaxvid.weights import take
 
 SOURCES = ("phenaki_pytorch", "omnitokenizer")
@@ -29,13 +31,14 @@ _BESIDE = re.compile(
 
 
 def import_tokenizer(arrays, source, *, peg_layout="peer_scrambled", biased=None):
-    """{name: array} of a state dict -> (Tokenizer over a `PeerTokenizer`, its params).
+    """{name: array} of a state dict -> (`Codec` over a `PeerTokenizer`, its params).
 
     source: "phenaki_pytorch" (lucidrains' C-ViViT with a VQ codebook) or "omnitokenizer" (VQ or
     KL). peg_layout: "causal" lays tokens out as was meant, for which the weights were not trained.
     biased: whether biases of space and time are added; unless given, as the source's own code runs
-    today: phenaki_pytorch does, omnitokenizer does not. Latents have no measured scale: mean 0, 1.
-    Raises UserError where arrays are missing, misshapen or left over.
+    today: phenaki_pytorch does, omnitokenizer does not. Beside the weights, params hold the
+    `latents` that `FrozenTokenizer` wants, not measured: mean 0, variance 1. Raises UserError where
+    arrays are missing, misshapen or left over.
     """
     if source not in SOURCES:
         raise UserError(f"source={source!r}: unknown; use one of {', '.join(SOURCES)}")
@@ -106,7 +109,7 @@ def import_tokenizer(arrays, source, *, peg_layout="peer_scrambled", biased=None
         "codebook": codebook,
         "latents": jax.device_get(moments(quantizer.channels)),
     }
-    return Tokenizer(module, quantizer), params
+    return Codec(module, quantizer), params
 
 
 def _named(name, layers):

@@ -10,7 +10,7 @@ import pytest
 from scipy.special import erf
 
 from jaxvid.errors import UserError
-from jaxvid.models.tokenizer import FrozenTokenizer
+from jaxvid.models.tokenizer import FrozenTokenizer, Tokenizer
 from jaxvid.tools.weights import import_tokenizer
 
 D, HEADS, K, HIDDEN, CODES, P, T = 16, 2, 8, 10, 12, 2, 2
@@ -85,12 +85,12 @@ def phenaki():
     for side in ("enc", "dec"):
         arrays.stack(f"{side}_spatial_transformer", "tt", peg=False)
         arrays.stack(f"{side}_temporal_transformer", "tt", peg=True)
+    arrays.linear("vq.project_in", D, 4)
+    arrays.linear("vq.project_out", 4, D)
     arrays.add("vq._codebook.embed", 1, CODES, 4)
     arrays["vq._codebook.embed"] /= np.linalg.norm(
         arrays["vq._codebook.embed"], axis=-1, keepdims=True
     )
-    arrays.linear("vq.project_in", D, 4)
-    arrays.linear("vq.project_out", 4, D)
     arrays.add("vq._codebook.cluster_size", 1, CODES)
     arrays.add("discr.blocks.0.conv_res.weight", 3, 3)
     return arrays
@@ -282,8 +282,13 @@ class Peer:
         return np.concatenate(frames, axis=1)
 
 
+def apply(module, params, x, method):
+    """The call that the import promises, compiled."""
+    return jax.jit(lambda params, x: module.apply({"params": params}, x, method=method))(params, x)
+
+
 CASES = {
-    "phenaki": ("phenaki_pytorch", phenaki, {}),
+    "phenaki, vq": ("phenaki_pytorch", phenaki, {}),
     "phenaki, laid out right": ("phenaki_pytorch", phenaki, {"peg_layout": "causal"}),
     "omni, rope": ("omnitokenizer", omni, {}),
     "omni, rel": ("omnitokenizer", lambda: omni("rel"), {"biased": True}),
@@ -295,7 +300,7 @@ CASES = {
 def test_imported_weights_do_as_where_they_come_from(case):
     source, make, options = CASES[case]
     arrays = make()
-    tokenizer, params = import_tokenizer(arrays, source, **options)
+    module, params = import_tokenizer(arrays, source, **options)
     is_omni = source == "omnitokenizer"
     spatial = ("rel" if "rel" in case else "rope") if is_omni else "shared"
     biased = options.get("biased", not is_omni)
@@ -312,23 +317,36 @@ def test_imported_weights_do_as_where_they_come_from(case):
         near = np.square(unit(features)[..., None, :] - codes).sum(-1)
         ids = near.argmin(-1)
         wanted = codes[ids]
-    z_BTNZ, _ = jax.jit(tokenizer.encode)(params, ours)
-    np.testing.assert_allclose(z_BTNZ[0].reshape(wanted.shape), wanted, atol=2e-4)
-    if ids is not None:
-        found, _ = jax.jit(tokenizer.tokens)(params, ours)
-        np.testing.assert_array_equal(found[0], ids.reshape(3, 16))
-    rebuilt, _ = jax.jit(tokenizer.decode, static_argnums=2)(params, z_BTNZ, (4, 4))
+    encoded = apply(module, params, ours, "encode")
+    np.testing.assert_allclose(encoded.z_BTHWZ[0], wanted, atol=2e-4)
+    if ids is None:
+        assert encoded.ids_BTHW is None
+    else:
+        np.testing.assert_array_equal(encoded.ids_BTHW[0], ids)
+    rebuilt = apply(module, params, encoded, "decode")
     theirs = peer.decode(wanted)
     scaled = 2 * theirs.transpose(1, 2, 3, 0) - (0 if is_omni else 1)
     np.testing.assert_allclose(rebuilt[0], scaled, atol=1e-3)
+    np.testing.assert_array_equal(apply(module, params, encoded.z_BTHWZ, "decode"), rebuilt)
+
+
+@pytest.mark.parametrize("make", [phenaki, omni])
+def test_the_params_are_those_that_the_module_makes(make):
+    module, params = import_tokenizer(
+        make(), "omnitokenizer" if make is omni else "phenaki_pytorch"
+    )
+    video = np.zeros((1, FRAMES, SIDE, SIDE, 3), np.float32)
+    made = jax.eval_shape(module.init, jax.random.key(0), video)["params"]
+    del params["latents"]  # of use to `FrozenTokenizer` alone
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, made)
 
 
 @pytest.mark.parametrize("layout", ["causal", "peer_scrambled"])
 def test_the_scrambled_layout_leaks_and_the_other_does_not(layout):
-    tokenizer, params = import_tokenizer(phenaki(), "phenaki_pytorch", peg_layout=layout)
+    module, params = import_tokenizer(phenaki(), "phenaki_pytorch", peg_layout=layout)
     rng = np.random.default_rng(1)
     video = rng.uniform(-1, 1, (1, FRAMES, SIDE, SIDE, 3)).astype(np.float32)
-    features = jax.jit(tokenizer.features)
+    features = jax.jit(Tokenizer(module.network, module.quantizer).features)
     before = features(params, video)[0]
     changed = video.copy()  # XLA may still be reading the first
     changed[:, -1] *= -1
@@ -337,15 +355,21 @@ def test_the_scrambled_layout_leaks_and_the_other_does_not(layout):
     assert (moved[:-1].max() > 0.01) == (layout == "peer_scrambled")
 
 
-def test_it_serves_as_a_frozen_tokenizer_but_for_streams():
-    tokenizer, params = import_tokenizer(omni(gaussian=True), "omnitokenizer")
-    frozen = FrozenTokenizer(tokenizer, params, "digest")
+@pytest.mark.parametrize("make", [phenaki, lambda: omni(gaussian=True)])
+def test_it_serves_as_a_frozen_tokenizer_but_for_streams(make):
+    arrays = make()
+    source = "omnitokenizer" if "codebook.N" in arrays else "phenaki_pytorch"
+    module, params = import_tokenizer(arrays, source)
+    frozen = FrozenTokenizer(Tokenizer(module.network, module.quantizer), params, "digest")
     assert (frozen.channels, frozen.grid(SIDE), frozen.latents_for_frames(FRAMES)) == (4, (4, 4), 3)
     video = np.zeros((1, FRAMES, SIDE, SIDE, 3), np.float32)
-    z = jax.eval_shape(frozen.encode, params, video)[0]
+    z, state = jax.eval_shape(frozen.encode, params, video)
     assert z.shape == (1, 3, 16, 4)
     with pytest.raises(UserError, match="cannot stream"):
-        frozen.encode(params, video, state=())
+        frozen.encode(params, video[:, 1:], state)
+    _, state = jax.eval_shape(lambda params, z: frozen.decode(params, z, (4, 4)), params, z)
+    with pytest.raises(UserError, match="cannot stream"):
+        frozen.decode(params, np.zeros(z.shape, np.float32), (4, 4), state)
 
 
 @pytest.mark.parametrize(
