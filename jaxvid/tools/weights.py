@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxvid.errors import UserError
-from jaxvid.layers.quantize import KL, VQ
+from jaxvid.layers.quantize import KL, LFQ, VQ
 from jaxvid.models.peers import PEG_LAYOUTS, PeerTokenizer
 from jaxvid.models.tokenizer import Codec, moments
 from jaxvid.weights import take
@@ -33,12 +33,12 @@ _BESIDE = re.compile(
 def import_tokenizer(arrays, source, *, peg_layout="peer_scrambled", biased=None):
     """{name: array} of a state dict -> (`Codec` over a `PeerTokenizer`, its params).
 
-    source: "phenaki_pytorch" (lucidrains' C-ViViT with a VQ codebook) or "omnitokenizer" (VQ or
-    KL). peg_layout: "causal" lays tokens out as was meant, for which the weights were not trained.
-    biased: whether biases of space and time are added; unless given, as the source's own code runs
-    today: phenaki_pytorch does, omnitokenizer does not. Beside the weights, params hold the
-    `latents` that `FrozenTokenizer` wants, not measured: mean 0, variance 1. Raises UserError where
-    arrays are missing, misshapen or left over.
+    source: "phenaki_pytorch" (lucidrains' C-ViViT with LFQ or VQ) or "omnitokenizer" (VQ or KL).
+    LFQ is as its defaults make it: codes +-1. peg_layout: "causal" lays tokens out as was meant,
+    for which the weights were not trained. biased: whether biases of space and time are added;
+    unless given, as the source's own code runs today: phenaki_pytorch does, omnitokenizer does not.
+    Beside the weights, params hold the `latents` that `FrozenTokenizer` wants, not measured: mean
+    0, variance 1. Raises UserError where arrays are missing, misshapen or left over.
     """
     if source not in SOURCES:
         raise UserError(f"source={source!r}: unknown; use one of {', '.join(SOURCES)}")
@@ -128,15 +128,28 @@ def _letters(layers):
 
 
 def _phenaki_codes(file, width):
-    """(VQ, codebook, linear maps around it) of vector-quantize-pytorch with cosine similarity."""
-    code_VZ = file.take("vq._codebook.embed")
-    code_VZ = code_VZ.reshape(code_VZ.shape[-2:])
+    """(LFQ or VQ, codebook, linear maps around it) of vector-quantize-pytorch.
+
+    Its VQ is that of cosine similarity. It leaves the maps out where codes are as wide as tokens.
+    """
+    if "vq.mask" in file.arrays:  # what each bit is worth
+        quantizer, codebook = LFQ(channels=file.take("vq.mask").size), {}
+    else:
+        code_VZ = file.take("vq._codebook.embed")
+        code_VZ = code_VZ.reshape(code_VZ.shape[-2:])
+        quantizer = VQ(codes=len(code_VZ), channels=code_VZ.shape[1])
+        codebook = _carried(code_VZ)
+    Z = quantizer.channels
+
+    def linear(name, *shape):
+        is_absent = width == Z and f"{name}.weight" not in file.arrays
+        return _same(width) if is_absent else file.linear(name, *shape)
+
     latent = {
-        name: file.linear(f"vq.{theirs}") if f"vq.{theirs}.weight" in file.arrays else _same(width)
-        for name, theirs in (("to_latent", "project_in"), ("from_latent", "project_out"))
+        "to_latent": linear("vq.project_in", Z, width),
+        "from_latent": linear("vq.project_out", width, Z),
     }
-    quantizer = VQ(codes=len(code_VZ), channels=code_VZ.shape[1])
-    return quantizer, _carried(code_VZ), latent
+    return quantizer, codebook, latent
 
 
 def _omni_codes(file, width):
@@ -174,9 +187,9 @@ class _File:
         self._left.discard(name)
         return take(self.arrays, name, shape or np.shape(self.arrays.get(name)), self._source)
 
-    def linear(self, name):
-        """[out, in] -> kernel [in, out], with its bias where it has one."""
-        params = {"kernel": self.take(f"{name}.weight").T}
+    def linear(self, name, *shape):
+        """[out, in], of that shape if given -> kernel [in, out], with its bias if it has one."""
+        params = {"kernel": self.take(f"{name}.weight", *shape).T}
         if f"{name}.bias" in self.arrays:
             params["bias"] = self.take(f"{name}.bias", params["kernel"].shape[1])
         return params

@@ -78,7 +78,7 @@ class Arrays(dict):
             self.linear(f"{decoder}to_pixels{kind}.0", D, cells)
 
 
-def phenaki():
+def phenaki(lookup_free=False):
     arrays = Arrays()
     arrays.ends("", "")
     arrays.position("spatial_rel_pos_bias")
@@ -87,11 +87,14 @@ def phenaki():
         arrays.stack(f"{side}_temporal_transformer", "tt", peg=True)
     arrays.linear("vq.project_in", D, 4)
     arrays.linear("vq.project_out", 4, D)
-    arrays.add("vq._codebook.embed", 1, CODES, 4)
-    arrays["vq._codebook.embed"] /= np.linalg.norm(
-        arrays["vq._codebook.embed"], axis=-1, keepdims=True
-    )
-    arrays.add("vq._codebook.cluster_size", 1, CODES)
+    if lookup_free:
+        arrays["vq.mask"] = np.array([8, 4, 2, 1])
+    else:
+        arrays.add("vq._codebook.embed", 1, CODES, 4)
+        arrays["vq._codebook.embed"] /= np.linalg.norm(
+            arrays["vq._codebook.embed"], axis=-1, keepdims=True
+        )
+        arrays.add("vq._codebook.cluster_size", 1, CODES)
     arrays.add("discr.blocks.0.conv_res.weight", 3, 3)
     return arrays
 
@@ -288,6 +291,7 @@ def apply(module, params, x, method):
 
 
 CASES = {
+    "phenaki, lookup-free": ("phenaki_pytorch", lambda: phenaki(lookup_free=True), {}),
     "phenaki, vq": ("phenaki_pytorch", phenaki, {}),
     "phenaki, laid out right": ("phenaki_pytorch", phenaki, {"peg_layout": "causal"}),
     "omni, rope": ("omnitokenizer", omni, {}),
@@ -312,6 +316,9 @@ def test_imported_weights_do_as_where_they_come_from(case):
     features = peer.encode(video)
     if "gaussian" in case:
         wanted, ids = features[..., :4], None
+    elif "lookup-free" in case:
+        wanted = np.where(features > 0, 1.0, -1.0)
+        ids = ((features > 0) * arrays["vq.mask"]).sum(-1)
     else:
         codes = arrays["codebook.embeddings" if is_omni else "vq._codebook.embed"].reshape(CODES, 4)
         near = np.square(unit(features)[..., None, :] - codes).sum(-1)
@@ -330,7 +337,7 @@ def test_imported_weights_do_as_where_they_come_from(case):
     np.testing.assert_array_equal(apply(module, params, encoded.z_BTHWZ, "decode"), rebuilt)
 
 
-@pytest.mark.parametrize("make", [phenaki, omni])
+@pytest.mark.parametrize("make", [phenaki, lambda: phenaki(lookup_free=True), omni])
 def test_the_params_are_those_that_the_module_makes(make):
     module, params = import_tokenizer(
         make(), "omnitokenizer" if make is omni else "phenaki_pytorch"
@@ -388,3 +395,12 @@ def test_what_is_not_such_a_file_is_refused(spoil, message):
         import_tokenizer(arrays, "phenaki_pytorch")
     with pytest.raises(UserError, match="source='cosmos'"):
         import_tokenizer(arrays, "cosmos")
+
+
+def test_lookup_free_codes_in_several_books_are_refused():
+    arrays = phenaki(lookup_free=True)
+    arrays["vq.mask"] = np.array([2, 1])
+    with pytest.raises(
+        UserError, match=r"'vq.project_in.weight' has shape \(4, 16\), not \(2, 16\)"
+    ):
+        import_tokenizer(arrays, "phenaki_pytorch")
