@@ -1,8 +1,10 @@
 """The tokenizers that others have released, as they are, so that their weights can be used.
 
-phenaki-pytorch's C-ViViT and OmniTokenizer (Wang et al. 2024) are this one network. It is not a
-stream: in both, the convolution before temporal attention reads tokens that were laid out anew
-instead of transposed, which mixes the future into the past. `jaxvid.tools.weights` fills it.
+The C-ViViT of phenaki-pytorch, its variant by obvious-research (phenaki-cvivit) and OmniTokenizer
+(Wang et al. 2024) are this one network. It is not a stream: in all of them, the convolution before
+temporal attention reads tokens that were laid out anew instead of transposed, which mixes the
+future into the past; the variant's attention over time has no mask either.
+`jaxvid.tools.weights` fills it.
 """
 
 import functools
@@ -112,7 +114,8 @@ class PeerTokenizer(nn.Module):
     Options are as of `cvivit.CViViT`, and beside them: head_width. hidden: units of the MLP.
     position: "shared", one continuous bias for all, "rel", one for each layer, or "rope". biased:
     add the biases of space and time, which OmniTokenizer computes and drops under PyTorch from 2.1
-    on. peg_layout: "peer_scrambled", as the weights were trained, or "causal". space_peg, time_peg:
+    on. causal: attention over time is masked and has the bias of ALiBi; False has neither.
+    peg_layout: "peer_scrambled", as the weights were trained, or "causal". space_peg, time_peg:
     where there are convolutions. unit: features are brought to unit length. offset: what their
     black is at, pixels / 2 + offset being what the network sees.
     """
@@ -132,6 +135,7 @@ class PeerTokenizer(nn.Module):
     window: int = 8
     position: str = "shared"
     biased: bool = True
+    causal: bool = True
     peg_layout: str = "peer_scrambled"
     space_peg: bool = False
     time_peg: bool = True
@@ -212,9 +216,7 @@ class PeerTokenizer(nn.Module):
 
     def _time(self, name, x_BTHWD):
         B, T, H, W, D = x_BTHWD.shape
-        distance_TT = np.arange(T)[:, None] - np.arange(T)
-        bias_ATT = -alibi_slopes(self.heads)[:, None, None] * distance_TT * self.biased
-        bias_ATT = np.where(distance_TT >= 0, bias_ATT, MASKED).astype(np.float32)
+        bias_ATT = self._time_bias(T) if self.causal else None
         lanes_BTD = x_BTHWD.transpose(0, 2, 3, 1, 4).reshape(B * H * W, T, D)
         for layer in self.stacks[name]:
             if "peg" in layer:
@@ -223,6 +225,11 @@ class PeerTokenizer(nn.Module):
             lanes_BTD = lanes_BTD + layer["mlp"](lanes_BTD)
         lanes_BTD = self.norms[name](lanes_BTD)
         return lanes_BTD.reshape(B, H, W, T, D).transpose(0, 3, 1, 2, 4)
+
+    def _time_bias(self, T):
+        distance_TT = np.arange(T)[:, None] - np.arange(T)
+        bias_ATT = -alibi_slopes(self.heads)[:, None, None] * distance_TT * self.biased
+        return np.where(distance_TT >= 0, bias_ATT, MASKED).astype(np.float32)
 
     def _peg(self, peg, lanes_BTD, shape):
         B, T, H, W = shape

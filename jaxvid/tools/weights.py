@@ -24,7 +24,8 @@ SOURCES = ("phenaki_pytorch", "omnitokenizer")
 # What a file may hold beside the tokenizer: discriminators, perceptual networks, bookkeeping of
 # codebooks, norms of a context that self-attention does not have, and constants.
 _BESIDE = re.compile(
-    r"^(discr|vgg|image_discriminator|video_discriminator|perceptual_model|video_perceptual_model)\."
+    r"^(discr|vgg|loss_fn_lpips|i3d)\."
+    r"|^(image_discriminator|video_discriminator|perceptual_model|video_perceptual_model)\."
     r"|\.(initted|cluster_size|embed_avg|N|z_avg|codebook_usage|relative_position_index)$"
     r"|\.context_norm\.|\.beta$|\.null_kv$|\.slopes$"
 )
@@ -33,12 +34,13 @@ _BESIDE = re.compile(
 def import_tokenizer(arrays, source, *, peg_layout="peer_scrambled", biased=None):
     """{name: array} of a state dict -> (`Codec` over a `PeerTokenizer`, its params).
 
-    source: "phenaki_pytorch" (lucidrains' C-ViViT with LFQ or VQ) or "omnitokenizer" (VQ or KL).
-    LFQ is as its defaults make it: codes +-1. peg_layout: "causal" lays tokens out as was meant,
-    for which the weights were not trained. biased: whether biases of space and time are added;
-    unless given, as the source's own code runs today: phenaki_pytorch does, omnitokenizer does not.
-    Beside the weights, params hold the `latents` that `FrozenTokenizer` wants, not measured: mean
-    0, variance 1. Raises UserError where arrays are missing, misshapen or left over.
+    source: "phenaki_pytorch" (lucidrains' C-ViViT with LFQ or VQ, or that of obvious-research,
+    known by its convolutions in space) or "omnitokenizer" (VQ or KL). LFQ is as its defaults make
+    it: codes +-1. peg_layout: "causal" lays tokens out as was meant, for which the weights were not
+    trained. biased: whether biases of space and time are added; unless given, as the source's own
+    code runs today: phenaki_pytorch does, omnitokenizer does not. Beside the weights, params hold
+    the `latents` that `FrozenTokenizer` wants, not measured: mean 0, variance 1. Raises UserError
+    where arrays are missing, misshapen or left over.
     """
     if source not in SOURCES:
         raise UserError(f"source={source!r}: unknown; use one of {', '.join(SOURCES)}")
@@ -80,6 +82,7 @@ def import_tokenizer(arrays, source, *, peg_layout="peer_scrambled", biased=None
     quantizer, codebook, latent = (_omni_codes if omni else _phenaki_codes)(file, width)
     file.nothing_left()
     patch = round((cells / 3) ** 0.5)
+    space_peg = any("peg" in layer for layer in in_space)
     windows = [layer["window"]["bias"]["table"] for layer in in_space if "window" in layer]
     module = PeerTokenizer(
         features=quantizer.features,
@@ -97,8 +100,10 @@ def import_tokenizer(arrays, source, *, peg_layout="peer_scrambled", biased=None
         window=(round(len(windows[0]) ** 0.5) + 1) // 2 if windows else 8,
         position=position,
         biased=not omni if biased is None else biased,
+        # obvious-research builds all four stacks alike: with convolutions, and none with a mask.
+        causal=omni or not space_peg,
         peg_layout=peg_layout,
-        space_peg=any("peg" in layer for layer in in_space),
+        space_peg=space_peg,
         time_peg="peg" in over_time,
         patch_norm=patch_norm,
         unit=omni and isinstance(quantizer, VQ),

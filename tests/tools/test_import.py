@@ -78,12 +78,13 @@ class Arrays(dict):
             self.linear(f"{decoder}to_pixels{kind}.0", D, cells)
 
 
-def phenaki(lookup_free=False):
+def phenaki(lookup_free=False, obvious=False):
+    """obvious: as obvious-research has it, saved with the networks of its losses."""
     arrays = Arrays()
     arrays.ends("", "")
     arrays.position("spatial_rel_pos_bias")
     for side in ("enc", "dec"):
-        arrays.stack(f"{side}_spatial_transformer", "tt", peg=False)
+        arrays.stack(f"{side}_spatial_transformer", "tt", peg=obvious)
         arrays.stack(f"{side}_temporal_transformer", "tt", peg=True)
     arrays.linear("vq.project_in", D, 4)
     arrays.linear("vq.project_out", 4, D)
@@ -96,6 +97,9 @@ def phenaki(lookup_free=False):
         )
         arrays.add("vq._codebook.cluster_size", 1, CODES)
     arrays.add("discr.blocks.0.conv_res.weight", 3, 3)
+    if obvious:
+        arrays.add("loss_fn_lpips.lin0.model.1.weight", 1, 3, 1, 1)
+        arrays.add("i3d.logits.conv3d.weight", 4, 3, 1, 1, 1)
     return arrays
 
 
@@ -137,6 +141,7 @@ class Peer:
     def __init__(self, arrays, omni, spatial, biased, scrambled):
         self.a, self.omni, self.spatial = arrays, omni, spatial
         self.biased, self.scrambled = biased, scrambled
+        self.causal = omni or "enc_spatial_transformer.layers.0.0.dsconv.weight" not in arrays
         self.encoder, self.decoder = ("encoder.", "decoder.") if omni else ("", "")
 
     def linear(self, name, x):
@@ -234,7 +239,7 @@ class Peer:
         distance = np.arange(t)[:, None] - np.arange(t)
         slopes = 2.0 ** (-8 * np.arange(1, HEADS + 1) / HEADS)
         bias = -slopes[:, None, None] * distance * (1.0 if self.biased else 0.0)
-        bias = np.where(distance < 0, -np.inf, bias)
+        bias = np.where(distance < 0, -np.inf, bias) if self.causal else 0.0
         lanes = x_THWD.transpose(1, 2, 0, 3).reshape(h * w, t, D)
         for index in range(1 if self.omni else 2):
             layer = f"{name}.layers.{index}"
@@ -294,6 +299,7 @@ CASES = {
     "phenaki, lookup-free": ("phenaki_pytorch", lambda: phenaki(lookup_free=True), {}),
     "phenaki, vq": ("phenaki_pytorch", phenaki, {}),
     "phenaki, laid out right": ("phenaki_pytorch", phenaki, {"peg_layout": "causal"}),
+    "phenaki, obvious-research": ("phenaki_pytorch", lambda: phenaki(obvious=True), {}),
     "omni, rope": ("omnitokenizer", omni, {}),
     "omni, rel": ("omnitokenizer", lambda: omni("rel"), {"biased": True}),
     "omni, gaussian": ("omnitokenizer", lambda: omni(gaussian=True), {}),
@@ -362,7 +368,7 @@ def test_the_scrambled_layout_leaks_and_the_other_does_not(layout):
     assert (moved[:-1].max() > 0.01) == (layout == "peer_scrambled")
 
 
-@pytest.mark.parametrize("make", [phenaki, lambda: omni(gaussian=True)])
+@pytest.mark.parametrize("make", [lambda: phenaki(obvious=True), lambda: omni(gaussian=True)])
 def test_it_serves_as_a_frozen_tokenizer_but_for_streams(make):
     arrays = make()
     source = "omnitokenizer" if "codebook.N" in arrays else "phenaki_pytorch"
