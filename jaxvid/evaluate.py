@@ -2,61 +2,220 @@
 
 Uses the averaged weights of the newest checkpoint and the config of the run. Of a model that
 generates, prints the loss by noise level and the quality of continuations by frame, beside that of
-repeating the last given frame; of a tokenizer, the quality of rebuilt clips by frame and the use of
-its codes. Leaves in the work folder evaluate.json with these figures, and evaluate.png and
-evaluate.mp4 with true clips above what became of them.
+repeating the last given frame; of a tokenizer, the quality of rebuilt clips by frame, the use of
+its codes and the speed of encoding and decoding. Leaves in the work folder evaluate.json with these
+figures, and evaluate.png and evaluate.mp4 with true clips above what became of them.
+
+--frames=17,65,257 rebuilds held-out videos of these lengths by a tokenizer, as streams in pieces:
+what the device holds does not grow with the length. Prints the quality by length; that by frame is
+in evaluate.json.
 
 --i3d=FILE, the weights of I3D as .npz or .safetensors, adds FVD between the true clips and what
 became of them, with what it takes to compare it: the number of clips and all else that was chosen,
-and the same distance between halves of the true clips, which is how much of it is bias. Without
-weights FVD is unavailable, and nothing stands in for it.
+and the same distance between halves of the true clips, which is how much of it is bias. Likewise
+--lpips=FILE adds LPIPS of what a tokenizer rebuilds, where its training named no file. Without
+weights either is unavailable, and nothing stands in for it.
 """
 
 import contextlib
 import json
+import statistics
+import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from jaxvid import config as config_lib
 from jaxvid import data, files, weights
+from jaxvid.bench.timing import device_name
 from jaxvid.data import video as video_lib
 from jaxvid.data.transforms import normalize, to_uint8
-from jaxvid.inference import open_run
+from jaxvid.errors import UserError
+from jaxvid.inference import open_run, pieces
 from jaxvid.layers.quantize import usage
-from jaxvid.metrics import frechet, i3d
+from jaxvid.metrics import frechet, i3d, lpips, quality
 from jaxvid.parallel.sharding import batch_sharding, replicated
+from jaxvid.training.logging import figure
 from jaxvid.training.state import EVALUATE, stream
 from jaxvid.training.writer import FPS
 
 FLAGS = flags.FLAGS
 SHOWN = 4  # clips in the pictures
 BASELINE = "_copy_last"  # suffix of a metric's baseline
+REPEATS = 5  # of encoding and decoding, whose median is their speed
+DISTANCES = {"fvd": frechet.frechet, "mmd_unbiased": frechet.mmd, "jedi": frechet.jedi}
 
 
 def main():
     """Entry point."""
     run = open_run(FLAGS.workdir)
-    folder = Path(FLAGS.workdir)
+    path, is_tokenizer = Path(FLAGS.workdir, "evaluate.json"), run.config.task.name == "tokenizer"
     params = i3d.convert(weights.read(FLAGS.i3d), f"--i3d={FLAGS.i3d}") if FLAGS.i3d else None
+    for name in ("lpips", "frames"):
+        if getattr(FLAGS, name) and not is_tokenizer:
+            raise UserError(
+                f"--{name}: is for tokenizers, and this is a run of task {run.config.task.name}; "
+                "leave it out"
+            )
+    if FLAGS.lpips:
+        run = with_lpips(run, FLAGS.lpips)
+    videos = long_videos(run, FLAGS.frames) if FLAGS.frames else {}
     batches = FLAGS.batches or run.config.evaluate.batches
     with jax.set_mesh(run.mesh):
         scores, clips = score(run, batches)
-        if run.config.task.name == "tokenizer":
+        if is_tokenizer:
+            # Under a name of its own what training reports: a mean over batches.
+            for name in ("perplexity", "usage", "dead"):
+                if name in scores:
+                    scores[f"{name}_in_a_batch"] = scores.pop(name)
             scores |= codes(run, batches)
-        print(f"{folder}, step {run.step}, {clips} held-out clips of {run.config.data.name}\n")
+        print(f"{path.parent}, step {run.step}, {clips} held-out clips of {run.config.data.name}\n")
         print(report(scores))
         document = {"step": run.step, "clips": clips, **{k: _json(v) for k, v in scores.items()}}
-        if params is None:
-            print("fvd  unavailable: no weights of I3D were given (--i3d)\n")
+        document["video_distance"] = lacking = _lacking(params, clips)
+        # At once, and anew with what is added: these are there whatever becomes of the rest.
+        _write(path, document)
+        if is_tokenizer:
+            document |= tokenizer_only(run, videos, batches * run.config.data.batch_size)
+            _write(path, document)
+        if lacking:
+            print(f"fvd  {lacking}\n")
         else:
             document["video_distance"] = video_distance(run, batches, params, FLAGS.i3d)
             print(json.dumps(document["video_distance"], indent=2) + "\n")
-        files.write(folder / "evaluate.json", json.dumps(document, indent=2) + "\n")
-        write_pictures(run, folder)
+            _write(path, document)
+        write_pictures(run, path.parent)
+
+
+def tokenizer_only(run, videos, clips):
+    """What evaluate.json says of tokenizers alone, printed too: speed, LPIPS, quality by length."""
+    found = {"speed": speed(run)}
+    print("\n".join(f"{name}  {_cell(value)}" for name, value in found["speed"].items()) + "\n")
+    if "lpips" in run.frozen:
+        file = FLAGS.lpips or run.config.task.perceptual.lpips
+        found["lpips_protocol"] = {
+            "features": "VGG-16, linear heads of LPIPS 0.1",
+            "weights_sha256": weights.digest(file),
+        }
+    else:
+        found["lpips"] = "unavailable: no weights of LPIPS were given (--lpips)"
+        print(f"lpips  {found['lpips']}\n")
+    if videos:
+        found["by_length"] = {
+            str(frames): rebuild_long(run, source, frames, clips)
+            for frames, source in videos.items()
+        }
+        names = ("clips", "psnr", "ssim")
+        rows = [(frames, *(_cell(x[n]) for n in names)) for frames, x in found["by_length"].items()]
+        print(_table(("frames", *names), rows) + "\n")
+    return found
+
+
+def with_lpips(run, path):
+    """The run with the weights of LPIPS in a file in the place of those it was trained with."""
+    params = lpips.convert(weights.read(path), f"--lpips={path}")
+    return run._replace(
+        frozen={**run.frozen, "lpips": jax.device_put(params, replicated(run.mesh))}
+    )
+
+
+def long_videos(run, lengths):
+    """{frames: source of held-out clips so long}; UserError where there are none, or none fit.
+
+    lengths: numbers of frames as the command line has them.
+    """
+    found = {}
+    for text in lengths:
+        if not text.isdecimal() or not int(text):
+            raise UserError(f"--frames={text}: write numbers of frames, such as 17,65,257")
+        fields = ConfigDict(run.config.data.to_dict())
+        fields.frames = int(text)
+        try:
+            run.task.tokenizer.latents_for_frames(fields.frames)
+        except UserError as error:
+            raise UserError(f"--frames={text}: {error}") from error
+        try:
+            found[fields.frames] = data.make_source(fields, "validation")
+        except UserError as error:
+            raise UserError(f"--frames={text}: no held-out clips so long ({error})") from error
+    return found
+
+
+def rebuild_long(run, source, frames, most):
+    """PSNR and SSIM of the first `most` clips of a source, encoded and decoded as streams.
+
+    {"clips", "frames_at_once", "psnr" and "ssim", means, and these "_by_frame"}. Clips pass one by
+    one and in pieces. On the device are then one piece and the states of encoder and decoder; the
+    pixels of a clip, one byte a colour, wait in host memory.
+    """
+    tokenizer = run.task.tokenizer
+    grid, cuts = tokenizer.grid(run.config.data.size), pieces(tokenizer, frames)
+
+    @jax.jit
+    def through(params, video_u8, states):
+        video_BTHWC = normalize(video_u8)
+        z_BTNZ, encoder = tokenizer.encode(params, video_BTHWC, states[0])
+        guess_BTHWC, decoder = tokenizer.decode(params, z_BTNZ, grid, states[1])
+        pair = jnp.clip(guess_BTHWC, -1, 1), video_BTHWC
+        return {"psnr": quality.psnr(*pair), "ssim": quality.ssim(*pair)}, (encoder, decoder)
+
+    rows = []
+    for index in range(min(len(source), most)):
+        clip_BTHWC = source.read(index)["video"][None]
+        states, found = (None, None), []
+        for piece_BTHWC in np.split(clip_BTHWC, np.cumsum(cuts)[:-1], axis=1):
+            piece_BTHWC = jax.device_put(piece_BTHWC, replicated(run.mesh))
+            scores, states = through(run.params, piece_BTHWC, states)
+            found.append(jax.device_get(scores))
+        rows.append({name: np.concatenate([x[name][0] for x in found]) for name in found[0]})
+    curves = {name: np.mean([row[name] for row in rows], axis=0) for name in rows[0]}
+    return {
+        "clips": len(rows),
+        "frames_at_once": max(cuts),
+        **{name: float(curve.mean()) for name, curve in curves.items()},
+        **{f"{name}_by_frame": curve.tolist() for name, curve in curves.items()},
+    }
+
+
+def speed(run):
+    """Tokens and frames per second of encoding and of decoding a batch of held-out clips.
+
+    The median of REPEATS, after compilation, from pixels on the device to stored tokens, or latents
+    where there are no codes, and back; with how many clips of what length at once, and on what.
+    """
+    tokenizer, size = run.task.tokenizer, run.config.data.size
+    has_codes = hasattr(tokenizer.quantizer, "size")
+    with contextlib.closing(_held_out(run)) as iterator:
+        video_BTHWC = _place(next(iterator), run.mesh)["video"]
+
+    @jax.jit
+    def encode(params, video_u8):
+        store = tokenizer.tokens if has_codes else tokenizer.encode
+        return store(params, normalize(video_u8))[0]
+
+    @jax.jit
+    def decode(params, stored):
+        z_BTNZ = tokenizer.lookup(params, stored) if has_codes else stored
+        return tokenizer.decode(params, z_BTNZ, tokenizer.grid(size))[0]
+
+    stored = encode(run.params, video_BTHWC)
+    found = {}
+    for name, function, argument in (("encode", encode, video_BTHWC), ("decode", decode, stored)):
+        jax.block_until_ready(function(run.params, argument))
+        times = []
+        for _ in range(REPEATS):
+            begin = time.perf_counter()
+            jax.block_until_ready(function(run.params, argument))
+            times.append(time.perf_counter() - begin)
+        seconds = statistics.median(times)
+        found[f"{name}_tokens_per_s"] = float(np.prod(stored.shape[:3]) / seconds)
+        found[f"{name}_frames_per_s"] = float(np.prod(video_BTHWC.shape[:2]) / seconds)
+    clips, frames = video_BTHWC.shape[:2]
+    return {**found, "clips_at_once": clips, "frames_of_a_clip": frames, "device": device_name()}
 
 
 def score(run, batches):
@@ -90,7 +249,8 @@ def codes(run, batches):
         for _, batch, fresh in _batches(run, batches)
     ]
     whole = usage(jnp.asarray(np.concatenate(ids)), tokenizer.quantizer.size)
-    return found | {name: np.asarray(value) for name, value in whole.items()}
+    found |= {name: np.asarray(value) for name, value in whole.items()}
+    return found | {"dead": found["dead"].astype(int)}
 
 
 def report(scores):
@@ -104,11 +264,15 @@ def report(scores):
     curves = {name: value for name, value in scores.items() if value.ndim == 1}
     if curves:
         frames = np.flatnonzero(~np.all(np.isnan(list(curves.values())), axis=0))
-        rows = [(str(f), *(f"{curve[f]:.3f}" for curve in curves.values())) for f in frames]
+        rows = [
+            # Blank where a metric is not defined, as a change is not at the first frame.
+            (str(f), *("" if np.isnan(c[f]) else f"{c[f]:.3f}" for c in curves.values()))
+            for f in frames
+        ]
         rows.append(("mean", *(f"{_mean(curve):.3f}" for curve in curves.values())))
         parts.append(_table(("frame", *curves), rows))
         parts += [_verdict(name, curves) for name in curves if name + BASELINE in curves]
-    parts += [f"{name}  {value:.5f}" for name, value in scores.items() if value.ndim == 0]
+    parts += [f"{name}  {figure(value)}" for name, value in scores.items() if value.ndim == 0]
     return "\n\n".join(parts) + "\n"
 
 
@@ -124,14 +288,15 @@ def video_distance(run, batches, params, path, repeats=4):
         real.append(features(params, normalize(batch["video"])))
         fake.append(features(params, _samples(run, batch, rng)))
     real_ND, fake_ND = np.concatenate(real), np.concatenate(fake)
-    draws = np.random.default_rng(run.config.seed)
-    mean, spread = frechet.floor(real_ND, frechet.frechet, draws, repeats)
+    floors = {}
+    for name, distance in DISTANCES.items():
+        draws = np.random.default_rng(run.config.seed)  # the same halves for all
+        mean, spread = frechet.floor(real_ND, distance, draws, repeats)
+        floors[name] = {"mean": mean, "std": spread}
     fields = run.config.data
     return {
-        "fvd": frechet.frechet(real_ND, fake_ND),
-        "real_against_real": {"mean": mean, "std": spread, "clips": len(real_ND) // 2},
-        "mmd_unbiased": frechet.mmd(real_ND, fake_ND),
-        "jedi": frechet.jedi(real_ND, fake_ND),
+        **{name: distance(real_ND, fake_ND) for name, distance in DISTANCES.items()},
+        "real_against_real": {"clips": len(real_ND) // 2, **floors},
         "protocol": {
             "clips": len(real_ND),
             "samples_per_clip": 1,
@@ -151,6 +316,15 @@ def video_distance(run, batches, params, path, repeats=4):
             "step": run.step,
         },
     }
+
+
+def _lacking(params, clips):
+    """Why there is no distance of videos, "" where there is one."""
+    if params is None:
+        return "unavailable: no weights of I3D were given (--i3d)"
+    if clips < frechet.FEWEST:
+        return f"unavailable: needs at least {frechet.FEWEST} held-out clips, and here are {clips}"
+    return ""
 
 
 def write_pictures(run, folder):
@@ -236,6 +410,14 @@ def _verdict(name, curves):
     return f"{name} beats {name}{BASELINE} at frames: {frames}"
 
 
+def _cell(value):
+    return value if isinstance(value, str) else figure(value)
+
+
+def _write(path, document):
+    files.write(path, json.dumps(document, indent=2) + "\n")
+
+
 def _json(value):
     """Nested lists for JSON, which has no NaN: what is not defined is null."""
     return json.loads(json.dumps(value.tolist()).replace("NaN", "null"))
@@ -247,4 +429,6 @@ if __name__ == "__main__":
         "batches", None, "Held-out batches. Default: evaluate.batches.", lower_bound=1
     )
     flags.DEFINE_string("i3d", None, "Weights of I3D, for FVD: .npz or .safetensors.")
+    flags.DEFINE_string("lpips", None, "Weights of LPIPS (VGG-16), for tokenizers, likewise.")
+    flags.DEFINE_list("frames", [], "Lengths of videos that a tokenizer rebuilds as streams.")
     config_lib.run(main)

@@ -20,6 +20,7 @@ from jaxvid.training.restore import restore_weights
 
 TASKS = ("ar_diffusion", "tokenizer", "mqar")  # modules of jaxvid.tasks
 WITHOUT_S = ("synchronous", "autoregressive")  # frame schedules that know when frames start
+PIECE = 32  # frames, about, that pass through a tokenizer's stream at once
 DIGEST = 16  # hexadecimal digits that name a tokenizer
 
 
@@ -115,6 +116,19 @@ def open_weights(workdir, kind, field):
     except UserError as error:
         raise UserError(f"{field}={workdir}: {error}") from error
     return config.task, task, weights
+
+
+def pieces(tokenizer, frames, about=PIECE):
+    """Lengths of the pieces that a stream of so many frames is cut into, whole latents each.
+
+    The first frame and `about` later ones, as many again and again, and what is left.
+    """
+    group = tokenizer.frames_for_latents(2) - 1
+    later = max(about // group, 1) * group
+    whole, rest = divmod(frames - 1, later)
+    if not whole:
+        return [frames]
+    return [1 + later, *[later] * (whole - 1), *([rest] if rest else [])]
 
 
 def _digest(fields, params):

@@ -60,15 +60,20 @@ def products(width, dtype):
 
 def circumstances():
     """What a figure means nothing without: device, date, command and versions."""
-    device = jax.devices()[0]
     return {
-        "device": _cpu() if device.platform == "cpu" else device.device_kind,
+        "device": device_name(),
         "devices": jax.device_count(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
         "command": shlex.join(["python", "-m", "jaxvid.bench", *sys.argv[1:]]),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
     }
+
+
+def device_name():
+    """What the first device is, in words."""
+    device = jax.devices()[0]
+    return _cpu() if device.platform == "cpu" else device.device_kind
 
 
 def _cpu():

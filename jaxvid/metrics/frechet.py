@@ -9,6 +9,8 @@ import numpy as np
 
 from jaxvid.errors import UserError
 
+FEWEST = 4  # samples that a floor needs: a covariance or an unbiased MMD wants two in each half
+
 
 class Moments:
     """Mean and covariance of features that arrive in batches, in float64 (Chan et al. 1983)."""
@@ -90,9 +92,12 @@ def jedi(a_ND, b_MD):
 def floor(real_ND, distance, rng, repeats=4):
     """(mean, std) of the distance between random halves of one set: what equality looks like.
 
-    The halves have N / 2 samples, so the bias of this floor is that of N / 2.
+    The halves have N / 2 samples, so the bias of this floor is that of N / 2. UserError for fewer
+    than FEWEST.
     """
     real_ND = _checked(real_ND)
+    if len(real_ND) < FEWEST:
+        raise UserError(f"features: {len(real_ND)} samples; a floor needs at least {FEWEST}")
     half = len(real_ND) // 2
     found = []
     for _ in range(repeats):

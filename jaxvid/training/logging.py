@@ -1,6 +1,7 @@
 """What a run says while it runs, and how fast it is."""
 
 import contextlib
+import math
 import resource
 import time
 
@@ -52,7 +53,7 @@ def _scores(evaluation):
 
 
 def _shown(scores):
-    return [f"{name} {v:.4g}" for name, v in scores.items() if name.startswith("evaluate/")]
+    return [f"{n} {figure(v, 4)}" for n, v in scores.items() if n.startswith("evaluate/")]
 
 
 class Progress:
@@ -126,6 +127,13 @@ class Progress:
         if values["skipped"]:
             parts.append(f"{values['skipped']:.0f} steps skipped")
         return "  ".join([*parts, *_shown(values)])
+
+
+def figure(value, digits=5):
+    """A number to read: whole numbers and large ones without decimals, others to `digits`."""
+    value = float(value)
+    is_whole = value.is_integer() or 10**digits <= abs(value) < math.inf
+    return f"{value:.0f}" if is_whole else f"{value:.{digits}g}"
 
 
 def duration(seconds):

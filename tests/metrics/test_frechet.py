@@ -89,6 +89,7 @@ def test_the_floor_is_the_bias_of_few_samples():
         (lambda: frechet.frechet(A[:1], B), "1 samples have no covariance"),
         (lambda: frechet.frechet(A[0], B), r"shape \(12,\)"),
         (lambda: frechet.mmd(A[:1], B), "two samples"),
+        (lambda: frechet.floor(A[:3], frechet.mmd, rng), "3 samples; a floor needs at least 4"),
         (lambda: frechet.frechet(np.full((3, 2), np.nan), B), "not finite"),
     ],
 )
