@@ -14,10 +14,10 @@ import pytest
 from configs import ar_diffusion, tokenizer
 from jaxvid import config as config_lib
 from jaxvid import data, evaluate
-from jaxvid.data import array_record, prepare, tokenize, video
+from jaxvid.data import array_record, clips, prepare, tokenize, video
 from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError
-from jaxvid.inference import make_task, open_run, open_tokenizer
+from jaxvid.inference import make_task, open_run, open_tokenizer, pieces
 from jaxvid.models.tokenizer import moments, update_moments
 from jaxvid.train import train
 from jaxvid.training.checkpoint import Checkpoints
@@ -346,7 +346,7 @@ def test_long_clips_in_pieces_are_as_in_one(trained, prepared, tmp_path, monkeyp
     videos = prepared.parent / "clips"
     found = []
     for piece in (32, 2):
-        monkeypatch.setattr(tokenize, "PIECE", piece)
+        monkeypatch.setattr(tokenize, "pieces", functools.partial(pieces, about=piece))
         out = tmp_path / f"pieces-{piece}"
         assert encode(trained, videos, out, "--frames=7", "--fps=0", "--batch=2") == 0
         options = dict(data__path=str(out), data__name="latents", data__crop="center")
@@ -355,42 +355,112 @@ def test_long_clips_in_pieces_are_as_in_one(trained, prepared, tmp_path, monkeyp
     assert sorted(found[0]) == ["a/2.mp4#0", "b/1.mp4#0", "b/3.mp4#0"]
     for name, example in found[0].items():
         np.testing.assert_allclose(found[1][name]["latents"], example["latents"], atol=1e-5)
-    assert "skipped a/0.mp4: has fewer than 7 frames" in capsys.readouterr().out
-    assert tokenize._pieces(7, 2) == [3, 2, 2] and tokenize._pieces(8, 4) == [5, 3]
-    assert tokenize._pieces(1001, 32) == [33, *[32] * 30, 8] and tokenize._pieces(1, 2) == [1]
+    assert "skipped a/0.mp4: has 6 frames, 7 are needed" in capsys.readouterr().out
+    by_one, by_four = (
+        functools.partial(
+            pieces, SimpleNamespace(frames_for_latents=lambda n, g=g: 1 + (n - 1) * g)
+        )
+        for g in (1, 4)
+    )
+    assert by_one(7, about=2) == [3, 2, 2] and by_four(9, about=3) == by_four(9, about=7) == [5, 4]
+    assert by_four(1001, about=34) == [33, *[32] * 30, 8] and by_one(1, about=2) == [1]
 
 
-def test_a_killed_command_goes_on_where_it_stopped(trained, prepared, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["set", "videos"])
+def test_a_killed_command_goes_on_where_it_stopped(kind, trained, prepared, tmp_path, monkeypatch):
+    """The same bits, whether between items or in the middle of a video; nothing is done twice."""
+    src, options = prepared, ("--batch=1",)
+    if kind == "videos":
+        src, options = tmp_path / "clips", ("--batch=1", "--frames=3", "--fps=0")
+        src.mkdir()
+        for name in "ab":
+            write_clip(src / f"{name}.mp4", 8, height=12, width=16)  # of two clips each
     whole, out = tmp_path / "whole", tmp_path / "set"
-    assert encode(trained, prepared, whole, "--batch=1") == 0
+    assert encode(trained, src, whole, *options) == 0
     monkeypatch.setattr(tokenize, "SAVE_SECONDS", 0)
-    encoded, encode_item = [], tokenize.encode_item
+    encoded, call = [], tokenize.Encoder.__call__
 
-    def die_at_the_third(*arguments):
-        encoded.append(arguments[2])
-        if len(encoded) == 3:
-            arguments[4].write(b"half an item")
+    def die_at_the_fourth(encoder, stream):
+        encoded.append(call(encoder, stream))
+        if len(encoded) == 4:
             raise KeyboardInterrupt
-        return encode_item(*arguments)
+        return encoded[-1]
 
-    monkeypatch.setattr(tokenize, "encode_item", die_at_the_third)
+    monkeypatch.setattr(tokenize.Encoder, "__call__", die_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
-        encode(trained, prepared, out, "--batch=1")
-    assert not out.exists() and (tmp_path / "set.partial" / "journal.json").exists()
+        encode(trained, src, out, *options)
+    journal = json.loads((tmp_path / "set.partial" / "journal.json").read_text())
+    assert (journal["done"], journal["part"]) == ((3, 0) if kind == "set" else (1, 1))
+    (tmp_path / "set.partial" / f"train-{len(journal['records']['train']):05d}").write_bytes(
+        b"half"
+    )
+    assert not out.exists()
     with pytest.raises(UserError, match=r"holds no dataset\.json"):
         array_record.read_manifest(tmp_path / "set.partial", "latents")
-    assert encode(trained, prepared, out, "--batch=1", "--flip") == 2  # another set
-    assert encode(trained, prepared, out, "--batch=1") == 0
-    assert len(encoded) == 5  # four clips, one of them twice
+    assert encode(trained, src, out, *options, "--flip") == 2  # another set
+    assert encode(trained, src, out, *options) == 0
+    assert len(encoded) == 5 and encoded[3] == encoded[4]  # four clips, one of them twice
     manifests = [array_record.read_manifest(path, "latents") for path in (whole, out)]
-    assert [m["splits"]["train"]["records"] for m in manifests] == [3, 3]
-    options = dict(data__name="latents", data__crop="center")
+    assert manifests[0]["splits"]["train"]["records"] == (3 if kind == "set" else 2)
     for split in ("train", "validation"):
+        counts = [manifest["splits"][split]["records"] for manifest in manifests]
+        assert counts[0] == counts[1] > 0
+        fields = dict(data__name="latents", data__crop="center")
+        fields["data__frames"] = manifests[0]["frames"]
         sets = [
-            read_all(tokenizer_config(data__path=str(path), **options).data, split)
+            read_all(tokenizer_config(data__path=str(path), **fields).data, split)
             for path in (whole, out)
         ]
         jax.tree.map(np.testing.assert_array_equal, *sets)
+
+
+def test_the_same_clips_are_held_out_in_latents_and_in_pixels(trained, tmp_path, monkeypatch):
+    """Also where those that would be are too short, or break off behind clips that can be read."""
+    src = tmp_path / "clips"
+    src.mkdir()
+    order = clips.Splits([f"{number}.mkv" for number in range(15)]).order
+    for place, name in enumerate(order):
+        write_clip(src / name, 3 if place == 0 else 10, height=12, width=16, gop=1)
+    content = (src / order[1]).read_bytes()
+    (src / order[1]).write_bytes(content[: -len(content) // 8] + bytes(len(content) // 8))
+    monkeypatch.setattr(
+        prepare, "in_processes", lambda work, names, _: zip(names, map(work, names))
+    )
+    recipe = prepare.Recipe(size=12, frames=5, fps=0)
+    skipped = prepare.prepare(src, tmp_path / "pixels", recipe, workers=1)["skipped"]
+    assert [entry["name"] for entry in skipped] == order[:2]
+    assert encode(trained, src, tmp_path / "latents", "--fps=0") == 0
+    found = {}
+    for name, path in (("array_record", "pixels"), ("latents", "latents")):
+        options = dict(data__name=name, data__path=str(tmp_path / path), data__crop="center")
+        fields = tokenizer_config(**options).data
+        found[name] = [set(read_all(fields, split)) for split in ("train", "validation")]
+    assert found["latents"] == found["array_record"]
+    assert {name.partition("#")[0] for name in found["latents"][1]} == set(order[2:4])
+    options = dict(data__name="folder", data__path=str(src), data__frames=3)
+    held_out = set(read_all(tokenizer_config(**options).data, "validation"))
+    assert held_out.isdisjoint(name.partition("#")[0] for name in found["latents"][0])
+
+
+@pytest.mark.parametrize("lengths, split", [((9,), "validation"), ((9, 3, 3), "train")])
+def test_a_set_without_a_split_is_refused_in_a_line(
+    trained, tmp_path, monkeypatch, capsys, lengths, split
+):
+    src = tmp_path / "clips"
+    src.mkdir()
+    for number, frames in enumerate(lengths):
+        write_clip(src / f"{number}.mp4", frames, height=12, width=16)
+    monkeypatch.setattr(
+        prepare, "in_processes", lambda work, names, _: zip(names, map(work, names))
+    )
+    options = ["--size=12", "--frames=5", "--fps=0"]
+    assert encode(trained, src, tmp_path / "latents", *options) == 2
+    arguments = ["--src", str(src), "--out", str(tmp_path / "pixels"), "--workers=1", *options]
+    assert prepare.main(arguments) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(errors) == 2 and errors[0] == errors[1]
+    assert f"--src={src}: gives no clips for {split}; add videos" in errors[0]
+    assert not (tmp_path / "latents").exists() and not (tmp_path / "pixels").exists()
 
 
 @pytest.fixture(scope="module")

@@ -62,15 +62,34 @@ def held_out(scenes):
     return round(VALIDATION_SHARE * scenes) or min(1, scenes - 1)
 
 
+class Splits:
+    """Which clips are for validation, told of those that give anything, one after another.
+
+    The first scenes that do are held out, whole. So two sets of one directory at one rate hold out
+    the same clips where their clips are of one length, and `split_of`, of all files that can be
+    read, holds out no other. A set of shorter clips may train on what one of longer ones holds out.
+
+    order: in which to tell of the names. count: how many scenes are to be held out.
+    """
+
+    def __init__(self, names):
+        scenes = scenes_of(names)
+        self.order = [name for scene in scenes for name in scene]
+        self.count = held_out(len(scenes))
+        self._scene_of = {name: place for place, scene in enumerate(scenes) for name in scene}
+        self._held_out = set()
+
+    def take(self, name):
+        """ "train" or "validation" for the next clip in order that gives something, or the same."""
+        if len(self._held_out) < self.count:
+            self._held_out.add(self._scene_of[name])
+        return "validation" if self._scene_of[name] in self._held_out else "train"
+
+
 def split_of(names):
     """{name: "train" or "validation"}; a scene stays whole and a new one moves few others."""
-    scenes = scenes_of(names)
-    count = held_out(len(scenes))
-    return {
-        name: "validation" if place < count else "train"
-        for place, scene in enumerate(scenes)
-        for name in scene
-    }
+    splits = Splits(names)
+    return {name: splits.take(name) for name in splits.order}
 
 
 def _hash(data):

@@ -61,21 +61,39 @@ def cut(root, recipe, name):
     """A clip -> its chunks, [bytes, ...], or the reason, a str, why there are none."""
     window = Window(recipe.frames, recipe.size)
     chunks, held = [], []
+
+    def take(picture_HWC):
+        nonlocal held
+        held.append(picture_HWC)
+        if len(held) == recipe.frames:
+            chunks.append(video.encode_chunk(window.augment(np.stack(held), None)))
+            held = []
+
+    seen = walk(root, recipe, name, take)
+    return seen if isinstance(seen, str) else chunks
+
+
+def walk(root, recipe, name, take=lambda picture_HWC: None):
+    """Give `take` all pictures of a clip -> their number, or a str, why the clip is of no use.
+
+    recipe: an object with size, frames and fps. A file that breaks off is of no use either.
+    """
+    frames = 0
     try:
         with open(os.path.join(root, name), "rb") as file:
             for picture_HWC in video.resample(file, recipe.size, recipe.fps):
-                held.append(picture_HWC)
-                if len(held) == recipe.frames:
-                    chunks.append(video.encode_chunk(window.augment(np.stack(held), None)))
-                    held = []
+                take(picture_HWC)
+                frames += 1
     except video.VideoError as error:
         return str(error)
     except OSError as error:
         return f"cannot be opened ({error.strerror})"
     except MemoryError:
         return "needs too much memory"
-    at = f" at {recipe.fps:g} per second" if recipe.fps else ""
-    return chunks or f"has {len(held)} frames{at}, a chunk has {recipe.frames}"
+    if frames < recipe.frames:
+        at = f" at {recipe.fps:g} per second" if recipe.fps else ""
+        return f"has {frames} frames{at}, {recipe.frames} are needed"
+    return frames
 
 
 def _bound_memory():
@@ -171,7 +189,7 @@ class Shards:
         return shards
 
 
-def progress(outcomes, total):
+def progress(outcomes, total, unit="clips"):
     """Pass (name, outcome) pairs through, drawing a bar on stderr: in place on a terminal."""
     begin = shown = time.monotonic()
     skipped = 0
@@ -183,29 +201,34 @@ def progress(outcomes, total):
             shown = now
             left = round((now - begin) / done * (total - done))
             bar = "#" * (30 * done // total)
-            line = f"[{bar:<30}] {done}/{total} clips, {skipped} skipped, {left} s left"
+            line = f"[{bar:<30}] {done}/{total} {unit}, {skipped} skipped, {left} s left"
             end = "\r" if sys.stderr.isatty() and done < total else "\n"
             print(f"{line:<75}", end=end, file=sys.stderr, flush=True)
+
+
+def refuse_empty(src, numbers):
+    """UserError where a split holds nothing, {split: number of clips}: nothing trains on that."""
+    for split, number in numbers.items():
+        if not number:
+            raise UserError(
+                f"--src={src}: gives no clips for {split}; add videos of other scenes, readable "
+                "and long enough (names that differ only in a final _c<number> are one scene)"
+            )
 
 
 def write_set(root, folder, recipe, workers):
     """Cut every clip below `root` into `folder`; returns the manifest, which it also writes."""
     names = clips.find(root, "--src")
-    scenes, classes = clips.scenes_of(names), clips.classes_of(names)
-    scene_of = {name: place for place, scene in enumerate(scenes) for name in scene}
+    classes, splits = clips.classes_of(names), clips.Splits(names)
     shards = {split: Shards(folder, split) for split in ("train", "validation")}
     clip_count = dict.fromkeys(shards, 0)
-    held_out, skipped = set(), []
+    skipped = []
     work = functools.partial(cut, str(root), recipe)
-    ordered = [name for scene in scenes for name in scene]
-    for name, outcome in progress(in_processes(work, ordered, workers), len(ordered)):
+    for name, outcome in progress(in_processes(work, splits.order, workers), len(names)):
         if isinstance(outcome, str):
             skipped.append((name, outcome))
             continue
-        # The first scenes that give anything are held out.
-        if len(held_out) < clips.held_out(len(scenes)):
-            held_out.add(scene_of[name])
-        split = "validation" if scene_of[name] in held_out else "train"
+        split = splits.take(name)
         clip_count[split] += 1
         label = classes.index(clips.class_of(name)) if classes else 0
         for number, chunk in enumerate(outcome):
@@ -213,6 +236,7 @@ def write_set(root, folder, recipe, workers):
             shards[split].write(array_record.pack(header, chunk))
     if len(skipped) == len(names):
         raise UserError(f"--src={root}: {clips.report(skipped, len(names))}")
+    refuse_empty(root, clip_count)
     parts = {split: writer.finish() for split, writer in shards.items()}
     manifest = {
         "schema": array_record.SCHEMA,

@@ -6,13 +6,17 @@
 
 --src is a set that `jaxvid.data.prepare` has made, a directory of videos, or the word sprites. Of
 a set and of sprites, the middle --frames frames of every clip are encoded. A video is resampled,
-cropped to its central square and cut into clips of --frames frames, as `prepare` does it. Long
-clips pass through the tokenizer's stream in pieces: memory for pixels and activations does not grow
-with --frames. Stored are tokens where the tokenizer has codes, else float32 latents, and for
-validation the frames too, without loss.
+cropped to its central square and cut into clips of --frames frames, and held out or not, as
+`prepare` does it; for that it is decoded twice, at first to see whether all of it can be read. Long
+clips pass through the tokenizer's stream in pieces, so memory for activations does not grow with
+--frames, and of a video nor does that for pixels; the clips of a set and sprites, a batch at a
+time, are decoded whole, one byte a colour. Stored are tokens where the tokenizer has codes, else
+float32 latents, and for validation the frames too, without loss.
 
-The same command goes on where a killed one stopped, and the set appears in one stroke at the end.
-As an entry point this stands above the other modules of `jaxvid.data`.
+The same command goes on where a killed one stopped, in the middle of a video too. What is lost is
+the work since the last save, of SAVE_SECONDS at most, and the clips under way: one whose stream
+has begun begins anew. The set appears in one stroke at the end. As an entry point this stands above
+the other modules of `jaxvid.data`.
 """
 
 import argparse
@@ -25,6 +29,8 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -34,10 +40,9 @@ from jaxvid import data, files
 from jaxvid.data import array_record, clips, prepare, video
 from jaxvid.data.transforms import Window, mirror, normalize
 from jaxvid.errors import UserError
-from jaxvid.inference import open_tokenizer
+from jaxvid.inference import open_tokenizer, pieces
 
-PIECE = 32  # frames, about, that pass through the tokenizer at once
-SAVE_SECONDS = 300.0  # of work that a kill may cost
+SAVE_SECONDS = 300.0  # from a save of what is encoded to the next, made between clips
 JOURNAL = "journal.json"
 SPLITS = ("train", "validation")
 
@@ -77,7 +82,7 @@ class Encoder:
         except UserError as error:
             raise UserError(f"--size={recipe.size}, --frames={recipe.frames}: {error}") from error
         self.group = self._tokenizer.frames_for_latents(2) - 1
-        self.pieces = _pieces(recipe.frames, max(PIECE // self.group, 1) * self.group)
+        self.pieces = pieces(self._tokenizer, recipe.frames)
         self.batch = batch if len(self.pieces) == 1 else 1
         codes = getattr(self._tokenizer.quantizer, "size", None)
         self.shape = [latents, H * W] + ([] if codes else [frozen.channels])
@@ -88,10 +93,10 @@ class Encoder:
         as_stored = self._tokenizer.encode if self.dtype == "float32" else self._tokenizer.tokens
         return as_stored(params, normalize(video_u8), state)
 
-    def __call__(self, pieces):
+    def __call__(self, stream):
         """The pieces of up to `batch` clips, uint8 [b, t, H, W, 3] in turn -> bytes of each."""
         state, stored = None, []
-        for piece_BTHWC in pieces:
+        for piece_BTHWC in stream:
             b = len(piece_BTHWC)
             # Filled up, so that the same program serves the last batch.
             rows_BTHWC = piece_BTHWC[np.arange(self.batch) % b]
@@ -104,115 +109,130 @@ class Encoder:
         return [whole[:, row].tobytes() for row in range(b)]
 
 
-def _pieces(frames, later):
-    """Lengths of a clip's pieces: its first frame and `later`, `later` again and what is left."""
-    whole, rest = divmod(frames - 1, later)
-    if not whole:
-        return [frames]
-    return [1 + later, *[later] * (whole - 1), *([rest] if rest else [])]
+class Item(NamedTuple):
+    """What is encoded between two looks at the list: a batch of clips of a source, or a video.
+
+    count: () -> number of its clips, or the reason, a str, why there are none. load: (first, count)
+    -> yields (headers, pieces) of clips first, first + 1 ..., `encoder.batch` at a time.
+    """
+
+    name: str
+    count: Callable
+    load: Callable
 
 
-# Where clips come from. An item is (name, split, load); load() yields (headers, pieces) of clips.
+class Origin(NamedTuple):
+    """Where clips come from; split_of: name of an item that has clips, in order -> its split."""
+
+    items: list
+    split_of: Callable
+    facts: dict
+    unit: str
 
 
 def from_source(fields, encoder):
-    """(items, facts of the set) of a data source: an item is a batch of clips."""
+    """The Origin of a data source."""
     sources = {split: data.make_source(fields, split) for split in SPLITS}
 
-    def load(source, indices):
-        examples = [source[index] for index in indices]
+    def load(source, indices, first, count):
+        if first == count:
+            return
+        examples = [source[index] for index in indices[first:]]
         headers = [
             {"name": source.name(index), "label": example["label"], "caption": example["caption"]}
-            for index, example in zip(indices, examples)
+            for index, example in zip(indices[first:], examples)
         ]
         clips_BTHWC = np.stack([example["video"] for example in examples])
         yield headers, np.split(clips_BTHWC, np.cumsum(encoder.pieces)[:-1], axis=1)
 
     items = []
     for split, source in sources.items():
-        for first in range(0, len(source), encoder.batch):
-            indices = range(first, min(first + encoder.batch, len(source)))
-            items.append((f"{split} {first}", split, functools.partial(load, source, indices)))
+        for start in range(0, len(source), encoder.batch):
+            indices = range(start, min(start + encoder.batch, len(source)))
+            count = functools.partial(len, indices)
+            load_these = functools.partial(load, source, indices)
+            items.append(Item(f"{split} {start}", count, load_these))
     facts = {"num_classes": sources["train"].num_classes, "captions": sources["train"].captions}
-    return items, facts
+    return Origin(items, lambda name: name.split()[0], facts, "batches")
 
 
 def from_videos(recipe, encoder):
-    """(items, facts of the set) of a directory of videos: an item is a video."""
+    """The Origin of a directory of videos."""
     names = clips.find(recipe.src, "--src")
-    classes, split_of = clips.classes_of(names), clips.split_of(names)
+    classes, splits = clips.classes_of(names), clips.Splits(names)
+    prepare.refuse_empty(recipe.src, {"validation": splits.count})  # before the work
     crop = functools.partial(Window(1, recipe.size).augment, rng=None)
 
-    def load(name):
-        """Yields (headers, pieces) of the next clips of a video, `encoder.batch` at a time."""
+    def count(name):
+        seen = prepare.walk(recipe.src, recipe, name)
+        return seen if isinstance(seen, str) else seen // recipe.frames
+
+    def load(name, first, count):
         caption = clips.class_of(name) if classes else ""
         about = {"label": classes.index(caption) if classes else 0, "caption": caption}
         with open(os.path.join(recipe.src, name), "rb") as file:
             pictures = video.resample(file, recipe.size, recipe.fps)
+            pictures = itertools.islice(pictures, first * recipe.frames, None)
             frames = (crop(picture_HWC[None]) for picture_HWC in pictures)
-            count = 0
-            # The first pieces of the next clips, and then what follows of the last of them.
-            while first := list(itertools.islice(_cut(frames, encoder.pieces[0]), encoder.batch)):
+            for start in range(first, count, encoder.batch):
+                numbers = range(start, min(start + encoder.batch, count))
+                # The first pieces of these clips, and then what follows where there is but one.
+                heads_BTHWC = np.stack([_exactly(frames, encoder.pieces[0]) for _ in numbers])
                 rest = (_exactly(frames, length)[None] for length in encoder.pieces[1:])
-                numbers = range(count, count + len(first))
                 headers = [{"name": f"{name}#{number}", **about} for number in numbers]
-                yield headers, itertools.chain([np.stack(first)], rest)
-                count += len(first)
+                yield headers, itertools.chain([heads_BTHWC], rest)
 
-    items = [(name, split_of[name], functools.partial(load, name)) for name in sorted(names)]
-    return items, {"num_classes": len(classes), "captions": bool(classes)}
-
-
-class _EndError(Exception):
-    """A video has no more frames in the middle of a clip."""
+    items = [
+        Item(name, functools.partial(count, name), functools.partial(load, name))
+        for name in splits.order
+    ]
+    facts = {"num_classes": len(classes), "captions": bool(classes)}
+    return Origin(items, splits.take, facts, "videos")
 
 
 def _exactly(frames, number):
-    """The next frames [1, H, W, 3] of an iterator as one clip [number, H, W, 3]; else _EndError."""
+    """The next frames [1, H, W, 3] of an iterator as one clip [number, H, W, 3]."""
     taken = list(itertools.islice(frames, number))
     if len(taken) < number:
-        raise _EndError
+        raise video.VideoError("ends early")
     return np.concatenate(taken)
-
-
-def _cut(frames, number):
-    """Clips of so many frames, until they run out."""
-    while True:
-        try:
-            yield _exactly(frames, number)
-        except _EndError:
-            return
 
 
 # Writing
 
 
-def encode_item(encoder, recipe, load, split, shards):
-    """Write the records of an item -> their number, or a str that says what went wrong."""
-    written = 0
+def encode_item(encoder, recipe, item, split_of, shards, first, saver):
+    """Write the records of an item from clip `first` on -> their number, or a str, why none.
+
+    saver: told after every batch how many clips of the item are written.
+    """
+    count = item.count()
+    if isinstance(count, str):
+        return count
+    writer, written = shards[split_of(item.name)], first
+    keeps_frames = writer is shards["validation"]
     try:
-        for headers, pieces in load():
+        for headers, stream in item.load(first, count):
             frames = []
-            if split == "validation":
+            if keeps_frames:
                 size = (recipe.frames, recipe.size, recipe.size)
                 frames = [video.ChunkWriter(*size, lossless=True) for _ in headers]
-                pieces = _copied(pieces, frames)
-            for row, (header, content) in enumerate(zip(headers, encoder(pieces))):
+                stream = _copied(stream, frames)
+            for row, (header, content) in enumerate(zip(headers, encoder(stream))):
                 content += frames[row].finish() if frames else b""
-                shards.write(array_record.pack(header, content))
+                writer.write(array_record.pack(header, content))
                 written += 1
-    except _EndError:
-        pass  # the rest of a video is no clip
-    except (video.VideoError, OSError) as error:
-        if isinstance(error, OSError) and not str(error.filename or "").startswith(recipe.src):
-            raise  # the disk that is written to
-        reason = error.strerror if isinstance(error, OSError) else error
-        return f"{reason} after {written} clips" if written else str(reason)
-    return written or f"has fewer than {recipe.frames} frames"
+            saver(written)
+    except video.VideoError as error:
+        raise UserError(
+            f"clip={item.name}: {error}, though all of it was readable a moment ago; restore it "
+            "and repeat the command"
+        ) from error
+    return written
 
 
-def _copied(pieces, writers):
-    for piece_BTHWC in pieces:
+def _copied(stream, writers):
+    for piece_BTHWC in stream:
         for writer, clip_THWC in zip(writers, piece_BTHWC):
             writer.write(clip_THWC)
         yield piece_BTHWC
@@ -221,12 +241,14 @@ def _copied(pieces, writers):
 class Journal:
     """What is finished of a set in the folder where it grows; a new process begins where it ends.
 
-    recipe: dict that tells one set from another. done: items. records: of each closed file.
+    recipe: dict that tells one set from another. done: items. part: clips of the item after them.
+    records: of each closed file.
     """
 
     def __init__(self, folder, recipe):
         self._path = folder / JOURNAL
-        self.done, self.skipped = 0, []
+        self.done, self.part, self.skipped = 0, 0, []
+        self._saved = time.monotonic()
         self.records = {split: [] for split in SPLITS}
         self.recipe = recipe
         if self._path.exists():
@@ -237,7 +259,8 @@ class Journal:
                     f"{folder}: holds the beginning of another set (with another "
                     f"{', '.join(changed)}); remove it, or repeat the command that began it"
                 )
-            self.done, self.skipped = found["done"], found["skipped"]
+            self.done, self.part = found["done"], found["part"]
+            self.skipped = found["skipped"]
             self.records = found["records"]
             for split in SPLITS:  # of an item that was under way
                 for path in folder.glob(f"{split}-?????"):
@@ -247,39 +270,54 @@ class Journal:
             prepare.clear(folder)
             folder.mkdir(parents=True)
 
-    def save(self, done, shards):
-        """Close the files of {split: Shards} and note that they hold `done` items."""
+    def save(self, done, part, shards, always=False):
+        """Where it is time, close the files of {split: Shards} and note what they hold."""
+        if not always and time.monotonic() - self._saved <= SAVE_SECONDS:
+            return
         for split, writer in shards.items():
             writer.close()
             self.records[split] = writer.records
-        self.done = done
-        names = ("recipe", "done", "records", "skipped")
+        self.done, self.part = done, part
+        names = ("recipe", "done", "part", "records", "skipped")
         files.write(self._path, json.dumps({name: getattr(self, name) for name in names}))
+        self._saved = time.monotonic()
 
 
-def write_set(folder, items, encoder, recipe, facts):
+def write_set(folder, origin, encoder, recipe):
     """Encode all items into `folder`, from where its journal ends; the manifest, also written."""
-    order = hashlib.sha256("\n".join(name for name, *_ in items).encode()).hexdigest()[:16]
+    items = origin.items
+    order = hashlib.sha256("\n".join(item.name for item in items).encode()).hexdigest()[:16]
     journal = Journal(folder, {**dataclasses.asdict(recipe), "items": order})
     shards = {split: prepare.Shards(folder, split, journal.records[split]) for split in SPLITS}
-    if journal.done:
-        print(f"going on after {journal.done} of {len(items)}", file=sys.stderr)
-    saved = time.monotonic()
+    done, part = journal.done, journal.part
+    if done or part:
+        print(f"going on after {done} of {len(items)} {origin.unit}", file=sys.stderr)
+    skipped = {entry["name"] for entry in journal.skipped}
+    for item in items[:done]:
+        if item.name not in skipped:
+            origin.split_of(item.name)
 
     def outcomes():
-        for name, split, load in items[journal.done :]:
-            yield name, encode_item(encoder, recipe, load, split, shards[split])
+        for place, item in enumerate(items[done:], done):
 
-    left = len(items) - journal.done
-    for number, (name, outcome) in enumerate(prepare.progress(outcomes(), left), journal.done + 1):
+            def saver(clips, place=place):
+                journal.save(place, clips, shards)
+
+            first = part if place == done else 0
+            yield (
+                item.name,
+                encode_item(encoder, recipe, item, origin.split_of, shards, first, saver),
+            )
+
+    shown = prepare.progress(outcomes(), len(items) - done, origin.unit)
+    for number, (name, outcome) in enumerate(shown, done + 1):
         if isinstance(outcome, str):
             journal.skipped.append({"name": name, "reason": outcome})
-        if time.monotonic() - saved > SAVE_SECONDS or number == len(items):
-            journal.save(number, shards)
-            saved = time.monotonic()
+        journal.save(number, 0, shards, always=number == len(items))
     if len(journal.skipped) == len(items):
         skipped = [(entry["name"], entry["reason"]) for entry in journal.skipped]
         raise UserError(f"--src={recipe.src}: {clips.report(skipped, len(items))}")
+    prepare.refuse_empty(recipe.src, {split: sum(n) for split, n in journal.records.items()})
     parts = {split: writer.finish() for split, writer in shards.items()}
     manifest = {
         "schema": array_record.SCHEMA,
@@ -288,7 +326,7 @@ def write_set(folder, items, encoder, recipe, facts):
         "shape": encoder.shape,
         "frames_per_latent": encoder.group,
         **dataclasses.asdict(recipe),
-        **facts,
+        **origin.facts,
         "splits": {
             split: {"records": sum(shard["records"] for shard in part), "shards": part}
             for split, part in parts.items()
@@ -311,11 +349,11 @@ def tokenize(workdir, src, out, *, size=None, frames=None, fps=8.0, mirrored=Fal
     if is_set or src == "sprites":
         name = "array_record" if is_set else "sprites"
         fields.update(name=name, path=str(src), size=size, frames=frames, stride=1, crop="center")
-        items, facts = from_source(fields, encoder)
+        origin = from_source(fields, encoder)
     else:
-        items, facts = from_videos(recipe, encoder)
+        origin = from_videos(recipe, encoder)
     partial = out.with_name(out.name + ".partial")
-    manifest = write_set(partial, items, encoder, recipe, facts)
+    manifest = write_set(partial, origin, encoder, recipe)
     partial.rename(out)
     (out / JOURNAL).unlink()
     return manifest

@@ -134,7 +134,7 @@ def test_bad_files_are_skipped_counted_and_named(hostile, tmp_path, clip, capsys
     manifest = json.loads((tmp_path / "set" / "dataset.json").read_text())
     skipped = {entry["name"]: entry["reason"] for entry in manifest["skipped"]}
     assert sorted(skipped) == ["short.mp4", "sound.mp4", "text.mp4", "truncated.mp4", "zero.mp4"]
-    assert skipped["short.mp4"] == "has 5 frames, a chunk has 8"
+    assert skipped["short.mp4"] == "has 5 frames, 8 are needed"
     clips = [manifest["splits"][split]["clips"] for split in ("train", "validation")]
     assert clips == [1, 1]  # a bad file never takes the place of the held-out clip
     printed = capsys.readouterr()
