@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -30,16 +31,38 @@ def settings(monkeypatch):
     return config
 
 
-def test_a_longer_stream_has_no_larger_state(monkeypatch):
-    monkeypatch.setattr(runs, "STREAMS", (40, 80))
+GROWS = ("state_mib", "live_mib", "program_mib")  # in a stream that remembers all of it
+
+
+def test_a_longer_stream_needs_no_more_memory(monkeypatch):
+    monkeypatch.setattr(runs, "STREAMS", (40, 200))
     config = config_lib.read(FILE.replace("ar_diffusion", "tokenizer"))
     config.data.update(frames=5, size=8)
     config.task.network.update(width=16, heads=2, encode_blocks="t", decode_blocks="t")
     figures = runs.stream(config, None)
-    assert figures["state_mib_40"] == figures["state_mib_80"] > 0
-    assert figures["frames_per_s_80"] > 0 and figures["peak_mib_80"] > 0
+    for name in GROWS:
+        assert figures[f"{name}_40"] == figures[f"{name}_200"] > 0
+    assert figures["frames_per_s_200"] > 0
     with pytest.raises(UserError, match=r"configs/tokenizer\.py"):
         runs.stream(config_lib.read(FILE), None)
+
+
+def test_a_stream_that_remembers_everything_is_seen_to_grow(monkeypatch):
+    class Hoarder(runs.Latents):
+        def frames_for_latents(self, latents):
+            return latents
+
+        def decode(self, params, z_BTNZ, grid, state=None):
+            seen = z_BTNZ if state is None else jnp.concatenate([state, z_BTNZ], axis=1)
+            return seen.cumsum(1)[:, -z_BTNZ.shape[1] :, ..., None], seen
+
+    monkeypatch.setattr(runs, "STREAMS", (40, 80))
+    monkeypatch.setattr(runs, "_own_tokenizer", lambda *arguments: (Hoarder(4, 3), {}))
+    config = config_lib.read(FILE.replace("ar_diffusion", "tokenizer"))
+    config.data.update(frames=5, size=8)
+    figures = runs.stream(config, None)
+    for name in GROWS:
+        assert figures[f"{name}_80"] > figures[f"{name}_40"] > 0
 
 
 def test_encoding_counts_the_encoder_alone(monkeypatch):

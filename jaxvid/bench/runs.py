@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import gc
 import re
 import statistics
 import time
@@ -17,7 +18,7 @@ from jaxvid import data
 from jaxvid.bench import timing
 from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError
-from jaxvid.inference import make_task
+from jaxvid.inference import make_task, pieces
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.multihost import to_global
 from jaxvid.parallel.sharding import batch_sharding
@@ -165,13 +166,15 @@ def encode(config, tokenizer):
 def stream(config, tokenizer):
     """Clips of STREAMS frames through the encoder and the decoder of a tokenizer, piece by piece.
 
-    The peak is of the process so far, so a longer clip that needs no more memory leaves it alone.
+    What a longer clip needs no more of: `state`, carried from piece to piece, `live`, the most that
+    arrays on the devices hold between two pieces beyond what they held before, and `program`, what
+    XLA takes for the arguments, results and intermediates of a piece, the largest. A piece of other
+    shapes is another program, so that neither can grow unseen. The peak is of the process so far.
     """
     tokenizer, params = _own_tokenizer(config, tokenizer)
     size = config.data.size
     grid = tokenizer.grid(size)
-    group = tokenizer.frames_for_latents(2) - 1
-    later = max(STREAM_PIECE // group, 1) * group
+    later = pieces(tokenizer, 1 + STREAM_PIECE, STREAM_PIECE)[0] - 1
     noise_BTHWC = np.random.default_rng(0).integers(
         0, 256, (1, 1 + later, size, size, 3), dtype=np.uint8
     )
@@ -182,19 +185,46 @@ def stream(config, tokenizer):
         video, decoder = tokenizer.decode(params, z, grid, states[1])
         return video.mean(), (encoder, decoder)
 
-    figures = {}
+    programs, figures = {}, {}
+
+    def program(*arguments):
+        leaves, tree = jax.tree.flatten(arguments)
+        key = tree, *((x.shape, x.dtype) for x in leaves)
+        if key not in programs:
+            programs[key] = through.lower(*arguments).compile()
+        return programs[key]
+
     for frames in STREAMS:
-        states = (None, None)
-        pieces = -(-(frames - 1) // later)
-        for piece in range(pieces):
-            value, states = through(params, noise_BTHWC[:, min(piece, 1) :], states)
+        arguments, states, value = None, (None, None), None
+        gc.collect()  # or what others have left behind would go meanwhile
+        before, live, taken = _live_bytes(), 0, 0
+        count = -(-(frames - 1) // later)
+        for piece in range(count):
+            arguments = params, noise_BTHWC[:, min(piece, 1) :], states
+            run = program(*arguments)
+            value, states = run(*arguments)
             jax.block_until_ready(value)
+            arguments = None  # the states before
+            live, taken = max(live, _live_bytes() - before), max(taken, _program_bytes(run))
             if piece == 1:  # both programs are compiled by then
                 begin = time.perf_counter()
-        figures[f"peak_mib_{frames}"] = peak_bytes(jax.devices()[0]) / 2**20
+        seconds = time.perf_counter() - begin
+        figures[f"frames_per_s_{frames}"] = (count - 2) * later / seconds
         figures[f"state_mib_{frames}"] = sum(x.nbytes for x in jax.tree.leaves(states)) / 2**20
-        figures[f"frames_per_s_{frames}"] = (pieces - 2) * later / (time.perf_counter() - begin)
+        figures[f"live_mib_{frames}"] = live / 2**20
+        figures[f"program_mib_{frames}"] = taken / 2**20
+        figures[f"peak_mib_{frames}"] = peak_bytes(jax.devices()[0]) / 2**20
     return figures
+
+
+def _live_bytes():
+    """Of all arrays on the devices."""
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def _program_bytes(compiled):
+    memory = compiled.memory_analysis()
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
 
 
 @dataclasses.dataclass(frozen=True)
