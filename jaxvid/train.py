@@ -44,13 +44,19 @@ def train(config, workdir):
     """
     multihost.initialize()
     config_lib.validate(config)
+    is_new = not Path(workdir).exists()
     _prepare(workdir, config)
-    mesh = make_mesh(config.mesh)
-    config_lib.check_batch(config, mesh.shape["data"] * mesh.shape["fsdp"])
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.set_mesh(mesh))
-        stack.enter_context(_disk_errors(workdir))
-        return _train(config, workdir, mesh, stack)
+    try:
+        mesh = make_mesh(config.mesh)
+        config_lib.check_batch(config, mesh.shape["data"] * mesh.shape["fsdp"])
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(jax.set_mesh(mesh))
+            stack.enter_context(_disk_errors(workdir))
+            return _train(config, workdir, mesh, stack)
+    except UserError:
+        if is_new:
+            _remove_if_empty(workdir)
+        raise
 
 
 def _train(config, workdir, mesh, stack):
@@ -155,6 +161,14 @@ def _prepare(workdir, config):
         ) from error
     cache = config.compile_cache or Path(workdir).resolve().parent / "jax_cache"
     jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def _remove_if_empty(workdir):
+    """Remove a work folder that a refused config has made, if nothing is in it."""
+    with contextlib.suppress(OSError):  # that it is not empty, or that another host was faster
+        for folder in (Path(workdir, "ckpt"), Path(workdir)):
+            if folder.exists():
+                folder.rmdir()
 
 
 @contextlib.contextmanager

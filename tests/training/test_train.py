@@ -213,8 +213,11 @@ def test_nan_without_end_stops_naming_the_clips(tmp_path):
     ],
 )
 def test_bad_input_is_one_line(tmp_path, changes, message):
-    assert message in error_of(toy.config(**changes), tmp_path)
-    assert not (tmp_path / "metrics.jsonl").exists()
+    (tmp_path / "before").mkdir()
+    for folder in ("before", "new"):
+        assert message in error_of(toy.config(**changes), tmp_path / folder)
+    assert not (tmp_path / "before" / "metrics.jsonl").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"before"}  # none that nothing is in
 
 
 def noted(calls, function):
