@@ -259,7 +259,8 @@ class Journal:
                     f"{folder}: holds the beginning of another set (with another "
                     f"{', '.join(changed)}); remove it, or repeat the command that began it"
                 )
-            self.done, self.part = found["done"], found["part"]
+            # Journals of earlier versions were written between items alone.
+            self.done, self.part = found["done"], found.get("part", 0)
             self.skipped = found["skipped"]
             self.records = found["records"]
             for split in SPLITS:  # of an item that was under way
