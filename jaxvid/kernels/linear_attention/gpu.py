@@ -1,14 +1,17 @@
-"""Linear attention in Pallas for NVIDIA GPUs, lowered by Triton: two kernels, both ways in time.
+"""Linear attention in Pallas for NVIDIA GPUs, lowered by Triton: two kernels in each direction.
 
 The programs of a GPU's grid run side by side in no order, so what is sequential is kept apart from
 what is not. `_states` walks along the tokens with a tile of a state in registers and leaves the
 state before every chunk behind; `_mix` then works on all blocks of tokens at once, each from the
 state before its chunk and from the tokens of its chunk (Dao & Gu 2024, Mamba-2, section 6; the
-split of Flash Linear Attention, Yang & Zhang 2024). The gradients need nothing else, for they are
-linear attentions themselves, two of them backwards in time:
+split of Flash Linear Attention, Yang & Zhang 2024). The gradients are linear attentions themselves,
+two of them backwards in time:
 
     y  of (q, k, v)  reads the states S before          dk of (v, dy, q)  reads the dS^T after
     dq of (dy, v, k) reads the S^T before               dv of (k, q, dy)  reads the dS after
+
+`_states` finds the dS as it finds the S, and `_gradients` all three gradients of a block of tokens,
+which read the same q, k, v and dy.
 
 Products take operands of the dtype of the inputs and add up in float32; states between chunks have
 the dtype of the inputs. Pallas can lower to Triton in all of jax 0.10 to 0.12, but means to give
@@ -34,6 +37,7 @@ BLOCK = 64  # tokens, and at most that wide tiles of a state, that a program wor
 NARROWEST = 16  # of the operands of a product
 WIDEST = 512  # bytes of a key or value, by the memory that programs have
 COARSE, FINE, SINCE, UNTIL = range(4)  # rows of `decays`
+GATHERED, SENT = range(2)  # rows of the sums of `_gradients`
 
 
 def linear_attention(q_BLAK, k_BLAK, v_BLAV, log_decay, *, scale, state_BAKV, chunk):
@@ -103,10 +107,7 @@ def _attend_backward(chunk, residuals, cotangents):
     q, k, v, decays_BARL, before = residuals
     dy, dlast = cotangents
     after, dfirst = _states(chunk, q, dy, decays_BARL, dlast, reverse=True)
-    mix = functools.partial(_mix, chunk)
-    dq, dq_q_BARL = mix(dy, v, k, decays_BARL, before, along=q, transposed=True)
-    dk, dk_k_BARL = mix(v, dy, q, decays_BARL, after, along=k, transposed=True, reverse=True)
-    dv = mix(k, q, dy, decays_BARL, after, reverse=True)
+    dq, dk, dv, sums_BARL = _gradients(chunk, q, k, v, dy, decays_BARL, before, after)
 
     # A decay multiplies what passes it on its way from a key to a query. On its way within the
     # chunk: what the queries from here on gather, less what the keys from here on sent them. To
@@ -114,9 +115,7 @@ def _attend_backward(chunk, residuals, cotangents):
     def by_chunk(x_BAL):
         return x_BAL.reshape(*x_BAL.shape[:2], -1, chunk)
 
-    near, far = 0, 1
-    gathered_BASC = by_chunk(dq_q_BARL[:, :, near] + dq_q_BARL[:, :, far] - dk_k_BARL[:, :, near])
-    sent_BASC = by_chunk(dk_k_BARL[:, :, far])
+    gathered_BASC, sent_BASC = (by_chunk(sums_BARL[:, :, row]) for row in (GATHERED, SENT))
     keep_BAS = by_chunk(decays_BARL[:, :, SINCE])[..., BLOCK - 1 :: BLOCK].prod(axis=3)
     kept_BAS = keep_BAS * jnp.einsum(
         "BASKV,BASKV->BAS", before, after, preferred_element_type=jnp.float32
@@ -180,92 +179,137 @@ def _states(chunk, k_BLAK, v_BLAV, decays_BARL, first_BAKV, *, reverse=False):
             pl.BlockSpec((None, None, S, rows, columns), lambda j, i, h: (h // A, h % A, 0, i, j)),
             state,
         ),
-        cost_estimate=_cost(2 * B * A * L * K * V, 0, inputs, shapes),
+        cost_estimate=_cost(B * A * L, K * V, 0, inputs, shapes),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         name="linear_attention_states",
     )(*inputs)
 
 
-def _mix(
-    chunk,
-    q_BLAK,
-    k_BLAK,
-    v_BLAV,
-    decays_BARL,
-    states_BASKV,
-    *,
-    along=None,
-    transposed=False,
-    reverse=False,
-):
-    """y_BLAV, what the q gather from their chunk and from states_BASKV, those before all chunks.
-
-    In reverse, from the tokens after them and from the states after all chunks. transposed: the
-    states are [B, A, S, V, K]. With `along` [B, L, A, V] also the inner products [B, A, 2, L] of
-    `along` with y, its part from the chunk, each token by itself left out, and from the states.
-    """
+def _mix(chunk, q_BLAK, k_BLAK, v_BLAV, decays_BARL, before_BASKV):
+    """y_BLAV, what the q gather from their chunk and from the states before it."""
     (B, L, A, K), V = q_BLAK.shape, v_BLAV.shape[3]
-    columns = min(V, BLOCK if K > 2 * BLOCK else 2 * BLOCK)
-    blocks = chunk // BLOCK
-
-    def own(width, tile):
-        return pl.BlockSpec((None, BLOCK, None, width), lambda j, n, h: (h // A, n, h % A, tile(j)))
-
-    def all_of_chunk(width, tile):
-        return pl.BlockSpec(
-            (None, chunk, None, width), lambda j, n, h: (h // A, n // blocks, h % A, tile(j))
-        )
-
-    def whole(j):
-        return 0
-
-    def each(j):
-        return j
-
-    state = (None, None, None, columns, K) if transposed else (None, None, None, K, columns)
-    in_specs = [
-        own(K, whole),
-        all_of_chunk(K, whole),
-        all_of_chunk(columns, each),
-        pl.BlockSpec((None, None, 4, chunk), lambda j, n, h: (h // A, h % A, 0, n // blocks)),
-        pl.BlockSpec(
-            state,
-            lambda j, n, h: (h // A, h % A, n // blocks, *((j, 0) if transposed else (0, j))),
-        ),
-    ]
-    inputs = [q_BLAK, k_BLAK, v_BLAV, decays_BARL, states_BASKV]
-    shapes = [jax.ShapeDtypeStruct(v_BLAV.shape, v_BLAV.dtype)]
-    out_specs = [own(columns, each)]
-    if along is not None:
-        inputs.append(along)
-        in_specs.append(own(columns, each))
-        shapes.append(jax.ShapeDtypeStruct((B, A, V // columns, 2, L), jnp.float32))
-        out_specs.append(
-            pl.BlockSpec((None, None, None, 2, BLOCK), lambda j, n, h: (h // A, h % A, j, 0, n))
-        )
-    seen = (chunk + BLOCK) // 2  # tokens of its chunk that a token is multiplied by, on average
-    products = 2 * B * A * L * (seen * (K * (V // columns) + V) + K * V)
-    y_BLAV, *sums = pl.pallas_call(
-        functools.partial(_mix_kernel, transposed, reverse),
-        shapes,
+    columns = min(V, _columns(K))
+    own, of_chunk, decay, state = _specs(chunk, A)
+    inputs = (q_BLAK, k_BLAK, v_BLAV, decays_BARL, before_BASKV)
+    shape = jax.ShapeDtypeStruct(v_BLAV.shape, v_BLAV.dtype)
+    products = _seen(chunk) * (K * (V // columns) + V) + K * V
+    return pl.pallas_call(
+        _mix_kernel,
+        shape,
         grid=(V // columns, L // BLOCK, B * A),
-        in_specs=in_specs,
-        out_specs=out_specs,
-        cost_estimate=_cost(products, B * A * L * BLOCK * (V // columns), inputs, shapes),
+        in_specs=[
+            own(K),
+            of_chunk(K),
+            of_chunk(columns, _each),
+            decay,
+            state(K, columns, _each),
+        ],
+        out_specs=own(columns, _each),
+        cost_estimate=_cost(B * A * L, products, BLOCK * (V // columns), inputs, [shape]),
         # The registers of fewer warps do not hold a wide query beside a wide result.
         compiler_params=triton.CompilerParams(
             num_warps=8 if max(K, columns) > BLOCK else 4, num_stages=2
         ),
         name="linear_attention_mix",
     )(*inputs)
-    return (y_BLAV, sums[0].sum(axis=2)) if sums else y_BLAV
 
 
-def _cost(products, exponentials, inputs, outputs):
-    """What a kernel executes, and what it moves if the cache serves all programs but the first."""
+def _gradients(chunk, q_BLAK, k_BLAK, v_BLAV, dy_BLAV, decays_BARL, before_BASKV, after_BASKV):
+    """(dq, dk, dv, sums_BARL) from the states before all chunks and the cotangents after them.
+
+    Row GATHERED of the sums is q dq - k dk, from the tokens of the chunk and, for q dq, the state
+    before it, each token by itself left out; row SENT is k dk from the states after the chunk.
+    """
+    (B, L, A, K), V = q_BLAK.shape, v_BLAV.shape[3]
+    # The registers hold one tile of a gradient beside what it is made of. Every tile finds the
+    # scores again.
+    tiles = max(1, min(max(K, V) // _columns(max(K, V)), min(K, V) // NARROWEST))
+    own, of_chunk, decay, state = _specs(chunk, A)
+    inputs = (q_BLAK, k_BLAK, v_BLAV, dy_BLAV, decays_BARL, before_BASKV, after_BASKV)
+    sums = jax.ShapeDtypeStruct((B, A, tiles, 2, L), jnp.float32)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs[:3]]
+    products = _seen(chunk) * (tiles * (K + 2 * V) + 2 * K + V) + 3 * K * V
+    *gradients, sums = pl.pallas_call(
+        functools.partial(_gradients_kernel, tiles),
+        (*shapes, sums),
+        grid=(tiles, L // BLOCK, B * A),
+        in_specs=[*(of_chunk(x.shape[3]) for x in inputs[:4]), decay, state(K, V), state(K, V)],
+        out_specs=(
+            *(own(x.shape[3] // tiles, _each) for x in inputs[:3]),
+            pl.BlockSpec((None, None, None, 2, BLOCK), lambda j, n, h: (h // A, h % A, j, 0, n)),
+        ),
+        cost_estimate=_cost(B * A * L, products, 2 * BLOCK * tiles, inputs, (*shapes, sums)),
+        compiler_params=triton.CompilerParams(num_warps=8, num_stages=2),
+        name="linear_attention_gradients",
+    )(*inputs)
+    return *gradients, sums.sum(axis=2)
+
+
+def _specs(chunk, heads):
+    """What `_mix` and `_gradients` read and write, on a grid (columns, blocks, rows and heads).
+
+    Functions of a width and of which columns of it: a block's own tokens, all tokens of its chunk,
+    and the chunk's state, of that many columns; beside them the decays of the chunk.
+    """
+    blocks = chunk // BLOCK
+
+    def own(width, column=_first):
+        return pl.BlockSpec(
+            (None, BLOCK, None, width), lambda j, n, h: (h // heads, n, h % heads, column(j))
+        )
+
+    def of_chunk(width, column=_first):
+        return pl.BlockSpec(
+            (None, chunk, None, width),
+            lambda j, n, h: (h // heads, n // blocks, h % heads, column(j)),
+        )
+
+    def state(rows, width, column=_first):
+        return pl.BlockSpec(
+            (None, None, None, rows, width),
+            lambda j, n, h: (h // heads, h % heads, n // blocks, 0, column(j)),
+        )
+
+    decay = pl.BlockSpec(
+        (None, None, 4, chunk), lambda j, n, h: (h // heads, h % heads, 0, n // blocks)
+    )
+    return own, of_chunk, decay, state
+
+
+def _first(j):
+    return 0
+
+
+def _each(j):
+    return j
+
+
+def _columns(width):
+    """How many columns of a result a program holds, where operands are that wide."""
+    return BLOCK if width > 2 * BLOCK else 2 * BLOCK
+
+
+def _seen(chunk):
+    """Tokens of its chunk that a token is multiplied by, on average: whole blocks, its own too."""
+    return (chunk + BLOCK) // 2
+
+
+def _cost(tokens, products, exponentials, inputs, outputs):
+    """What a kernel executes, and what it moves if the cache serves all programs but the first.
+
+    Products (multiply-adds) and exponentials are per token and head. With C tokens a chunk, of
+    which a token meets C' = (C + BLOCK) / 2, as blocks that it cannot see are not computed, and
+    with I tiles of y and J of the gradients, each of which finds the scores again, the kernels of a
+    direction take together, in FLOPs and in numbers moved per token and head,
+
+        forward     2 C' (I K + V) + 4 K V                       3 K + 3 V + 2 K V / C
+        backward    2 C' (J (K + 2 V) + 2 K + V) + 8 K V         5 K + 4 V + 3 K V / C
+
+    beside float32 decays (4 to a token, read twice), sums (2 J) and states at both ends.
+    """
     return pl.CostEstimate(
-        flops=products,
-        transcendentals=exponentials,
+        flops=2 * tokens * products,
+        transcendentals=tokens * exponentials,
         bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*inputs, *outputs)),
     )
 
@@ -293,11 +337,71 @@ def _states_kernel(chunk, reverse, k_ref, v_ref, decays_ref, first_ref, states_r
     last_ref[...] = jax.lax.fori_loop(0, blocks, step, first_ref[...])
 
 
-def _mix_kernel(transposed, reverse, q_ref, k_ref, v_ref, decays_ref, state_ref, *rest):
-    blocks = k_ref.shape[0] // BLOCK
-    block = jax.lax.rem(pl.program_id(1), blocks)
-    q_GK = q_ref[...]
+def _mix_kernel(q_ref, k_ref, v_ref, decays_ref, before_ref, y_ref):
+    block, tokens = _own(decays_ref)
+    q_GK, k_GK, v_GV = q_ref[...], k_ref[tokens, :], v_ref[tokens, :]
+    columns = pl.ds(0, v_ref.shape[1])
+    near_GV, weight_G1 = _near(block, decays_ref, q_GK, k_ref, v_ref, columns)
+    far_GV = weight_G1 * _dot(q_GK, before_ref[...], "GK,KV->GV")
+    own_GV = _inner(q_GK, k_GK)[:, None] * v_GV
+    y_ref[...] = (near_GV + far_GV + own_GV).astype(y_ref.dtype)
+
+
+def _gradients_kernel(tiles, *refs):
+    """One gradient after the other, so that the registers need to hold one of them at a time."""
+    q_ref, k_ref, v_ref, dy_ref, decays_ref, before_ref, after_ref, *outputs = refs
+    dq_ref, dk_ref, dv_ref, sums_ref = outputs
+    block, tokens = _own(decays_ref)
+
+    def tile(width):
+        return pl.ds(0 if tiles == 1 else pl.program_id(0) * (width // tiles), width // tiles)
+
+    of_K, of_V = tile(q_ref.shape[1]), tile(v_ref.shape[1])
+
+    def own(ref, columns=slice(None)):
+        return ref[tokens, columns]
+
+    dy_GV = own(dy_ref)
+    near_GK, weight_G1 = _near(block, decays_ref, dy_GV, v_ref, k_ref, of_K)
+    far_GK = weight_G1 * _dot(dy_GV, before_ref[of_K, :], "GV,KV->GK")
+    score_G1 = _inner(dy_GV, own(v_ref))[:, None]
+    dq_ref[...] = (near_GK + far_GK + score_G1 * own(k_ref, of_K)).astype(dq_ref.dtype)
+    sums_ref[GATHERED, :] = _inner(own(q_ref, of_K), near_GK + far_GK)
+
+    v_GV = own(v_ref)
+    near_GK, weight_G1 = _near(block, decays_ref, v_GV, dy_ref, q_ref, of_K, reverse=True)
+    far_GK = weight_G1 * _dot(v_GV, after_ref[of_K, :], "GV,KV->GK")
+    dk_ref[...] = (near_GK + far_GK + score_G1 * own(q_ref, of_K)).astype(dk_ref.dtype)
+    k_tile = own(k_ref, of_K)
+    sums_ref[GATHERED, :] -= _inner(k_tile, near_GK)
+    sums_ref[SENT, :] = _inner(k_tile, far_GK)
+
+    k_GK = own(k_ref)
+    near_GV, weight_G1 = _near(block, decays_ref, k_GK, q_ref, dy_ref, of_V, reverse=True)
+    far_GV = weight_G1 * _dot(k_GK, after_ref[:, of_V], "GK,KV->GV")
+    own_GV = _inner(own(q_ref), k_GK)[:, None] * own(dy_ref, of_V)
+    dv_ref[...] = (near_GV + far_GV + own_GV).astype(dv_ref.dtype)
+
+
+def _own(decays_ref):
+    """Which block of its chunk a program works on, and its tokens within the chunk."""
+    block = jax.lax.rem(pl.program_id(1), decays_ref.shape[1] // BLOCK)
+    return block, pl.ds(BLOCK * block, BLOCK)
+
+
+def _near(block, decays_ref, q_GK, k_ref, v_ref, columns, *, reverse=False):
+    """What the queries of a block gather from earlier tokens of their chunk, in reverse later ones.
+
+    k_ref and v_ref are keys and values of the chunk, of which `columns` are gathered. Returns
+    (near_GV, what is left at each query of the state that it reads, [G, 1]).
+    """
+    blocks = decays_ref.shape[1] // BLOCK
     read, write = (UNTIL, SINCE) if reverse else (SINCE, UNTIL)
+
+    def gather(tokens, factor):
+        p_GH = _dot(q_GK, k_ref[tokens, :], "GK,HK->GH") * factor
+        v_HV = v_ref[tokens, columns]
+        return _dot(p_GH.astype(v_HV.dtype), v_HV, "GH,HV->GV")
 
     def step(count, carry):
         """Gathers from one more block away, of which `keep` is left at the border of this one."""
@@ -305,37 +409,24 @@ def _mix_kernel(transposed, reverse, q_ref, k_ref, v_ref, decays_ref, state_ref,
         start = BLOCK * (block + 1 + count if reverse else block - 1 - count)
         tokens = pl.ds(start, BLOCK)
         weight_H = keep * decays_ref[write, tokens]
-        p_GH = _dot(q_GK, k_ref[tokens, :], "GK,HK->GH") * weight_H[None, :]
-        v_HV = v_ref[tokens, :]
-        y_GV += _dot(p_GH.astype(v_HV.dtype), v_HV, "GH,HV->GV")
-        return y_GV, keep * decays_ref[SINCE, start + BLOCK - 1]
+        return (
+            y_GV + gather(tokens, weight_H[None, :]),
+            keep * decays_ref[SINCE, start + BLOCK - 1],
+        )
 
     others = blocks - 1 - block if reverse else block
-    y_GV = jnp.zeros((BLOCK, v_ref.shape[1]), jnp.float32)
+    y_GV = jnp.zeros((BLOCK, columns.size), jnp.float32)
     y_GV, keep = jax.lax.fori_loop(0, others, step, (y_GV, jnp.float32(1)))
 
     tokens = pl.ds(BLOCK * block, BLOCK)
     read_G1 = decays_ref[read, tokens][:, None]
-    k_GK, v_GV = k_ref[tokens, :], v_ref[tokens, :]
     coarse_G, fine_G = decays_ref[COARSE, tokens], decays_ref[FINE, tokens]
     between_GH = (coarse_G[:, None] - coarse_G[None, :]) + (fine_G[:, None] - fine_G[None, :])
     row_GH, column_GH = (jax.lax.broadcasted_iota(jnp.int32, (BLOCK,) * 2, n) for n in (0, 1))
     if reverse:
         between_GH, row_GH, column_GH = -between_GH, column_GH, row_GH
     factor_GH = jnp.where(row_GH > column_GH, jnp.exp(jnp.minimum(between_GH, 0)), 0)
-    p_GH = _dot(q_GK, k_GK, "GK,HK->GH") * factor_GH
-    near_GV = read_G1 * y_GV + _dot(p_GH.astype(v_GV.dtype), v_GV, "GH,HV->GV")
-    letters = "GK,VK->GV" if transposed else "GK,KV->GV"
-    far_GV = keep * read_G1 * _dot(q_GK, state_ref[...], letters)
-    own_GV = _inner(q_GK, k_GK)[:, None] * v_GV
-
-    if len(rest) == 1:
-        (y_ref,) = rest
-    else:
-        along_ref, y_ref, sums_ref = rest
-        sums_ref[0, :] = _inner(along_ref[...], near_GV)
-        sums_ref[1, :] = _inner(along_ref[...], far_GV)
-    y_ref[...] = (near_GV + far_GV + own_GV).astype(y_ref.dtype)
+    return read_G1 * y_GV + gather(tokens, factor_GH), keep * read_G1
 
 
 def _times(x_GK, factor_G1):
