@@ -1,1 +1,1 @@
-"""Compute kernels: jax and pallas only, one folder per operation."""
+"""Compute kernels, one folder per operation: jax and pallas, and to split them jaxvid.parallel."""

@@ -40,9 +40,10 @@ def gated_delta(
     """
     check(q_BLAK, k_BLAK, v_BLAV, log_decay, initial_state, segment_ids, chunk)
     B, L, A, K = q_BLAK.shape
+    beta_BLA = jnp.asarray(beta_BLA)
     if beta_BLA.shape != (B, L, A):
         raise ValueError(f"beta of shape {list(beta_BLA.shape)}: must be {[B, L, A]}")
-    if log_decay is not None and log_decay.ndim == 4:
+    if log_decay is not None and len(jnp.shape(log_decay)) == 4:
         raise ValueError("log_decay by channel: the delta rule takes [A] or [B, L, A]")
     if implementation not in ("auto", *IMPLEMENTATIONS):
         known = ", ".join(IMPLEMENTATIONS)

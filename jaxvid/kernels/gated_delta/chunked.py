@@ -5,21 +5,27 @@ triangular system, whose inverse is found once for all states; only what the sta
 adds to them is sequential.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from jaxvid.kernels.linear_attention.chunked import CHUNK, decays, einsum, join, split
+from jaxvid.kernels.linear_attention.chunked import CHUNK, LONGEST, decays, einsum, join, split
 
 WHOLE = 16  # tokens of the largest matrix that is inverted as a whole
 
 
-def gated_delta(q_BLAK, k_BLAK, v_BLAV, beta_BLA, log_decay, *, scale, state_BAKV, chunk):
-    """As `reference.gated_delta`; log_decay is -128 or more."""
+def gated_delta(
+    q_BLAK, k_BLAK, v_BLAV, beta_BLA, log_decay, *, scale, state_BAKV, chunk, invert=None
+):
+    """As `reference.gated_delta`; log_decay is -128 or more. invert: `by_halves` unless given."""
     L = q_BLAK.shape[1]
-    G = min(chunk or CHUNK, L)
+    G = min(chunk or CHUNK, LONGEST, L)
     q, k, v, beta = (split(x, G) for x in (q_BLAK * scale, k_BLAK, v_BLAV, beta_BLA))
     g = jnp.zeros((1, 1, 1, G)) if log_decay is None else split(log_decay, G)
-    p_SBAGH, read, write, keep, own_SBAGV, taken_SBAGK = _within(q, k, v, beta, g)
+    p_SBAGH, read, write, keep, own_SBAGV, taken_SBAGK = _within(
+        invert or by_halves, q, k, v, beta, g
+    )
 
     def step(state_BAKV, chunk):
         own_BAGV, taken_BAGK, write_BAGK, keep_BA1 = chunk
@@ -37,15 +43,16 @@ def gated_delta(q_BLAK, k_BLAK, v_BLAV, beta_BLA, log_decay, *, scale, state_BAK
     return join(y_SBAGV, L).astype(v_BLAV.dtype), state_BAKV
 
 
-@jax.checkpoint
-def _within(q, k, v, beta_SBAG, g_SBAG):
+@functools.partial(jax.checkpoint, static_argnums=(0,))
+def _within(invert, q, k, v, beta_SBAG, g_SBAG):
     """What a chunk does whatever the state S before it: its writes are `own` - `taken` S."""
     factor_GH, read, write, keep = decays(g_SBAG)
     beta = beta_SBAG.astype(jnp.float32)[..., None]
     G = q.shape[3]
     earlier_GH = jnp.tri(G, k=-1)
     overlap_SBAGH = einsum("SBAGK,SBAHK->SBAGH", k, k)
-    inverse_SBAGH = by_halves(beta * overlap_SBAGH * factor_GH * earlier_GH).astype(v.dtype)
+    lower_SBAGH = beta * overlap_SBAGH * factor_GH * earlier_GH
+    inverse_SBAGH = _inverted(invert, lower_SBAGH).astype(v.dtype)
     own_SBAGV = einsum("SBAGH,SBAHV->SBAGV", inverse_SBAGH, (beta * v).astype(v.dtype))
     decayed_k = (beta * read[..., None] * k).astype(k.dtype)
     taken_SBAGK = einsum("SBAGH,SBAHK->SBAGK", inverse_SBAGH, decayed_k)
@@ -58,6 +65,27 @@ def _within(q, k, v, beta_SBAG, g_SBAG):
         own_SBAGV.astype(v.dtype),
         taken_SBAGK.astype(k.dtype),
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _inverted(invert, lower_GG):
+    """`invert` of lower_GG, with the gradient of an inverse, d(A^-1) = -A^-1 dA A^-1."""
+    return invert(lower_GG)
+
+
+def _inverted_forward(invert, lower_GG):
+    inverse_GG = invert(lower_GG)
+    return inverse_GG, inverse_GG
+
+
+def _inverted_backward(invert, inverse_GG, cotangent_GG):
+    del invert
+    transposed_GG = inverse_GG.mT
+    product_GG = jnp.matmul(transposed_GG, cotangent_GG, precision="highest")
+    return (-jnp.tril(jnp.matmul(product_GG, transposed_GG, precision="highest"), -1),)
+
+
+_inverted.defvjp(_inverted_forward, _inverted_backward)
 
 
 def by_halves(lower_GG):
@@ -79,22 +107,31 @@ def by_halves(lower_GG):
     return jnp.concatenate([jnp.concatenate(row, -1) for row in rows], -2)[..., :G, :G]
 
 
-def inverse(lower_GG):
+def inverse(lower_GG, *, rolled=False):
     """(1 + lower)^-1 of strictly lower triangular matrices, in full float32.
 
     Blocks of 1, 2, 4 .. tokens are joined by pairs: ((a, 0), (c, b))^-1 = ((a', 0), (-b' c a', b'))
     with a' and b' the inverses of a and b. No power of `lower` is formed: where keys resemble each
     other, as in a still video, powers are far larger than the inverse that they add up to.
+    rolled: as a loop, a smaller program.
     """
     G = lower_GG.shape[-1]
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (G, G), axis) for axis in (0, 1))
-    inverse_GG = jnp.where(i == j, 1, jnp.zeros_like(lower_GG))
-    for level in range((G - 1).bit_length()):
+
+    def between(level):
+        """What lies between the two blocks of the pairs of a level."""
         # The highest bit in which i and j differ is that of this level.
         pair_GG = jax.lax.shift_right_logical(i ^ j, level) == 1
-        between_GG = jnp.where(pair_GG, lower_GG, 0)
-        if level:  # blocks of one token are their own inverse
-            between_GG = jnp.matmul(inverse_GG, between_GG, precision="highest")
-            between_GG = jnp.matmul(between_GG, inverse_GG, precision="highest")
-        inverse_GG -= between_GG
+        return jnp.where(pair_GG, lower_GG, 0)
+
+    def join(level, inverse_GG):
+        between_GG = jnp.matmul(inverse_GG, between(level), precision="highest")
+        return inverse_GG - jnp.matmul(between_GG, inverse_GG, precision="highest")
+
+    levels = (G - 1).bit_length()
+    inverse_GG = jnp.where(i == j, 1, -between(0))  # blocks of one token are their own inverse
+    if rolled:
+        return jax.lax.fori_loop(1, levels, join, inverse_GG)
+    for level in range(1, levels):
+        inverse_GG = join(level, inverse_GG)
     return inverse_GG

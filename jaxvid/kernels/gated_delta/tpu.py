@@ -14,15 +14,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxvid.kernels.gated_delta import chunked
 from jaxvid.kernels.linear_attention import tpu
+from jaxvid.kernels.linear_attention.chunked import LONGEST
 from jaxvid.kernels.linear_attention.tpu import LANES, dot, inner, iota, times
 
 CHUNK = 128  # the inverse of a larger chunk would outweigh all else
+# Of the backward pass: XLA takes long to compile every product in full float32 for a TPU.
+INVERT = functools.partial(chunked.inverse, rolled=True)
 
 
 def gated_delta(q_BLAK, k_BLAK, v_BLAV, beta_BLA, log_decay, *, scale, state_BAKV, chunk):
     """As `reference.gated_delta`; log_decay is -128 or more."""
     L = q_BLAK.shape[1]
-    chunk = LANES * pl.cdiv(min(chunk or CHUNK, L), LANES)
+    chunk = LANES * pl.cdiv(min(chunk or CHUNK, LONGEST, L), LANES)
     g_BLA = jnp.zeros(beta_BLA.shape) if log_decay is None else log_decay
     beta_BLA = beta_BLA.astype(jnp.float32)
     return _attend(chunk, q_BLAK * scale, k_BLAK, v_BLAV, beta_BLA, g_BLA, state_BAKV)
@@ -41,7 +44,9 @@ def _attend_backward(chunk, inputs, cotangents):
     del chunk
 
     def attend(*inputs, state_BAKV):
-        return chunked.gated_delta(*inputs, scale=1.0, state_BAKV=state_BAKV, chunk=None)
+        return chunked.gated_delta(
+            *inputs, scale=1.0, state_BAKV=state_BAKV, chunk=None, invert=INVERT
+        )
 
     _, pull = jax.vjp(lambda *inputs: attend(*inputs[:-1], state_BAKV=inputs[-1]), *inputs)
     return pull(cotangents)

@@ -44,7 +44,8 @@ def linear_attention(
     given. initial_state: S before the first token, zero unless given. segment_ids: int [B, L];
     where it changes from one token to the next, the state starts anew from zero, so that sequences
     can be packed; the first segment sees the initial state, the last one's state is returned.
-    chunk: tokens that are worked on at once, which changes the speed alone. implementation: a name
+    chunk: tokens that are worked on at once, which changes the speed alone; more than 2048 count as
+    2048, as the decays of more do not add up exactly in float32. implementation: a name
     of IMPLEMENTATIONS, which raises NotImplementedError where it does not apply, or "auto", the
     fastest for the platform that applies. Raises ValueError where shapes do not fit.
 

@@ -13,6 +13,7 @@ import numpy as np
 
 CHUNK = 64
 GRAIN = 1 / 64  # of the part of a decay that adds up without rounding
+LONGEST = 2048  # tokens whose decays do: sums of 2048 times -128 / GRAIN fill the 24 bits
 
 einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -20,7 +21,7 @@ einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 def linear_attention(q_BLAK, k_BLAK, v_BLAV, log_decay, *, scale, state_BAKV, chunk):
     """As `reference.linear_attention`; log_decay is -128 or more."""
     L = q_BLAK.shape[1]
-    G = min(chunk or CHUNK, L)
+    G = min(chunk or CHUNK, LONGEST, L)
     if log_decay is None:
         within, g = _by_head, jnp.zeros((1, 1, 1, G))
     elif log_decay.ndim == 3:
@@ -75,7 +76,7 @@ def decays(g_SBAG):
     """exp(g_{j+1} + .. + g_i) from j to i, 0 where j > i; from before the chunk to i; from j to the
     chunk's end; and over the whole chunk: [.., G, G], [.., G], [.., G] and [.., 1]."""
     # Differences of long sums would lose the small decays among the large. What is a multiple of
-    # GRAIN adds up exactly (24 bits hold 2048 decays of -128), and the sum of the rest is small.
+    # GRAIN adds up exactly, over LONGEST tokens at most, and the sum of the rest is small.
     coarse = jax.lax.stop_gradient(jnp.round(g_SBAG / GRAIN) * GRAIN)
     coarse, fine = jnp.cumsum(coarse, axis=-1), jnp.cumsum(g_SBAG - coarse, axis=-1)
     from_j, to_i, last = (..., None, slice(None)), (..., slice(None), None), (..., slice(-1, None))

@@ -20,7 +20,7 @@ SEQUENCE = "seq"
 def linear_attention(attend, q_BLAK, k_BLAK, v_BLAV, log_decay, *, scale, state_BAKV, chunk):
     """`attend`, one of the implementations, on this device's part of the ambient mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    batch, _, heads, _ = partition_letters("BLAK", q_BLAK.shape, mesh)
+    batch, heads = _axes(q_BLAK.shape, mesh)
     parts = mesh.shape.get(SEQUENCE, 1)
     sequence = SEQUENCE if parts > 1 and q_BLAK.shape[1] % parts == 0 else None
     tokens, state = PartitionSpec(batch, sequence, heads), PartitionSpec(batch, heads)
@@ -48,7 +48,7 @@ def linear_attention(attend, q_BLAK, k_BLAK, v_BLAV, log_decay, *, scale, state_
 def by_head(attend, *tokens, scale, state_BAKV, chunk):
     """`attend` of `tokens`, arrays [B, L, A, ...] or None, with sequences whole on every device."""
     mesh = jax.sharding.get_abstract_mesh()
-    batch, _, heads, _ = partition_letters("BLAK", tokens[0].shape, mesh)
+    batch, heads = _axes(tokens[0].shape, mesh)
     token, state = PartitionSpec(batch, None, heads), PartitionSpec(batch, heads)
 
     @functools.partial(
@@ -61,6 +61,20 @@ def by_head(attend, *tokens, scale, state_BAKV, chunk):
         return attend(*tokens, scale=scale, state_BAKV=state_BAKV, chunk=chunk)
 
     return run(state_BAKV, *tokens)
+
+
+def _axes(shape_BLAK, mesh):
+    """The axes of the mesh that split batch and heads, without those that this mesh does not have.
+
+    shard_map knows no other names, where a sharding of arrays takes them for axes of one part.
+    """
+
+    def known(axes):
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        return tuple(name for name in axes if name in mesh.shape)
+
+    batch, _, heads, _ = partition_letters("BLAK", shape_BLAK, mesh)
+    return known(batch), known(heads)
 
 
 def _kept(g):

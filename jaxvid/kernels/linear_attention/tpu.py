@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxvid.kernels.linear_attention.chunked import GRAIN
+from jaxvid.kernels.linear_attention.chunked import GRAIN, LONGEST
 
 CHUNK = 256  # below about 350 (v5e) to 990 (v6e) the memory is the limit, so larger costs nothing
 CHUNK_BY_CHANNEL = 128  # each doubling is one more product of this size
@@ -27,7 +27,7 @@ def linear_attention(q_BLAK, k_BLAK, v_BLAV, log_decay, *, scale, state_BAKV, ch
     g = jnp.zeros((B, L, A)) if log_decay is None else log_decay
     by_channel = g.ndim == 4
     chunk = chunk or (CHUNK_BY_CHANNEL if by_channel else CHUNK)
-    chunk = LANES * pl.cdiv(min(chunk, L), LANES)
+    chunk = LANES * pl.cdiv(min(chunk, LONGEST, L), LANES)
     if by_channel:
         chunk = pl.next_power_of_2(chunk)
 
@@ -148,6 +148,7 @@ def cost(chunk, K, V, inputs, outputs, *, by_channel, backward=False):
     levels = chunk.bit_length() - 1 if by_channel else 1
     if backward:
         products = 2 * chunk * (3 * K * levels + 2 * V) + 8 * K * V
+        products += 2 * chunk * K * by_channel  # the sum of the gradients of the decays
     else:
         products = 2 * chunk * (K * levels + V) + 4 * K * V
     return pl.CostEstimate(
