@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxvid.kernels.gated_delta import chunked, reference, tpu
 from jaxvid.kernels.linear_attention import check, fastest, resolve, sharded
@@ -43,7 +44,7 @@ def gated_delta(
     beta_BLA = jnp.asarray(beta_BLA)
     if beta_BLA.shape != (B, L, A):
         raise ValueError(f"beta of shape {list(beta_BLA.shape)}: must be {[B, L, A]}")
-    if log_decay is not None and len(jnp.shape(log_decay)) == 4:
+    if log_decay is not None and np.ndim(log_decay) == 4:
         raise ValueError("log_decay by channel: the delta rule takes [A] or [B, L, A]")
     if implementation not in ("auto", *IMPLEMENTATIONS):
         known = ", ".join(IMPLEMENTATIONS)

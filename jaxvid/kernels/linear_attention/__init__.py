@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxvid.kernels.linear_attention import chunked, gpu, reference, sharded, tpu
 
@@ -119,9 +120,9 @@ def check(q, k, v, log_decay, initial_state, segment_ids, chunk):
     B, L, A, K = q.shape
 
     def require(name, x, *shapes):
-        if x is not None and jnp.shape(x) not in shapes:
+        if x is not None and np.shape(x) not in shapes:
             wanted = " or ".join(str(list(shape)) for shape in shapes)
-            raise ValueError(f"{name} of shape {list(jnp.shape(x))}: must be {wanted}")
+            raise ValueError(f"{name} of shape {list(np.shape(x))}: must be {wanted}")
 
     require("log_decay", log_decay, (A,), (B, L, A), (B, L, A, K))
     require("initial_state", initial_state, (B, A, K, v.shape[-1]))
