@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -114,23 +115,51 @@ def test_data(settings, monkeypatch):
     assert 0 <= figures["train_data_wait"] < 1
 
 
-def test_kernels(settings, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "op, contender, forward, both",
+    [
+        ("linear_attention", "chunked_decay", 2 * 64 + 2 * 64, 7 * 64 + 6 * 64),
+        ("gated_delta", "chunked_delta", 4 * 64 + 3 * 64, 3 * (4 * 64 + 3 * 64)),
+    ],
+)
+def test_kernels(op, contender, forward, both, settings, monkeypatch, tmp_path):
     monkeypatch.setattr(kernels, "LENGTHS", (256,))
-    monkeypatch.setattr(kernels, "LARGEST_SCORES", 0)
     monkeypatch.setattr(kernels, "PUBLISHED", [(8, 16, 512, 128)])
     monkeypatch.setattr(kernels.flops, "peak", lambda device, dtype: 1e9)
     monkeypatch.setattr(kernels.flops, "bandwidth", lambda device: 1e12)
-    figures = kernels.measure("linear_attention")
-    for direction, products in (("forward", 2 * 64 + 2 * 64), ("both", 7 * 64 + 6 * 64)):
-        name = f"chunked_decay_256_{direction}"
+    figures = kernels.measure(op)
+    for direction, products in (("forward", forward), ("both", both)):
+        name = f"{contender}_256_{direction}"
         flop = 2 * 2 * 256 * 4 * 64 * products
-        assert figures[f"{name}_gflop_per_s"] == pytest.approx(flop / figures[f"{name}_ms"] / 1e6)
-        assert figures[f"{name}_gb_per_s"] > 0 and figures[f"{name}_share_of_limit"] > 0
-    label = "chunked_decay_b1a2l64k16_forward"  # an eighth of everything on a CPU
-    least_ms = 1e3 * 1 * 2 * 64 * 4 * 16 * (128 + 16) / 1e9  # arithmetic is the limit at 1 GFLOP/s
-    share = figures[f"{label}_share_of_roofline"]
-    assert share == pytest.approx(least_ms / figures[f"{label}_ms"])
+        assert figures[f"{name}_tflop_per_s"] == pytest.approx(flop / figures[f"{name}_ms"] / 1e9)
+        assert figures[f"{name}_gb_per_s"] > 0
+        of_matmul = figures[f"{name}_share_of_matmul"]
+        assert figures[f"{name}_share_of_limit"] >= 0.999 * of_matmul > 0
+    label = "chunked_decay_b1a2l64k16"  # an eighth of everything on a CPU
+    forward_ms, backward_ms, both_ms = (figures[f"{label}_{n}_ms"] for n in kernels.DIRECTIONS)
+    assert backward_ms == pytest.approx(both_ms - forward_ms)
+    # Arithmetic is the limit at 1 GFLOP/s.
+    least = 1 * 2 * 64 * 4 * 16 * (128 + 16) / 1e9
+    assert figures[f"{label}_forward_share_of_roofline"] == pytest.approx(1e3 * least / forward_ms)
+    assert {"softmax_256_both_ms", f"{contender}_both_ahead_of_softmax_from"} <= figures.keys()
+    assert "softmax_256_both_share_of_limit" not in figures
     timing.plot(figures, tmp_path / "kernels.png")
+
+
+def test_from_which_length_on_it_is_ahead_of_softmax(monkeypatch):
+    monkeypatch.setattr(kernels, "LENGTHS", (1, 2, 4, 8))
+    times = dict(softmax=(1, 2, 4, None), fast=(2, 1, 2, 9), slow=(0, 1, 5, 9), early=(0, 1, 3, 9))
+    figures = {
+        f"{name}_{L}_both_ms": ms
+        for name, values in times.items()
+        for L, ms in zip(kernels.LENGTHS, values)
+        if ms is not None
+    }
+    ahead = kernels.ahead_of_softmax(figures)
+    assert ahead["fast_both_ahead_of_softmax_from"] == 2
+    assert ahead["early_both_ahead_of_softmax_from"] == 1
+    assert np.isnan(ahead["slow_both_ahead_of_softmax_from"])
+    assert len(ahead) == 3
 
 
 def test_mixers(settings, monkeypatch):
@@ -171,8 +200,45 @@ def test_limits_of_an_h100():
 def test_softmax_competes_while_its_scores_fit(monkeypatch):
     monkeypatch.setattr(kernels, "LARGEST_SCORES", 4 * 2 * 4 * 256**2)
     for tokens, fits in ((256, True), (257, False)):
-        found = kernels.contenders("linear_attention", 2, tokens, 4)
+        found = kernels.contenders("linear_attention", 2, tokens, 4, 64, "float32")
         assert ("softmax" in found) == fits and {"chunked_plain", "chunked_decay"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    "capability, K, dtype, flash",
+    [
+        ("9.0", 256, "bfloat16", True),
+        ("8.0", 128, "bfloat16", True),
+        ("8.0", 256, "bfloat16", False),
+        ("9.0", 128, "float32", False),
+        ("gfx942", 128, "bfloat16", False),
+    ],
+)
+def test_softmax_on_a_gpu_needs_no_scores(capability, K, dtype, flash, monkeypatch):
+    """However many tokens, by cuDNN's kernel where it applies."""
+    calls = []
+    device = SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(kernels.jax, "devices", lambda: [device])
+    monkeypatch.setattr(
+        kernels.jax.nn,
+        "dot_product_attention",
+        lambda q, k, v, *, is_causal, implementation: (calls.append(implementation), q)[1],
+    )
+    found = kernels.contenders("linear_attention", 4, 2**16, 16, K, dtype)
+    assert ("softmax" in found) == flash
+    if flash:
+        found["softmax"](*[np.ones(2)] * 6)
+        assert calls == ["cudnn"]
+
+
+def test_a_device_that_is_not_there_is_answered_in_one_line():
+    before = jax.config.jax_platforms
+    try:
+        timing.use("cpu")
+        with pytest.raises(UserError, match=r"^device=rocm: JAX finds no such device"):
+            timing.use("rocm")
+    finally:
+        jax.config.update("jax_platforms", before)
 
 
 def test_functions_take_turns(settings):

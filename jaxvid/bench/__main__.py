@@ -6,6 +6,7 @@
     python -m jaxvid.bench encode --config=configs/tokenizer.py      clips to latents
     python -m jaxvid.bench stream --config=configs/tokenizer.py      long videos through a tokenizer
     python -m jaxvid.bench kernels --op=linear_attention             kernels beside softmax, a plot
+    python -m jaxvid.bench kernels --op=gated_delta --device=gpu     another one, on that platform
     python -m jaxvid.bench mixers                                    mixers by length of the stream
 
 `--latents=32x4` puts 32 latent tokens of 4 channels in the place of a frame's patches, so that the
@@ -38,6 +39,8 @@ def main(command):
         figures = RUNS[command](config, runs.stand_in(flags.FLAGS.latents))
     else:
         workdir = flags.FLAGS.workdir
+        if flags.FLAGS.device:
+            timing.use(flags.FLAGS.device)
         figures = mixers.measure() if command == "mixers" else kernels.measure(flags.FLAGS.op)
         timing.plot(figures, Path(workdir, f"bench_{command}.png"))
     facts = timing.circumstances()
@@ -51,6 +54,8 @@ def main(command):
 
 
 if __name__ == "__main__":
+    if {"kernels", "mixers"} & set(sys.argv[1:]):
+        flags.DEFINE_string("device", "", "cpu, gpu or tpu; what JAX finds first unless given.")
     if "kernels" in sys.argv[1:]:
         flags.DEFINE_enum("op", "linear_attention", list(kernels.OPS), "Operation to time.")
         flags.DEFINE_string("workdir", "runs/kernels", "Folder for the figures and the plot.")

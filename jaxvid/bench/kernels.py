@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxvid.bench.timing import products, take_turns
-from jaxvid.kernels import linear_attention
+from jaxvid.kernels import gated_delta, linear_attention
 from jaxvid.training import flops
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)  # tokens of a kernel
@@ -20,102 +20,166 @@ PUBLISHED = (
     (4, 8, 16384, 256),
 )
 ROOFLINE_CHUNK = 128  # tokens between two states in the count of what a run must do
-KINDS = ("plain", "decay")
-OPS = {"linear_attention": linear_attention.linear_attention}
+DIRECTIONS = ("forward", "backward", "both")
+# The kinds of contenders, each with its operation.
+OPS = {
+    "linear_attention": {"plain": linear_attention, "decay": linear_attention},
+    "gated_delta": {"delta": gated_delta, "decay": linear_attention},
+}
 
 
 def measure(op):
-    """Every implementation of linear attention beside causal softmax attention, over lengths.
+    """Every implementation of an operation beside causal softmax attention, over lengths.
 
-    Named <contender>_<tokens>_<forward or both>: the best milliseconds, the FLOP/s and bytes/s of
-    the chunk algorithm in it, and the share of what this device could do at the rates of a plain
-    product and a plain copy, measured in turn with it. Softmax stands alone: it does other work.
+    The delta rule stands beside linear attention with a decay too. Named
+    <contender>_<tokens or shape>_<forward, backward or both>: the best milliseconds, the TFLOP/s
+    and GB/s of the chunk algorithm in it, the share of the rate of a plain product, and that of
+    what this device could do at the rates of a plain product and a plain copy, measured in turn
+    with it; at PUBLISHED shapes also of what its maker promises, where that is known. Backward is
+    the difference of both and forward. Of softmax, which does other work, there is the time alone,
+    and from how many tokens on each contender is ahead of it.
     """
     cpu = jax.default_backend() == "cpu"
     B, A, K, dtype = (2, 4, 64, jnp.float32) if cpu else (4, 16, 128, jnp.bfloat16)
-    square, _ = products(K, dtype)
-    large = jnp.ones(2**24 if cpu else 2**28, dtype)
-    copy = jax.jit(lambda x: x + 1)
     figures = {}
     for L in LENGTHS:
-        runs = _runs(op, B, L, A, K, dtype)
-        square_s, copy_s, *times = take_turns(
-            square.run, functools.partial(copy, large), *runs.values()
-        )
-        rate, moving = square.flops / min(square_s), 2 * large.nbytes / min(copy_s)
-        for (name, direction), seconds in zip(runs, times):
-            label = f"{name}_{L}_{direction}"
-            figures[f"{label}_ms"] = 1e3 * min(seconds)
-            if name != "softmax":
-                chunk = getattr(linear_attention, name.split("_")[0]).CHUNK
-                operations, moved = (B * L * A * each for each in work(direction, K, chunk))
-                moved *= jnp.dtype(dtype).itemsize
-                figures[f"{label}_gflop_per_s"] = operations / min(seconds) / 1e9
-                figures[f"{label}_gb_per_s"] = moved / min(seconds) / 1e9
-                limit = max(operations / rate, moved / moving)
-                figures[f"{label}_share_of_limit"] = limit / min(seconds)
+        figures |= _measure(op, B, A, L, K, dtype, f"{L}")
+    figures |= ahead_of_softmax(figures)
     for shape in PUBLISHED:
-        figures |= published(op, *((max(1, n // 8) for n in shape) if cpu else shape), dtype)
+        B, A, L, K = (max(1, n // 8) for n in shape) if cpu else shape
+        label = f"b{B}a{A}l{L}k{K}"
+        figures |= _measure(op, B, A, L, K, dtype, label, ROOFLINE_CHUNK)
     return figures
 
 
-def published(op, B, A, L, K, dtype):
-    """Best milliseconds at one of PUBLISHED, and the share of what the device's maker promises.
-
-    That is left out where the maker's figures are unknown.
-    """
-    device, figures = jax.devices()[0], {}
-    rate, moving = flops.peak(device, dtype), flops.bandwidth(device)
+def _measure(op, B, A, L, K, dtype, label, chunk=None):
+    """The figures of all contenders at one shape; chunk: that of their work, else their own."""
+    square, _ = products(K, dtype)
+    large = jnp.ones(2**24 if jax.default_backend() == "cpu" else 2**28, dtype)
+    copy = functools.partial(jax.jit(lambda x: x + 1), large)
     runs = _runs(op, B, L, A, K, dtype)
-    for (name, direction), seconds in zip(runs, take_turns(*runs.values())):
-        label = f"{name}_b{B}a{A}l{L}k{K}_{direction}"
-        figures[f"{label}_ms"] = 1e3 * min(seconds)
-        if rate and moving and name != "softmax":
-            operations, moved = (B * L * A * each for each in work(direction, K, ROOFLINE_CHUNK))
-            limit = max(operations / rate, moved * jnp.dtype(dtype).itemsize / moving)
-            figures[f"{label}_share_of_roofline"] = limit / min(seconds)
+    square_s, copy_s, *times = take_turns(square.run, copy, *runs.values())
+    rate, moving = square.flops / min(square_s), 2 * large.nbytes / min(copy_s)
+    limits = {"limit": (rate, moving)}
+    if chunk:
+        device = jax.devices()[0]
+        limits["roofline"] = (flops.peak(device, dtype), flops.bandwidth(device))
+    best = {run: min(seconds) for run, seconds in zip(runs, times)}
+    figures = {}
+    for name in dict(best):
+        contender, direction = name
+        if direction == "both":
+            best[contender, "backward"] = best[name] - best[contender, "forward"]
+    for (contender, direction), seconds in best.items():
+        run = f"{contender}_{label}_{direction}"
+        figures[f"{run}_ms"] = 1e3 * seconds
+        if contender == "softmax":
+            continue
+        implementation, kind = contender.split("_")
+        own = getattr(OPS[op][kind], implementation).CHUNK
+        operations, moved = (B * L * A * n for n in work(direction, K, chunk or own, kind))
+        moved *= jnp.dtype(dtype).itemsize
+        figures[f"{run}_tflop_per_s"] = operations / seconds / 1e12
+        figures[f"{run}_gb_per_s"] = moved / seconds / 1e9
+        figures[f"{run}_share_of_matmul"] = operations / seconds / rate
+        for limit, (fastest, widest) in limits.items():
+            if fastest and widest:
+                least = max(operations / fastest, moved / widest)
+                figures[f"{run}_share_of_{limit}"] = least / seconds
     return figures
 
 
-def work(direction, K, chunk):
+def ahead_of_softmax(figures):
+    """<contender>_<direction>_ahead_of_softmax_from: the first of LENGTHS from which on it is.
+
+    At every length at which softmax is timed; NaN where it is not ahead at the longest of them.
+    """
+    found = {}
+    for name in figures:
+        contender, _, rest = name.partition(f"_{LENGTHS[0]}_")
+        direction = rest.removesuffix("_ms")
+        if direction not in DIRECTIONS or contender == "softmax":
+            continue
+        first = float("nan")
+        for L in reversed(LENGTHS):
+            softmax = figures.get(f"softmax_{L}_{direction}_ms")
+            if softmax is None:
+                continue
+            if figures[f"{contender}_{L}_{direction}_ms"] >= softmax:
+                break
+            first = L
+        found[f"{contender}_{direction}_ahead_of_softmax_from"] = first
+    return found
+
+
+def work(direction, K, chunk, kind="decay"):
     """(FLOPs, numbers moved) per token and head of a run of `measure`, by the chunk algorithm.
 
-    Whole tiles of scores count, and states between chunks that forward saves for backward.
+    Whole tiles of scores count, and states between chunks that forward saves for backward. The
+    delta rule, kind "delta", multiplies by two more tiles and by the state once more; its
+    triangular inverse does not count, and backward counts twice forward.
     """
-    if direction == "forward":
-        return 4 * K * (chunk + K), 4 * K
-    return K * (14 * chunk + 12 * K), 11 * K + 2 * K * K / chunk
+    forward = 4 * K * (chunk + K), 4 * K
+    both = K * (14 * chunk + 12 * K), 11 * K + 2 * K * K / chunk
+    if kind == "delta":
+        forward = 2 * K * (4 * chunk + 3 * K), forward[1]
+        both = 3 * forward[0], both[1]
+    backward = tuple(b - f for b, f in zip(both, forward))
+    return dict(zip(DIRECTIONS, (forward, backward, both)))[direction]
 
 
 def _runs(op, B, L, A, K, dtype):
     """{(contender, forward or both): a function that runs it} on random tokens."""
-    x = jax.random.normal(jax.random.key(0), (4, B, L, A, K), dtype)
-    inputs = (*x, -jax.random.uniform(jax.random.key(1), (B, L, A)))
+    q, k, v, dy = jax.random.normal(jax.random.key(0), (4, B, L, A, K), dtype)
+    if op == "gated_delta":
+        k /= jnp.linalg.norm(k, axis=-1, keepdims=True)
+    g, beta = jax.random.uniform(jax.random.key(1), (2, B, L, A))
+    inputs = (q, k, v, dy, -g, beta)
     runs = {}
-    for name, attend in contenders(op, B, L, A).items():
-        gradients = jax.grad(attend, argnums=(0, 1, 2, 4))
+    for name, attend in contenders(op, B, L, A, K, dtype).items():
+        gradients = jax.grad(attend, argnums=(0, 1, 2, 4, 5))
         runs[name, "forward"] = functools.partial(jax.jit(attend), *inputs)
         runs[name, "both"] = functools.partial(jax.jit(gradients), *inputs)
     return runs
 
 
-def contenders(op, B, L, A):
-    """{name: function of (q, k, v, dy, g) -> a scalar} of what applies here and fits in memory."""
-    attend = OPS[op]
+def contenders(op, B, L, A, K, dtype):
+    """{name: function of (q, k, v, dy, g, beta) -> a scalar} of what applies and fits in memory."""
 
-    def linear(implementation, decayed):
-        def run(q, k, v, dy, g):
-            g = g if decayed else None
-            return jnp.vdot(attend(q, k, v, g, implementation=implementation), dy)
+    def linear(implementation, kind):
+        def run(q, k, v, dy, g, beta):
+            if kind == "delta":
+                y = gated_delta.gated_delta(q, k, v, beta, g, implementation=implementation)
+            else:
+                g = g if kind == "decay" else None
+                y = linear_attention.linear_attention(q, k, v, g, implementation=implementation)
+            return jnp.vdot(y, dy)
 
         return run
 
-    def softmax(q, k, v, dy, g):
-        return jnp.vdot(jax.nn.dot_product_attention(q, k, v, is_causal=True), dy)
-
-    platform = jax.default_backend()
-    names = ["chunked", *({platform} & set(linear_attention.IMPLEMENTATIONS))]
-    found = {f"{name}_{kind}": linear(name, kind == "decay") for name in names for kind in KINDS}
-    if 4 * B * A * L**2 <= LARGEST_SCORES:
-        found["softmax"] = softmax
+    platform, found = jax.default_backend(), {}
+    for kind, package in OPS[op].items():
+        for name in ("chunked", *({platform} & set(package.IMPLEMENTATIONS))):
+            found[f"{name}_{kind}"] = linear(name, kind)
+    if flash(K, dtype):
+        found["softmax"] = _softmax("cudnn")
+    elif 4 * B * A * L**2 <= LARGEST_SCORES:
+        found["softmax"] = _softmax("xla")
     return found
+
+
+def flash(K, dtype):
+    """Whether softmax has cuDNN's kernel, which forms no matrix of scores, for heads of width K."""
+    capability = getattr(jax.devices()[0], "compute_capability", "")  # "9.0"; "gfx942" by AMD
+    if jnp.dtype(dtype).itemsize != 2 or not capability[:1].isdigit() or K % 8:
+        return False
+    widest = 256 if float(capability) >= 9 else 128
+    return float(capability) >= 8 and widest >= K
+
+
+def _softmax(implementation):
+    def run(q, k, v, dy, g, beta):
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+        return jnp.vdot(y, dy)
+
+    return run

@@ -16,10 +16,25 @@ import jax
 import jax.numpy as jnp
 
 from jaxvid import files
+from jaxvid.errors import UserError
 
 SECONDS = 15.0  # of measuring, start-up and compilation aside
 FEWEST = 5  # repetitions, however long they take
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "grain", "av")
+
+
+def use(platform):
+    """Runs all that follows on the devices of a platform: cpu, gpu (or cuda, rocm) or tpu.
+
+    To be called before JAX has looked for devices. UserError where it finds none of that platform.
+    """
+    jax.config.update("jax_platforms", platform)
+    try:
+        found = jax.default_backend()
+    except RuntimeError:
+        found = None
+    if found != {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform):
+        raise UserError(f"device={platform}: JAX finds no such device on this machine")
 
 
 def take_turns(*functions):
