@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxvid.kernels.gated_delta import gated_delta
 from jaxvid.kernels.linear_attention import linear_attention
-from tests.kernels import test_linear_attention as kernel_tests
+from tests.kernels import harness
 from tests.tasks.test_ar_diffusion import Task, batch, fields, opened
 
 pytestmark = [
@@ -52,12 +53,37 @@ def test_cached_sampling_equals_uncached():
     "dtype, value, gradient", [("float32", 1e-5, 1e-4), ("bfloat16", 0.01, 0.02)]
 )
 def test_linear_attention_kernels(case, dtype, value, gradient):
-    arrays, segment_ids = kernel_tests.inputs(case)
+    arrays, segment_ids = harness.inputs(case)
     arrays = [x.astype(dtype) for x in arrays[:3]] + [*arrays[3:]]
     exact = [x if x is None else x.astype(jnp.float32) for x in arrays]
-    wanted = kernel_tests.value_and_grads(exact, segment_ids, implementation="reference")
-    got = kernel_tests.value_and_grads(arrays, segment_ids, implementation="gpu")
-    kernel_tests.assert_close(got, wanted, value, gradient)
+    wanted = harness.value_and_grads(exact, segment_ids, implementation="reference")
+    got = harness.value_and_grads(arrays, segment_ids, implementation="gpu")
+    harness.assert_close(got, wanted, value, gradient)
+
+
+ROWS = [row[2:] for row in harness.cover() if row[4][0] != "channel"]
+
+
+@pytest.mark.parametrize("L, K, decay, form, chunk", ROWS)
+def test_linear_attention_kernels_by_the_list(L, K, decay, form, chunk):
+    """The cases of all implementations; widths of over 512 bytes are left to bfloat16."""
+    kind, strength = decay
+    arrays, segment_ids = harness.make(L, K, K, kind, form == "packed", strength)
+    bounds = {}
+    if form == "bfloat16" or K > 128:
+        arrays, bounds = harness.rounded(arrays), dict(value=0.02, gradient=0.03)
+    run = dict(implementation="gpu", chunk=chunk, **bounds)
+    harness.assert_equals_reference(arrays, segment_ids, **run)
+
+
+@pytest.mark.parametrize("L", [64, 300])
+def test_gated_delta_falls_through_to_xla(L):
+    """It has no kernel for GPU."""
+    arrays, _ = harness.make(L, 64, 256, "token", False, op=gated_delta)
+    program = jax.jit(gated_delta).lower(*harness.rounded(arrays)[:-1]).as_text()
+    assert "triton" not in program
+    run = dict(op=gated_delta, implementation="auto", value=0.02, gradient=0.03)
+    harness.assert_equals_reference(harness.rounded(arrays), **run)
 
 
 def test_linear_attention_runs_its_kernels_by_itself():

@@ -1,9 +1,18 @@
-"""Devices of TPUs that need not be there, to compile for."""
+"""Devices that need not be there, to compile for or to interpret."""
 
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    """What launches a kernel where it cannot run: set `interpret` and other options."""
+    options, pallas_call = dict(interpret=True), pl.pallas_call
+    monkeypatch.setattr(pl, "pallas_call", lambda *args, **own: pallas_call(*args, **own | options))
+    return options
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxvid.kernels.gated_delta import chunked, gated_delta
+from tests.kernels import harness
 from tests.kernels.harness import TOPOLOGIES, assert_close, interpreter
 
 
@@ -28,28 +29,7 @@ def inputs(L, K=16, V=24, decay=None, batch=2, heads=2):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays)
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "chunk"))
-def value_and_grads(arrays, segment_ids=None, *, implementation="chunked", chunk=None):
-    def outputs(q, k, v, beta, log_decay, state):
-        y, state = gated_delta(
-            q,
-            k,
-            v,
-            beta,
-            log_decay,
-            initial_state=state,
-            segment_ids=segment_ids,
-            return_state=True,
-            chunk=chunk,
-            implementation=implementation,
-        )
-        return {"y": y, "state": state}
-
-    values, pull = jax.vjp(outputs, *arrays)
-    rng = jax.random.key(1)
-    grads = pull({n: jax.random.normal(rng, x.shape).astype(x.dtype) for n, x in values.items()})
-    names = ("dq", "dk", "dv", "dbeta", "dlog_decay", "dinitial_state")
-    return values | {name: x for name, x in zip(names, grads) if x is not None}
+value_and_grads = functools.partial(harness.value_and_grads, op=gated_delta)
 
 
 @pytest.mark.parametrize("L, decay, chunk", [(65, None, 64), (150, "token", 32), (1, "token", 1)])
@@ -64,7 +44,8 @@ def test_equals_reference(L, decay, chunk):
 def test_inverse_of_a_triangle(G):
     lower_NGG = np.tril(np.random.default_rng(G).normal(size=(3, G, G)), -1) * G**-0.5
     exact = np.linalg.inv(np.eye(G) + lower_NGG)
-    for invert in (chunked.inverse, chunked.by_halves):
+    rolled = functools.partial(chunked.inverse, rolled=True)
+    for invert in (chunked.inverse, chunked.by_halves, rolled):
         got = jax.jit(invert)(lower_NGG.astype(np.float32))
         np.testing.assert_allclose(got, exact, atol=1e-5 * np.abs(exact).max())
 
@@ -82,12 +63,12 @@ def test_keys_that_do_not_change(implementation):
     np.testing.assert_allclose(y, v, atol=1e-5)
 
 
-@pytest.mark.parametrize("L, decay, cores", [(65, None, 1), (300, "token", 2)])
-def test_tpu_kernel_interpreted(L, decay, cores, capfd):
+@pytest.mark.parametrize("L, decay, cores, seed", [(65, None, 1, 0), (300, "token", 2, 4)])
+def test_tpu_kernel_interpreted(L, decay, cores, seed, capfd):
     """Chunks in order, heads and rows in any; memory starts as NaN and races are looked for."""
     arrays = inputs(L, decay=decay)
     segment_ids = jnp.asarray([np.arange(L) // 40, np.arange(L) // 7])
-    with pltpu.force_tpu_interpret_mode(interpreter(cores)):
+    with pltpu.force_tpu_interpret_mode(interpreter(cores, seed)):
         got = value_and_grads(arrays, segment_ids, implementation="tpu")
         jax.block_until_ready(got)
     assert "RACE" not in capfd.readouterr().out
@@ -107,6 +88,20 @@ def test_tpu_kernel_compiles(topology, tpu_devices):
     inverse = 2 * 6 * 128**2  # two products for every doubling of a block of two tokens
     products = B * L * A * (2 * 128 * (K + V) + 3 * K * V + inverse)
     assert compiled.cost_analysis()["flops"] == pytest.approx(2 * products, rel=0.05)
+
+
+@pytest.mark.tpu_aot
+def test_tpu_gradient_compiles(tpu_devices):
+    """The kernel forward and the chunks of XLA backward."""
+    sharding = SingleDeviceSharding(tpu_devices("v5e:2x2")[0])
+    shapes = ((2, 256, 2, 64),) * 3 + ((2, 256, 2),) * 2
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in shapes]
+
+    def loss(*arrays):
+        return jnp.sum(gated_delta(*arrays, implementation="tpu").astype(jnp.float32))
+
+    compiled = jax.jit(jax.value_and_grad(loss, argnums=range(5))).lower(*arrays).compile()
+    assert compiled.as_text().count("tpu_custom_call") == 1
 
 
 @pytest.mark.tpu_aot
@@ -155,3 +150,10 @@ def test_bad_input_is_answered_in_one_line(changes, message):
     arguments = dict(q_BLAK=x, k_BLAK=x, v_BLAV=x, beta_BLA=x[..., 0])
     with pytest.raises(ValueError, match=message):
         gated_delta(**{**arguments, **changes})
+
+
+def test_gates_may_be_lists():
+    x = jnp.ones((1, 2, 2, 8))
+    beta, log_decay = [[[0.5, 1.0], [0.25, 0.0]]], [-0.5, -1.0]
+    wanted = gated_delta(x, x, x, jnp.array(beta), jnp.array(log_decay))
+    np.testing.assert_array_equal(gated_delta(x, x, x, beta, log_decay), wanted)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import (
     AbstractDevice,
@@ -15,15 +14,14 @@ from jax.sharding import (
 
 from jaxvid.kernels import linear_attention as op
 from jaxvid.kernels.linear_attention import gpu, linear_attention
-from tests.kernels.harness import assert_close, inputs, interpreter, value_and_grads
-
-
-@pytest.fixture
-def launch(monkeypatch):
-    """What launches a kernel for GPU where there is none: set `interpret` and other options."""
-    options, pallas_call = dict(interpret=True), pl.pallas_call
-    monkeypatch.setattr(pl, "pallas_call", lambda *args, **own: pallas_call(*args, **own | options))
-    return options
+from tests.kernels.harness import (
+    assert_close,
+    assert_equals_reference,
+    cost_estimates,
+    inputs,
+    interpreter,
+    value_and_grads,
+)
 
 
 @pytest.mark.parametrize(
@@ -38,8 +36,58 @@ def launch(monkeypatch):
 )
 def test_gpu_kernels_interpreted(case, strength, chunk, launch):
     arrays, segment_ids = inputs(case, strength)
-    got = value_and_grads(arrays, segment_ids, implementation="gpu", chunk=chunk)
-    assert_close(got, value_and_grads(arrays, segment_ids, implementation="reference"))
+    assert_equals_reference(arrays, segment_ids, implementation="gpu", chunk=chunk)
+
+
+def test_a_wrong_gradient_of_the_decay_is_found(launch, monkeypatch):
+    gradients = gpu._gradients
+
+    def broken(*args):
+        *right, sums_BARL = gradients(*args)
+        return *right, 1.01 * sums_BARL
+
+    monkeypatch.setattr(gpu, "_gradients", broken)
+    arrays, segment_ids = inputs("decay of a token, packed")
+    with pytest.raises(AssertionError, match=r"dlog_decay is off by 0\.0"):
+        assert_equals_reference(arrays, segment_ids, implementation="gpu")
+
+
+@pytest.mark.parametrize("K, V, tiles", [(128, 128, (1, 1)), (256, 256, (4, 4)), (256, 32, (1, 2))])
+def test_gpu_kernels_estimate_their_cost(K, V, tiles):
+    """Of two kernels forward and two backward, with the states between chunks saved.
+
+    As for one fused kernel, 2 C K + 2 C V + 4 K V FLOPs a token forward, but a token meets only the
+    C' = (C + 64) / 2 tokens of its chunk C whose blocks are not after its own, and each of the
+    tiles of columns finds the scores anew.
+    """
+    B, L, A, C = 2, 1024, 4, 256
+    shapes = [((B, L, A, width), jnp.bfloat16) for width in (K, K, V)]
+    shapes += [((B, L, A), jnp.float32), ((B, A, K, V), jnp.float32)]
+    arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    y, state = arrays[2], arrays[4]
+
+    def forward(*arrays):
+        return gpu.attend(C, *arrays)
+
+    def both(arrays, cotangents):
+        values, pull = jax.vjp(forward, *arrays)
+        return values, pull(cotangents)
+
+    (of_y, of_gradients), met = tiles, (C + 64) // 2
+    decays, states, ends = 2 * 4 * 4, 2 * K * V // C, 2 * 4 * B * A * K * V
+    tokens = B * L * A
+    flops_forward = 2 * met * (of_y * K + V) + 4 * K * V
+    flops_backward = 2 * met * (of_gradients * (K + 2 * V) + 2 * K + V) + 8 * K * V
+    bytes_forward = tokens * (2 * (3 * K + 3 * V) + 2 * states + decays) + ends
+    bytes_backward = tokens * (2 * (5 * K + 4 * V) + 3 * states + decays + 8 * of_gradients) + ends
+    flops_both, bytes_both = flops_forward + flops_backward, bytes_forward + bytes_backward
+    for run, given, flops, size in [
+        (forward, arrays, flops_forward, bytes_forward),
+        (both, (arrays, (y, state)), flops_both, bytes_both),
+    ]:
+        estimates = cost_estimates(run, *given)
+        assert sum(estimate.flops for estimate in estimates) == tokens * flops
+        assert sum(estimate.bytes_accessed for estimate in estimates) == size
 
 
 def test_gpu_kernels_do_not_depend_on_order(launch, capfd):
@@ -66,9 +114,9 @@ def test_gpu_kernels_in_bfloat16(launch):
 @pytest.mark.parametrize(
     "K, V, dtype, implementation, calls",
     [
-        (64, 128, "bfloat16", "auto", (2, 6)),
-        (256, 24, "bfloat16", "auto", (2, 6)),
-        (16, 16, "float32", "gpu", (2, 6)),
+        (64, 128, "bfloat16", "auto", (2, 4)),
+        (256, 24, "bfloat16", "auto", (2, 4)),
+        (16, 16, "float32", "gpu", (2, 4)),
         (16, 16, "float32", "auto", (0, 0)),
     ],
 )

@@ -1,5 +1,6 @@
 """Linear attention on TPU: Pallas kernels interpreted, costed, and compiled ahead of time."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -17,7 +18,13 @@ from jax.sharding import (
 
 from jaxvid.kernels.linear_attention import linear_attention, tpu
 from jaxvid.training import flops
-from tests.kernels.harness import TOPOLOGIES, assert_close, inputs, interpreter, value_and_grads
+from tests.kernels.harness import (
+    TOPOLOGIES,
+    assert_equals_reference,
+    cost_estimates,
+    inputs,
+    interpreter,
+)
 
 
 @pytest.mark.parametrize("same", [False, True])
@@ -41,31 +48,77 @@ def test_the_interpreter_finds_races(same, capfd):
     assert ("RACE" in capfd.readouterr().out) == same
 
 
-@pytest.mark.parametrize(
-    "case, strength, chunk, batch, cores",
-    [
-        ("no decay, packed", None, 128, 2, 2),
-        ("decay of a token, long", "mixed", 256, 2, 1),
-        ("decay of a token, long", "weak", 256, 1, 1),
-        ("decay of a channel, packed", "mixed", 128, 1, 1),
-        ("decay of a channel, long", "weak", 128, 1, 1),
-    ],
-)
-def test_tpu_kernels_interpreted(case, strength, chunk, batch, cores, capfd):
+def check_interpreted(case, strength, chunk, batch, cores, seed, capfd):
     """Chunks in order, heads and rows in any; memory starts as NaN and races are looked for."""
     arrays, segment_ids = inputs(case, strength, batch)
-    with pltpu.force_tpu_interpret_mode(interpreter(cores)):
-        got = value_and_grads(arrays, segment_ids, implementation="tpu", chunk=chunk)
-        jax.block_until_ready(got)
+    with pltpu.force_tpu_interpret_mode(interpreter(cores, seed)):
+        assert_equals_reference(arrays, segment_ids, implementation="tpu", chunk=chunk)
     assert "RACE" not in capfd.readouterr().out
-    assert_close(got, value_and_grads(arrays, segment_ids, implementation="reference"))
+
+
+@pytest.mark.parametrize(
+    "case, strength, chunk, batch, cores, seed",
+    [
+        ("no decay, packed", None, 128, 2, 2, 0),
+        ("decay of a token, long", "mixed", 256, 2, 1, 4),
+        ("decay of a token, long", "weak", 256, 1, 2, 0),
+        ("decay of a channel, packed", "mixed", 128, 2, 2, 4),
+        ("decay of a channel, long", "weak", 128, 1, 1, 0),
+    ],
+)
+def test_tpu_kernels_interpreted(case, strength, chunk, batch, cores, seed, capfd):
+    check_interpreted(case, strength, chunk, batch, cores, seed, capfd)
+
+
+def test_seeds_change_the_order_of_rows_and_heads():
+    """Over the seeds of the tests above, neither rows nor heads always come in their order."""
+    x, g = jnp.ones((2, 2, 128, 16)), jnp.zeros((2, 2, 1, 128))
+
+    def order(seed):
+        points = []
+
+        def record(token, point, core):
+            points.append(point)
+            return token
+
+        parameters = dataclasses.replace(interpreter(1, seed), grid_point_recorder=record)
+        with pltpu.force_tpu_interpret_mode(parameters):
+            jax.block_until_ready(tpu.attend(128, x, x, x, g, x[:, :, :16]))
+        return [tuple(map(int, point[:2])) for point in points]
+
+    rows, heads = zip(*(zip(*order(seed)) for seed in (0, 4)))
+    assert {len(row) for row in rows} == {4}
+    assert set(rows) != {(0, 0, 1, 1)} and set(heads) != {(0, 1, 0, 1)}
+
+
+def test_a_wrong_gradient_of_the_decay_is_found(monkeypatch, capfd):
+    kernel = tpu._backward_kernel
+
+    def broken(by_channel, *refs):
+        kernel(by_channel, *refs)
+        dg_ref = refs[-3]
+        dg_ref[...] *= 1.01
+
+    monkeypatch.setattr(tpu, "_backward_kernel", broken)
+    with pytest.raises(
+        AssertionError, match=r"dlog_decay is off by 0\.01|dlog_decay is off by 0\.009"
+    ):
+        check_interpreted("decay of a token", "mixed", 128, 1, 1, 0, capfd)
+
+
+def test_chunks_in_any_order_are_found(monkeypatch, capfd):
+    anyhow = pltpu.CompilerParams(dimension_semantics=("parallel",) * 3)
+    monkeypatch.setattr(tpu, "IN_ORDER", anyhow)
+    with pytest.raises(AssertionError, match=r"is off by|RACE"):
+        check_interpreted("no decay, packed", None, 128, 1, 1, 0, capfd)
 
 
 def products(chunk, width, per_channel):
     """Multiply-adds per token, whole tiles: forward, and backward with saved states."""
     levels = chunk.bit_length() - 1 if per_channel else 1
     scores = chunk * width
-    return scores * (levels + 1) + 2 * width**2, scores * (3 * levels + 2) + 4 * width**2
+    decays = scores * per_channel  # whose gradients are summed by a product
+    return scores * (levels + 1) + 2 * width**2, scores * (3 * levels + 2) + 4 * width**2 + decays
 
 
 def kernels(chunk, width, per_channel, sharding=None, length=1024):
@@ -98,20 +151,44 @@ def kernels(chunk, width, per_channel, sharding=None, length=1024):
     )
 
 
+def check_estimates(per_channel):
+    run, arguments, multiply_adds, size = kernels(128, 64, per_channel)
+    estimates = cost_estimates(run, *arguments)
+    assert len(estimates) == 2
+    assert flops.count(run, *arguments) == 2 * multiply_adds, "flops"
+    assert sum(cost.bytes_accessed for cost in estimates) == size, "bytes"
+
+
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_tpu_kernels_estimate_their_cost(per_channel):
-    run, arguments, multiply_adds, size = kernels(128, 64, per_channel)
-    closed = [run.trace(*arguments).jaxpr]
-    estimates = []
-    while closed:
-        for equation in closed.pop().eqns:
-            if equation.primitive.name == "pallas_call":
-                estimates.append(equation.params["cost_estimate"])
-            else:
-                closed += jax.core.jaxprs_in_params(equation.params)
-    assert len(estimates) == 2
-    assert flops.count(run, *arguments) == 2 * multiply_adds
-    assert sum(cost.bytes_accessed for cost in estimates) == size
+    check_estimates(per_channel)
+
+
+@pytest.mark.parametrize("field, name", [("flops", "flops"), ("bytes_accessed", "bytes")])
+def test_a_wrong_estimate_is_found(field, name, monkeypatch):
+    cost = tpu.cost
+
+    def broken(*args, **options):
+        right = cost(*args, **options)
+        return dataclasses.replace(right, **{field: int(1.1 * getattr(right, field))})
+
+    monkeypatch.setattr(tpu, "cost", broken)
+    with pytest.raises(AssertionError, match=name):
+        check_estimates(False)
+
+
+def check_compiles(tile, sharding):
+    # Tokens so many that the compiler copies no array into the memory of the chip beforehand.
+    run, arguments, multiply_adds, size = kernels(*tile, sharding, length=2**16)
+    compiled = run.lower(*arguments).compile()
+    program, cost = compiled.as_text(), compiled.cost_analysis()
+    assert program.count("tpu_custom_call") == 2
+    assert cost["flops"] == pytest.approx(2 * multiply_adds, rel=0.05)
+    if tile[1] % tpu.LANES == 0:  # then these are the bytes that the kernels read and write
+        assert cost["bytes accessed"] == pytest.approx(size, rel=0.05)
+    else:  # arguments are laid out anew for the kernels, which counts three times what they do
+        stated = re.findall(r'"bytes_accessed":"?(\d+)', program)
+        assert sum(map(int, stated)) == size
 
 
 @pytest.mark.tpu_aot
@@ -120,17 +197,36 @@ def test_tpu_kernels_compile(topology, tpu_devices):
     sharding = SingleDeviceSharding(tpu_devices(topology)[0])
     tiles = [(128, 64), (128, 128), (256, 128), (128, 256)]
     for tile in [*((*tile, False) for tile in tiles), (128, 128, True), (128, 96, True)]:
-        # Tokens so many that the compiler copies no array into the memory of the chip beforehand.
-        run, arguments, multiply_adds, size = kernels(*tile, sharding, length=2**16)
-        compiled = run.lower(*arguments).compile()
-        program, cost = compiled.as_text(), compiled.cost_analysis()
-        assert program.count("tpu_custom_call") == 2
-        assert cost["flops"] == pytest.approx(2 * multiply_adds, rel=0.05)
-        if tile[1] % tpu.LANES == 0:  # then these are the bytes that the kernels read and write
-            assert cost["bytes accessed"] == pytest.approx(size, rel=0.05)
-        else:  # arguments are laid out anew for the kernels, which counts three times what they do
-            stated = re.findall(r'"bytes_accessed":"?(\d+)', program)
-            assert sum(map(int, stated)) == size
+        check_compiles(tile, sharding)
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize(
+    "tile, what, message",
+    [
+        ((64, 128, False), "block", "divisible by 8 and 128"),
+        ((128, 128, False), "memory", "(?i)resource.?exhausted|vmem"),
+        ((128, 128, False), "flops", "approx|=="),
+    ],
+)
+def test_kernels_that_no_tpu_takes_do_not_compile(tile, what, message, tpu_devices, monkeypatch):
+    """Blocks of half a tile, more scratch memory than there is, and a wrong estimate."""
+    call, cost = pl.pallas_call, tpu.cost
+
+    def hungry(kernel, *args, scratch_shapes, **options):
+        more = [*scratch_shapes, pltpu.VMEM((2**13, 2**13), jnp.float32)]
+        return call(lambda *refs: kernel(*refs[:-1]), *args, scratch_shapes=more, **options)
+
+    def dearer(*args, **options):
+        right = cost(*args, **options)
+        return dataclasses.replace(right, flops=int(1.1 * right.flops))
+
+    if what == "memory":
+        monkeypatch.setattr(pl, "pallas_call", hungry)
+    if what == "flops":
+        monkeypatch.setattr(tpu, "cost", dearer)
+    with pytest.raises(Exception, match=message):
+        check_compiles(tile, SingleDeviceSharding(tpu_devices("v5e:2x2")[0]))
 
 
 @pytest.mark.tpu_aot
