@@ -113,7 +113,9 @@ def add_mixer(config, name, frames):
         config.task.model.mixer.sinks = 0  # first frames that stay visible beyond the window
         config.task.model.mixer.mask = "causal"  # or full or leaky, which cannot stream
     if name == "lightning":
-        config.task.model.mixer.slopes = "lightning"  # how fast heads forget; or fla or sglang
+        config.task.model.mixer.slopes = "lightning"  # or fla or sglang, or one per head: 0.5,0.1
+        config.task.model.mixer.layer = 0  # layer whose decays of that law all layers have
+        config.task.model.mixer.layers = 1  # layers that the law is told of
     if name == "gla":
         config.task.model.mixer.feature = "none"  # of queries and keys: none (the paper's) or silu
     if name == "gated_delta":

@@ -23,6 +23,7 @@ from jaxvid.layers.bias import alibi_slopes
 from jaxvid.layers.linear import Linear
 from jaxvid.parallel.sharding import shard
 
+FEATURES = ("none", "silu")
 GATE_RANK = 16  # of GLA's decays, and the divisor of their logarithm
 _EPSILON = 1e-6
 _ONE_OF_SILU = 1.2784645427610738  # silu of it is 1
@@ -99,18 +100,24 @@ class Lightning(Recurrent):
     """Lightning Attention-2 in the block of TransNormerLLM (Qin et al. 2024).
 
     x_BTND -> y_BTND in `dtype`. silu on q, k, v; a constant decay exp(-slope) per head and frame;
-    the output of a head is normalised and gated by a sigmoid. slopes: the name of one of the
-    published laws, see `slopes`, or one number per head. A layer does not know its depth, so
-    the part of a law that depends on it is that of the first.
+    the output of a head is normalised and gated by a sigmoid.
+
+    slopes: the name of one of the published laws, see `slopes`, or one number >= 0 per head, as a
+    tuple or, since that is what a config holds, in words: "0.5,0.25". layer, layers: which of how
+    many layers a law is for. Models give all their layers the same options, as one program may
+    stand for all of them, and so all decay as the one named here, by default the only one. Raises
+    UserError for slopes that are neither.
     """
 
     slopes: str | tuple[float, ...] = "lightning"
+    layer: int = 0
+    layers: int = 1
 
     @nn.compact
     def __call__(self, x_BTND, state=None):
         q, k, v = (nn.silu(part) for part in self._qkv(x_BTND))
-        per_head = slopes(self.slopes, self.heads) if isinstance(self.slopes, str) else self.slopes
-        g_A = -jnp.asarray(per_head, jnp.float32)
+        slope_A = slopes(self.slopes, self.heads, self.layer, self.layers)
+        g_A = -jnp.asarray(slope_A, jnp.float32)
         y_BTNAK, state = over_frames(q, k, v, g_A, state, scale=1.0)
         return self._gated_out(y_BTNAK, x_BTND, nn.sigmoid), state
 
@@ -131,8 +138,10 @@ class GLA(Recurrent):
         q, k, v = self._qkv(x_BTND)
         if self.feature == "silu":
             q, k = nn.silu(q), nn.silu(k)
-        elif self.feature != "none":
-            raise UserError(f"mixer.feature={self.feature!r}: unknown; use none or silu")
+        elif self.feature not in FEATURES:
+            raise UserError(
+                f"mixer.feature={self.feature!r}: unknown; use one of {', '.join(FEATURES)}"
+            )
         rank_BTNR = self._dense(GATE_RANK, "decay_in")(x_BTND)
         logit_BTND = self._dense(self.width, "decay_out")(rank_BTNR).astype(jnp.float32)
         g_BTD = (nn.log_sigmoid(logit_BTND) / GATE_RANK).mean(axis=2)
@@ -175,20 +184,34 @@ def over_frames(q_BTNAK, k_BTNAK, v_BTNAV, log_decay, state_BAKV, *, scale):
 
 
 def slopes(law, heads, layer=0, layers=1):
-    """The decay per step of every head, -log lambda >= 0, by a published law -> numpy [A].
+    """The decay per step of every head, -log lambda >= 0 -> numpy [A].
+
+    law: a published one by name, or the numbers themselves, see `Lightning`. layer: 0 is the first
+    of `layers`.
 
     lightning: that of ALiBi (Press et al. 2022), 2^(-8 (a + 1) / A) for heads a = 0 .. A - 1, less
     in deeper layers (Lightning Attention-2, TransNormerLLM). fla: 8 a / A (1 - layer / layers) of
     flash-linear-attention, whose first head never forgets. sglang: as lightning, with layers
-    counted from one less.
+    counted from one less. A layer that is alone decays as ALiBi does, whoever counts.
+
+    Raises UserError for a name that is none, and for numbers that are not one per head.
     """
+    step = max(layers - 1, 1)
     laws = {
-        "lightning": lambda: alibi_slopes(heads) * (1 - layer / max(layers - 1, 1) + 1e-5),
+        "lightning": lambda: alibi_slopes(heads) * (1 - layer / step + 1e-5),
         "fla": lambda: 8 / heads * (1 - layer / layers) * np.arange(heads),
-        "sglang": lambda: alibi_slopes(heads) * (1 - (layer - 1) / max(layers - 1, 1) + 1e-5),
+        "sglang": lambda: alibi_slopes(heads) * (1 - (layer - (layers > 1)) / step + 1e-5),
     }
-    if law not in laws:
+    if isinstance(law, str) and law in laws:
+        return laws[law]()
+    try:
+        slope_A = np.array([float(x) for x in (law.split(",") if isinstance(law, str) else law)])
+    except (TypeError, ValueError):
         raise UserError(
-            f"mixer.slopes={law!r}: unknown; use one of {', '.join(laws)} or one per head"
-        )
-    return laws[law]()
+            f"slopes={law!r}: unknown; use one of {', '.join(laws)}, or a number per head"
+        ) from None
+    if len(slope_A) != heads:
+        raise UserError(f"slopes={law!r}: {len(slope_A)} numbers; give {heads}, one per head")
+    if not (np.isfinite(slope_A) & (slope_A >= 0)).all():
+        raise UserError(f"slopes={law!r}: would let a head grow; use numbers from 0 on")
+    return slope_A

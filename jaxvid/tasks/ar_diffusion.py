@@ -1,6 +1,5 @@
 """AR-Diffusion: video diffusion whose noise never decreases along the clip (Sun et al. 2025)."""
 
-import dataclasses
 import functools
 
 import jax
@@ -11,8 +10,7 @@ from jaxvid.data.transforms import normalize
 from jaxvid.diffusion import guidance, samplers, schedulers, schedules, timesteps
 from jaxvid.errors import UserError, within
 from jaxvid.metrics import quality
-from jaxvid.mixers import MIXERS
-from jaxvid.mixers.attention import MASKS
+from jaxvid.mixers import check as check_mixer
 from jaxvid.models.conditioning import KINDS, Conditioner
 from jaxvid.models.dit import ARRANGEMENTS, DiT
 from jaxvid.models.patches import Patches
@@ -383,21 +381,12 @@ def _check(task, patch, model):
     choose("condition.kind", condition["kind"], KINDS)
     choose("sampler.memory", sampler["memory"], MEMORIES)
     choose("model.arrangement", model["arrangement"], ARRANGEMENTS)
-    choose("model.mixer.name", mixer["name"], MIXERS)
-    choose("model.mixer.mask", mixer.get("mask", "causal"), MASKS)
     choose("model.dtype", model["dtype"], DTYPES)
-    options = {"name", *(field.name for field in dataclasses.fields(MIXERS[mixer["name"]]))}
-    for name in set(mixer) - options:
-        raise UserError(
-            f"task.model.mixer.{name}={mixer[name]}: {mixer['name']} has no such option; choose a "
-            f"mixer behind the colon of --config, as in mixer={mixer['name']}"
-        )
     floors = {"patch": (patch, 1), "frames": (task.frames, 2)}
     floors |= {f"model.{name}": (model[name], 1) for name in ("width", "depth", "heads")}
-    for name, low in (("window", 1), ("sinks", 0)):
-        floors[f"model.mixer.{name}"] = (mixer.get(name, low), low)
     for name, (value, low) in floors.items():
         require(value >= low, f"{name}={value}: must be at least {low}")
+    check_mixer("task.model.mixer", mixer, model["heads"])
     size, width, heads = task.size, model["width"], model["heads"]
     require(
         width * model["mlp_ratio"] >= 1,

@@ -10,7 +10,7 @@ import optax
 from jaxvid.data.mqar import BLANK
 from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError
-from jaxvid.mixers import MIXERS
+from jaxvid.mixers import check as check_mixer
 from jaxvid.models.recall import Recall
 
 
@@ -117,11 +117,10 @@ def answers(ids_BT, vocabulary):
 
 def _check(model):
     """Raise UserError for settings that cannot work, before anything is compiled."""
-    name, width, heads = model["mixer"]["name"], model["width"], model["heads"]
-    if name not in MIXERS:
-        raise UserError(f"task.model.mixer.name={name!r}: unknown; use one of {', '.join(MIXERS)}")
+    width, heads = model["width"], model["heads"]
     if heads < 1 or width % heads or width // heads % 2:
         raise UserError(
             f"task.model.heads={heads}: does not divide width={width} into even heads; "
             f"use a divisor of {width // 2}"
         )
+    check_mixer("task.model.mixer", model["mixer"], heads)

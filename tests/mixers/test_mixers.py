@@ -1,5 +1,6 @@
 """Every mixer of the table obeys the laws, over all tokens of a frame and at one location alone."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ import pytest
 
 from jaxvid.errors import UserError
 from jaxvid.layers import masks
-from jaxvid.mixers import MIXERS, cache
+from jaxvid.mixers import CHOICES, FLOORS, MIXERS, cache, check
 from jaxvid.mixers.linear_attention import slopes
 from tests import laws
 
@@ -172,12 +173,86 @@ def test_published_slopes():
     np.testing.assert_allclose(slopes("sglang", 8, layer=1, layers=5), powers * (1 + 1e-5))
     twelve = np.concatenate([powers, 2.0 ** -np.array([0.5, 1.5, 2.5, 3.5])])
     np.testing.assert_allclose(slopes("lightning", 12), twelve * (1 + 1e-5))
-    with pytest.raises(ValueError, match="slopes='alibi': unknown; use one of lightning, "):
-        slopes("alibi", 8)
+    np.testing.assert_allclose(slopes("sglang", 8), powers * (1 + 1e-5))  # alone: ALiBi's
+    np.testing.assert_allclose(slopes("fla", 4), 2.0 * np.arange(4))
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, [1 / 16, 1 / 256]),
+        ({"slopes": "sglang"}, [1 / 16, 1 / 256]),
+        ({"slopes": "fla"}, [0, 4]),
+        ({"slopes": "lightning", "layer": 1, "layers": 3}, [1 / 32, 1 / 512]),
+        ({"slopes": "sglang", "layer": 1, "layers": 3}, [1 / 16, 1 / 256]),
+        ({"slopes": "fla", "layer": 1, "layers": 4}, [0, 3]),
+        ({"slopes": (0.5, 0.0)}, [0.5, 0]),
+        ({"slopes": "0.5, 2"}, [0.5, 2]),
+    ],
+)
+@pytest.mark.parametrize("grid", [(1, 1), (2, 3)])
+def test_what_lightning_forgets_in_a_frame(options, expected, grid):
+    """A frame of zeros writes nothing, so that the state only decays."""
+    apply, params, x = build("lightning", options, grid)
+    _, before = apply(params, x[:, :1], None)
+    _, after = apply(params, jnp.zeros_like(x[:, :1]), before)
+    lost_A = -np.log(np.abs(after).sum((0, 2, 3)) / np.abs(before).sum((0, 2, 3)))
+    np.testing.assert_allclose(lost_A, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, options, words",
+    [
+        ("rnn", {}, r"name='rnn': unknown; use one of softmax, "),
+        ("gla", {"tpe": 2}, r"tpe=2: gla has no such option; choose a mixer behind the colon"),
+        ("gla", {"heads": 2}, r"heads=2: gla has no such option"),  # the model's, not the mixer's
+        ("softmax", {"window": 0}, r"window=0: must be at least 1"),
+        ("alibi", {"sinks": -1}, r"sinks=-1: must be at least 0"),
+        ("softmax", {"mask": "no"}, r"mask='no': unknown; use one of causal, full, leaky"),
+        ("gla", {"feature": "elu"}, r"feature='elu': unknown; use one of none, silu"),
+        ("gated_delta", {"conv": 0}, r"conv=0: must be at least 1"),
+        ("lightnet", {"tpe": -1}, r"tpe=-1: must be at least 0"),
+        ("routing", {"clusters": 0}, r"clusters=0: must be at least 1"),
+        ("routing", {"members": 0}, r"members=0: must be at least 1"),
+        ("lightning", {"layers": 0}, r"layers=0: must be at least 1"),
+        ("lightning", {"layer": 3, "layers": 3}, r"layer=3: of layers=3; use 0 to 2"),
+        ("lightning", {"slopes": "alibi"}, r"slopes='alibi': unknown; use one of lightning, "),
+        ("lightning", {"slopes": "0.5"}, r"slopes='0\.5': 1 numbers; give 2, one per head"),
+        ("lightning", {"slopes": (1.0, 2.0, 3.0)}, r"slopes=.*: 3 numbers; give 2"),
+        ("lightning", {"slopes": (1.0, -2.0)}, r"slopes=.*: would let a head grow"),
+        ("lightning", {"slopes": "nan,1"}, r"slopes=.*: would let a head grow"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_in_one_line(name, options, words):
+    with pytest.raises(UserError, match=rf"^task\.model\.mixer\.{words}") as error:
+        check("task.model.mixer", {"name": name, **options}, heads=2)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_the_least_that_options_may_be_works(name):
+    """And no option of a mixer is missing from the table of what it may be."""
+    least = {}
+    for field in dataclasses.fields(MIXERS[name]):
+        if field.name in FLOORS and field.name not in ("layer", "layers"):
+            least[field.name] = FLOORS[field.name]
+        elif field.name not in ("width", "heads", "grid", "qk_norm", "dtype", "parent", "name"):
+            assert field.name in {*FLOORS, *CHOICES, "slopes"} or field.type in (bool, "bool")
+    check("task.model.mixer", {"name": name, **least}, heads=2)
+    if least:
+        apply, params, x = build(name, least, (1, 2))
+        layer = functools.partial(apply, params)
+        laws.streaming(layer, x[:, :3], [[1, 1, 1]], gradients=False)
+
+
+def test_slopes_that_are_not_one_per_head_are_refused_by_the_layer_too():
+    for grid in ((1, 1), (2, 3)):
+        with pytest.raises(UserError, match=r"slopes=\(0\.5,\): 1 numbers; give 2, one per head"):
+            build("lightning", {"slopes": (0.5,)}, grid)
 
 
 def test_a_feature_that_is_none_is_refused_in_one_line():
-    with pytest.raises(UserError, match=r"mixer\.feature='elu': unknown; use none or silu"):
+    with pytest.raises(UserError, match=r"mixer\.feature='elu': unknown; use one of none, silu"):
         jax.eval_shape(
             MIXERS["gla"](8, 2, feature="elu").init, jax.random.key(0), jnp.ones((1, 2, 1, 8))
         )

@@ -267,6 +267,7 @@ def test_a_recurrent_mixer_samples_the_same_from_its_state_as_from_all_frames(mi
         ({"model__dtype": "float33"}, "dtype='float33': unknown; use one of float32"),
         ({"model__mixer__sinks": -3}, "sinks=-3: must be at least 0"),
         ({"model__mixer__name": "gla"}, "gla has no such option; choose a mixer behind the colon"),
+        ({"model__mixer__window": 0}, "^task.model.mixer.window=0: must be at least 1"),
         ({"model__heads": 3}, "heads=3: does not divide width=16"),
         ({"timesteps": "fop"}, "timesteps='fop': unknown; use one of fopp"),
         ({"condition__kind": "image"}, "condition.kind='image'"),

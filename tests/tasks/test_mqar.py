@@ -124,3 +124,17 @@ def test_a_mistake_is_one_line():
         task(configuration("gla", **{"task.model.mixer.name": "rnn"}))
     with pytest.raises(UserError, match=r"task.model.heads=3: does not divide width=16"):
         task(configuration("gla", **{"task.model.heads": 3}))
+    for mixer, option, value in (
+        ("gated_delta", "conv", 0),
+        ("routing", "clusters", 0),
+        ("lightnet", "tpe", -1),
+        ("lightning", "slopes", "0.5"),
+    ):
+        with pytest.raises(UserError, match=rf"^task.model.mixer.{option}='?{value}'?: "):
+            task(configuration(mixer, **{f"task.model.mixer.{option}": value}))
+
+
+def test_slopes_are_set_from_a_config():
+    learner = task(configuration("lightning", **{"task.model.mixer.slopes": "0.5,0.25"}))
+    assert learner.model.mixer["slopes"] == "0.5,0.25"
+    jax.eval_shape(learner.init, jax.random.key(0), {"video": np.zeros((1, 4, 2, 2, 3), np.uint8)})
