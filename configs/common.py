@@ -70,6 +70,7 @@ def get_config() -> ConfigDict:
             data=-1,  # devices holding copies of the parameters, each with its clips
             fsdp=1,  # devices over which parameters and clips are both split
             tensor=1,  # devices over which heads and hidden units are split
+            seq=1,  # devices over which the frames of a clip are split; must divide them
         )
     )
     config.checkpoint = ConfigDict(

@@ -192,6 +192,22 @@ def check_batch(config: ConfigDict, shards: int) -> None:
         )
 
 
+def check_sequence(config: ConfigDict, frames: int | None, parts: int) -> None:
+    """Raises UserError unless `frames` in a row, None where steps hold them whole, split evenly."""
+    if parts == 1:
+        return
+    if frames is None:
+        raise UserError(
+            f"mesh.seq={parts}: task.name={config.task.name} splits no frames over devices; "
+            "use 1 and give them to mesh.data or mesh.fsdp"
+        )
+    if frames % parts:
+        raise UserError(
+            f"mesh.seq={parts}: does not divide the {frames} frames that the model sees of a clip; "
+            "use a divisor, or change data.frames"
+        )
+
+
 # Flags
 
 

@@ -62,6 +62,8 @@ def train(config, workdir):
 def _train(config, workdir, mesh, stack):
     task, source = make_task(config.task), data.make_source(config.data, "train")
     task.check(source)
+    split = getattr(task, "split_frames", lambda frames: None)(config.data.frames)
+    config_lib.check_sequence(config, split, mesh.shape["seq"])
     tx, schedule = make_optimizer(config.optim, config.steps)
     checkpoints = stack.enter_context(Checkpoints(workdir, config))
     checkpoints.check_config()

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxvid.parallel.sharding import frames_are_split
+
 
 class Linear(nn.Module):
     """x [..., D] -> x kernel + bias [..., features], float32 parameters, computed in `dtype`.
@@ -14,7 +16,8 @@ class Linear(nn.Module):
     use_bias: False leaves the bias out.
 
     The leading axes are merged, so that the layer is one product of two matrices: apart, the
-    kernel's gradient contracts several axes at once, for which XLA on CPU copies an operand.
+    kernel's gradient contracts several axes at once, for which XLA on CPU copies an operand. On a
+    mesh that splits frames they stay apart, or every device would get all frames.
 
     transposed: the kernel is stored as [features, D] instead of [D, features]. It suits layers
     that narrow: the kernel's gradient contracts the rows of its left operand, which XLA on CPU does
@@ -36,8 +39,10 @@ class Linear(nn.Module):
 
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        y = jax.lax.dot_general(rows, kernel, (((1,), (int(self.transposed),)), ((), ())))
+        shape = x.shape[:-1] if frames_are_split() else (math.prod(x.shape[:-1]),)
+        contracted = (len(shape),), (int(self.transposed),)
+        rows = x.reshape(*shape, x.shape[-1])
+        y = jax.lax.dot_general(rows, kernel, (contracted, ((), ())))
         if self.use_bias:
             y += self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
         return y.reshape(*x.shape[:-1], self.features)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxvid.mixers.linear_attention import Recurrent
+from jaxvid.parallel.sharding import shard
 
 _NOTHING = -1e30  # the highest score of no token at all; -inf would make NaN of differences
 
@@ -52,7 +53,8 @@ def over_frames(score_BTNA, v_BTNAK, state):
     peak_BTA = jax.lax.stop_gradient(score_BTNA.max(axis=2))
     weight_BTNA = jnp.exp(score_BTNA - peak_BTA[:, :, None])
     value_BTAK = jnp.einsum("BTNA,BTNAK->BTAK", weight_BTNA, v_BTNAK)
-    frames = (peak_BTA, weight_BTNA.sum(axis=2), value_BTAK)
+    frames = (shard(peak_BTA, "B_A"), shard(weight_BTNA.sum(axis=2), "B_A"))
+    frames += (shard(value_BTAK, "B_AK"),)
     readings = [jnp.concatenate([part[:, None], new], 1) for part, new in zip(state, frames)]
     readings = jax.lax.associative_scan(join, readings, axis=1)
     _, weight_BTA, value_BTAK = (part[:, 1:] for part in readings)

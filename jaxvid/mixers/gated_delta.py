@@ -86,7 +86,7 @@ def over_frames(q_BTNAK, k_BTNAK, v_BTNAV, beta_BTNA, g_BTA, state_BAKV):
     if N == 1:
         tokens = [q_BTNAK, *writes[1:]]
     q, k, v, beta, g = (part.reshape(B, -1, *part.shape[3:]) for part in tokens)
-    q, k, v = (shard(part, "BLAK") for part in (q, k, v))
+    q, k, v, beta, g = (shard(part, "BLAK"[: part.ndim]) for part in (q, k, v, beta, g))
     y_BLAV, state_BAKV = gated_delta(q, k, v, beta, g, initial_state=state_BAKV, return_state=True)
     return y_BLAV.reshape(B, T, -1, *y_BLAV.shape[2:])[:, :, -N:], state_BAKV
 

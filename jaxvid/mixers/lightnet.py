@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxvid.layers.embed import rotary_angles
 from jaxvid.mixers.linear_attention import Recurrent, over_frames
+from jaxvid.parallel.sharding import shard
 
 GATE_RANK = 128  # of the output's gate, or the width if that is less
 _NOTHING = -1e30  # the logarithm of an empty sum; -inf would make NaN of differences
@@ -94,7 +95,7 @@ class LightNet(Recurrent):
         x_BTND = x_BTND.astype(jnp.float32)
         B, T, _, D = x_BTND.shape
         x_BTHWD = x_BTND.reshape(B, T, *self.grid, D)
-        total_BTND, before_BNDE = self._exponentials("t", x_BTND, before_BNDE)
+        total_BTND, before_BNDE = self._exponentials("t", shard(x_BTND, "B_ND"), before_BNDE)
         for axis, letter in ((2, "h"), (3, "w")):
             if x_BTHWD.shape[axis] > 1:
                 y, _ = self._exponentials(letter, jnp.moveaxis(x_BTHWD, axis, 1), 0.0)
@@ -118,7 +119,7 @@ def softmax_keys(k_BTNAK, log_sum_BAK):
     the weights of earlier frames into those of frame t, and z after the last frame.
     """
     k = k_BTNAK.astype(jnp.float32)
-    frame_BTAK = jax.nn.logsumexp(k, axis=2)
+    frame_BTAK = shard(jax.nn.logsumexp(k, axis=2), "B_AK")
     z_BTAK = jax.lax.cumlogsumexp(frame_BTAK, axis=1)
     z_BTAK = jnp.logaddexp(z_BTAK, log_sum_BAK[:, None])
     z_BTAK = jnp.concatenate([log_sum_BAK[:, None], z_BTAK], axis=1)

@@ -155,14 +155,17 @@ def over_frames(q_BTNAK, k_BTNAK, v_BTNAV, log_decay, state_BAKV, *, scale):
     """Linear attention, causal by frame -> (y_BTNAV, state_BAKV), the state float32.
 
     log_decay: None, [A] or [B, T, A, K]; a state of None is zero. A frame of one token is a token
-    of the kernel. Of more, each has a state of its own, which its tokens read by one product.
+    of the kernel, which on a mesh with an axis `seq` leaves frames where they are. Of more, each
+    has a state of its own, which its tokens read by one product; these states are gathered.
     """
     B, T, N, A, K = q_BTNAK.shape
     V = v_BTNAV.shape[-1]
     if state_BAKV is None:
         state_BAKV = jnp.zeros((B, A, K, V))
     if N == 1 and T > 0:
-        q, k, v = (shard(x[:, :, 0], "BLAK") for x in (q_BTNAK, k_BTNAK, v_BTNAV))
+        q, k, v = (shard(x[:, :, 0], "BTAK") for x in (q_BTNAK, k_BTNAK, v_BTNAV))
+        if log_decay is not None and log_decay.ndim == 4:
+            log_decay = shard(log_decay, "BTAK")
         options = dict(scale=scale, initial_state=state_BAKV, return_state=True)
         y_BTAV, state_BAKV = linear_attention(q, k, v, log_decay, **options)
         return y_BTAV[:, :, None], state_BAKV
@@ -178,7 +181,8 @@ def over_frames(q_BTNAK, k_BTNAK, v_BTNAV, log_decay, state_BAKV, *, scale):
     g = jnp.zeros(A) if log_decay is None else log_decay
     g_BTAK = jnp.broadcast_to(g[:, None] if g.ndim == 1 else g, (B, T, A, K))
     decay_TBAK1 = jnp.exp(g_BTAK).swapaxes(0, 1)[..., None]
-    state_BAKV, seen_TBAKV = jax.lax.scan(step, state_BAKV, (written_TBAKV, decay_TBAK1))
+    frames = [shard(part, "_BAKV") for part in (written_TBAKV, decay_TBAK1)]
+    state_BAKV, seen_TBAKV = jax.lax.scan(step, state_BAKV, frames)
     y_BTNAV = jnp.einsum("BTNAK,TBAKV->BTNAV", q_BTNAK * scale, seen_TBAKV.astype(q_BTNAK.dtype))
     return y_BTNAV, state_BAKV
 

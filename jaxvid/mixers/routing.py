@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxvid.layers.bias import MASKED
 from jaxvid.mixers.linear_attention import Recurrent
+from jaxvid.parallel.sharding import shard
 
 
 class State(NamedTuple):
@@ -61,6 +62,7 @@ class Routing(Recurrent):
         frames = (q_BTNAK * K**-0.5, k_BTNAK, v_BTNAK, *_route(q_BTNAK, centroid_ACK))
         frames += _route(k_BTNAK, centroid_ACK)
         frames = [jnp.moveaxis(part, (1, 3), (0, 2)) for part in frames]  # [T, B, A, N, ..]
+        frames = [shard(part, "_BANK"[: part.ndim]) for part in frames]
         state, y_TBANK = jax.lax.scan(jax.checkpoint(_read_then_write), state, tuple(frames))
         y_BTND = jnp.moveaxis(y_TBANK, (0, 2), (1, 3)).reshape(x_BTND.shape)
         return self._dense(self.width, "out")(y_BTND), state

@@ -13,7 +13,7 @@ from jaxvid.layers.embed import grid_sincos, sinusoid
 from jaxvid.layers.linear import Linear
 from jaxvid.mixers import MIXERS, cache
 from jaxvid.mixers.attention import Attention
-from jaxvid.parallel.sharding import shard
+from jaxvid.parallel.sharding import frames_are_split, shard
 
 ARRANGEMENTS = ("joint", "factorised")
 TIME_FEATURES = 256
@@ -95,9 +95,8 @@ class Block(nn.Module):
             if context_BMD is not None:
                 y_BMD, read = spatial.prefill(layer_norm(context_BMD), N)
                 prefix = (read.context_k_BMAK, read.context_v_BMAK)
-            frames = modulated(0, x_BTND).reshape(B * T, 1, N, D)
-            seen = prefix and cache.start(*(jnp.repeat(part, T, axis=0) for part in prefix), N)
-            x_BTND = x_BTND + gates[0] * spatial(frames, seen)[0].reshape(B, T, N, D)
+            y_BTND = over_space(spatial, modulated(0, x_BTND), prefix)
+            x_BTND = x_BTND + gates[0] * y_BTND
 
             lanes = modulated(1, x_BTND).swapaxes(1, 2).reshape(B * N, T, 1, D)
             lanes, state = temporal(lanes, state)
@@ -115,6 +114,23 @@ class Block(nn.Module):
             context_BMD = context_BMD + mlp(layer_norm(context_BMD))
         x_BTND = shard(x_BTND + gates[-1] * mlp(modulated(-1, x_BTND)), "BTND")
         return (context_BMD, x_BTND), state
+
+
+def over_space(spatial, x_BTND, prefix):
+    """Attention of every frame by itself, to its own tokens and those of the context.
+
+    Frames are rows of a batch, but for a mesh that splits them: there each stays where it is.
+    """
+    B, T, N, D = x_BTND.shape
+    if not frames_are_split() or T == 0:
+        seen = prefix and cache.start(*(jnp.repeat(part, T, axis=0) for part in prefix), N)
+        return spatial(x_BTND.reshape(B * T, 1, N, D), seen)[0].reshape(B, T, N, D)
+
+    def alone(spatial, x_BND):
+        return spatial(x_BND[:, None], prefix and cache.start(*prefix, N))[0][:, 0]
+
+    shared = dict(variable_axes={"params": None}, split_rngs={"params": False})
+    return nn.vmap(alone, in_axes=1, out_axes=1, **shared)(spatial, x_BTND)
 
 
 class DiT(nn.Module):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxvid.layers.conv import CausalConv
 from jaxvid.layers.linear import Linear
 from jaxvid.mixers import MIXERS
+from jaxvid.parallel.sharding import shard
 
 CONV = 3  # frames that the convolution reads
 
@@ -36,12 +37,12 @@ class Recall(nn.Module):
         options |= dict(width=self.width, heads=self.heads, dtype=self.dtype)
         norm = dict(dtype=self.dtype)
         x_BTD = nn.Embed(self.vocabulary, self.width, dtype=self.dtype, name="embed")(ids_BT)
-        x_BTND, states = x_BTD[:, :, None], []
+        x_BTND, states = shard(x_BTD[:, :, None], "BTND"), []
         for i, (past, memory) in enumerate(state or ((None, None),) * self.depth):
             h_BTND = nn.RMSNorm(**norm, name=f"norm_{i}")(x_BTND)
             y_BTND, past = CausalConv(CONV, self.dtype, name=f"conv_{i}")(h_BTND, past)
             y_BTND, memory = mixer(**options, name=f"mixer_{i}")(h_BTND + y_BTND, memory)
-            x_BTND += y_BTND
+            x_BTND = shard(x_BTND + y_BTND, "BTND")
             states.append((past, memory))
         x_BTD = nn.RMSNorm(**norm, name="norm")(x_BTND[:, :, 0])
         return Linear(self.vocabulary, dtype=jnp.float32, name="head")(x_BTD), tuple(states)

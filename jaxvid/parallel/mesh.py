@@ -1,4 +1,4 @@
-"""The device mesh: three axes, named for what they split."""
+"""The device mesh: four axes, named for what they split."""
 
 import math
 
@@ -7,17 +7,18 @@ from jax.sharding import AxisType
 
 from jaxvid.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "seq")
 
 
 def make_mesh(sizes, devices=None):
-    """Mesh over all `devices` with axes data, fsdp and tensor; one size may be -1, the rest.
+    """Mesh over all `devices` with axes data, fsdp, tensor and seq; one size may be -1, the rest.
 
-    `sizes` maps axis name to size. Axis types are Auto: the compiler places what is not annotated.
-    Raises UserError when the product of the sizes is not the number of devices.
+    `sizes` maps axis name to size; an axis that it does not name has 1. Axis types are
+    Auto: the compiler places what is not annotated. Raises UserError when the product of the sizes
+    is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = [int(sizes[axis]) for axis in AXES]
+    shape = [int(sizes.get(axis, 1)) for axis in AXES]
     named = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape))
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
         raise UserError(

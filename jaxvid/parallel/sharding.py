@@ -8,8 +8,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 BATCH_AXES = ("data", "fsdp")
 
-# Activations: axis letter -> mesh axes. Every other letter is whole on each device.
-LETTER_AXES = {"B": BATCH_AXES, "A": ("tensor",), "F": ("tensor",)}
+# Activations: axis letter -> mesh axes. Every other letter is whole on each device: so is `_`, for
+# frames that are read one after another, and L, as most mixers need all tokens that came before.
+LETTER_AXES = {"B": BATCH_AXES, "T": ("seq",), "A": ("tensor",), "F": ("tensor",)}
 
 
 def path_name(path):
@@ -76,6 +77,12 @@ def shard(x, letters):
     if x.ndim != len(letters):
         raise ValueError(f"letters {letters!r} for an array of shape {x.shape}")
     return jax.lax.with_sharding_constraint(x, partition_letters(letters, x.shape, mesh))
+
+
+def frames_are_split():
+    """Whether the mesh splits frames, so that to merge their axis with another gathers them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape.get("seq", 1) > 1  # a mesh that is empty has no axes
 
 
 def partition_letters(letters, shape, mesh):

@@ -141,6 +141,10 @@ class Task:
                 "task.condition.kind='text': the data has no captions; use class or none"
             )
 
+    def split_frames(self, frames):
+        """Latent frames of a clip; see `tasks.base.Task`."""
+        return self._latents(frames)
+
     def init(self, rng, batch):
         """(params, extra) for a batch of arrays or of their shapes; see `tasks.base.Task`."""
         B, T = batch["id"].shape[0], self._latents(self.frames)

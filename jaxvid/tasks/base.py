@@ -18,6 +18,12 @@ class Task(Protocol):
     def check(self, source) -> None:
         """Raise UserError where a data source (`data.make_source`) lacks what the task needs."""
 
+    def split_frames(self, frames) -> int:
+        """How many the model sees of a clip of `frames`, which mesh.seq splits over devices.
+
+        A task that has no such method holds them whole, and runs with mesh.seq=1 alone.
+        """
+
     def init(self, rng, batch) -> tuple[Any, Any]:
         """(params, extra); extra persists but is not trained by gradient, {} if nothing does."""
 

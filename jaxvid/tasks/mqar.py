@@ -36,6 +36,10 @@ class Task:
         if not source.name(0).startswith("mqar"):
             raise UserError("data.name: the task mqar reads symbols; use data.name=mqar")
 
+    def split_frames(self, frames):
+        """The frames, each a symbol; see `tasks.base.Task`."""
+        return frames
+
     def init(self, rng, batch):
         """(params, {}) for a batch of arrays or of their shapes."""
         ids_BT = jnp.zeros(batch["video"].shape[:2], jnp.int32)

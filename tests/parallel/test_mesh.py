@@ -7,12 +7,17 @@ from jaxvid.parallel.mesh import make_mesh
 
 @pytest.mark.parametrize(
     "sizes, shape",
-    [((-1, 1, 1), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 8, 1), (1, 8, 1))],
+    [
+        ((-1, 1, 1), (8, 1, 1, 1)),
+        ((2, -1, 2), (2, 2, 2, 1)),
+        ((1, 8, 1, 1), (1, 8, 1, 1)),
+        ((2, 1, 1, -1), (2, 1, 1, 4)),
+    ],
 )
 def test_minus_one_takes_the_rest(sizes, shape):
-    mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes)))
+    mesh = make_mesh(dict(zip(("data", "fsdp", "tensor", "seq"), sizes)))  # or without the last
     assert tuple(mesh.shape.values()) == shape
-    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.axis_names == ("data", "fsdp", "tensor", "seq")
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 8), (16, 1, 1)])
