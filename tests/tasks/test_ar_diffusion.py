@@ -243,7 +243,7 @@ def test_masks_that_see_the_future_sample_without_a_cache():
         "gla",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("gated_delta", "lightnet", "aaren", "routing")
+            for name in ("linear", "lightning", "gated_delta", "lightnet", "aaren", "routing")
         ),
     ],
 )

@@ -62,8 +62,8 @@ def test_the_model_streams(mixer):
     laws.streaming(layer, ids, plans=([1, 8, 4], [0, 13]), gradients=False)
 
 
-def test_one_layer_learns_to_recall_and_scores_what_it_says():
-    config = configuration("softmax", **{"task.model.depth": 1})
+def learnt(config, steps):
+    """(task, its parameters after so many steps, the share of right answers in the last one)."""
     learner = task(config)
     params, _ = jax.jit(learner.init)(jax.random.key(0), batch(config))
 
@@ -79,8 +79,26 @@ def test_one_layer_learns_to_recall_and_scores_what_it_says():
         return optax.apply_updates(params, updates), opt_state, metrics["accuracy"]
 
     opt_state = tx.init(params)
-    for i in range(150):
+    for i in range(steps):
         params, opt_state, accuracy = step(params, opt_state, batch(config, 64, 64 * i))
+    return learner, params, accuracy
+
+
+@pytest.mark.slow
+def test_a_mixer_of_constant_memory_learns_to_recall_by_what_it_carries():
+    """Lightning, and the same with heads that forget a frame at once: the convolution is left."""
+    accuracy = {}
+    for slopes in ("0.0,0.1", "100,100"):
+        config = configuration(
+            "lightning", **{"task.model.depth": 1, "task.model.mixer.slopes": slopes}
+        )
+        accuracy[slopes] = float(learnt(config, 200)[2])
+    assert accuracy["0.0,0.1"] > 0.9 and accuracy["100,100"] < 0.3  # chance finds an eighth
+
+
+def test_one_layer_learns_to_recall_and_scores_what_it_says():
+    config = configuration("softmax", **{"task.model.depth": 1})
+    learner, params, accuracy = learnt(config, 150)
     assert accuracy > 0.9  # of 8 values chance finds an eighth
 
     rows = batch(config, 32, 50_000)
