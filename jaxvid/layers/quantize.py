@@ -5,8 +5,9 @@
 z [..., features] of any float dtype -> z_q [..., channels] float32, through which gradients pass
 to z; ids [...] int32 in [0, size), None for `KL`; aux: float32 scalars, among them `loss`, to be
 added to that of the reconstruction, and the perplexity of the ids, the share of the codes that
-they use and the number that they do not (`dead`). Only `VQ` has a codebook and only `KL` draws
-from `rng`. Around the call:
+they use and the number that they do not (`dead`). Only `KL` draws from `rng`. Only `VQ` has a
+codebook, which it wants as an argument, since it is state and no quantizer holds any; for all
+others `quantizer(z)` is enough. Around the call:
 
     trained, carried = quantizer.init(rng)          # parts of the codebook, {} where there is none
     carried = quantizer.update(codebook, z, ids, rng)
@@ -49,13 +50,17 @@ def rotation(z, z_q):
     """Exactly `z_q`, with the gradient of turning and scaling z onto it (Fifty et al. 2024).
 
     z_q = |z_q| / |z| R z with R the reflections that carry z / |z| to z_q / |z_q|, held constant.
+    A token shorter than a thousandth of its code has no direction to turn from, and scaling it
+    would blow its gradient up: there it is that of `straight_through`.
     """
     z_fixed, z_q = jax.lax.stop_gradient((z, z_q))
     u, q = _unit(z_fixed), _unit(z_q)
     w = _unit(u + q)
-    scale = _norm(z_q) / jnp.maximum(_norm(z_fixed), 1e-12)
+    short, long = _norm(z_fixed), _norm(z_q)
+    is_turned = short > 1e-3 * long
+    scale = long / jnp.where(is_turned, short, 1.0)
     turned = z - 2 * w * _dot(w, z) + 2 * q * _dot(u, z)
-    return straight_through(scale * turned, z_q)
+    return straight_through(jnp.where(is_turned, scale * turned, z), z_q)
 
 
 ESTIMATORS = {"straight_through": straight_through, "rotation": rotation}
@@ -273,14 +278,15 @@ class FSQ(_NoCodebook):
         del codebook, rng
         z = self._bound(z.astype(jnp.float32))
         level = jnp.round(z)
-        ids = ((level + self._half) * self._basis).sum(-1).astype(jnp.int32)
+        # In integers: float32 is not exact beyond 2^24.
+        ids = ((level + self._half).astype(jnp.int32) * self._basis).sum(-1)
         aux = {"loss": jnp.zeros(()), **usage(ids, self.size)}
         return straight_through(z, level) / self._half, ids, aux
 
     def lookup(self, ids, codebook=None):
         """ids [...] -> z_q [..., Z]."""
         del codebook
-        level = ids[..., None] // self._basis.astype(np.int32) % np.array(self.levels, np.int32)
+        level = ids[..., None] // self._basis % np.array(self.levels, np.int32)
         return (level - self._half) / self._half
 
     def _bound(self, z):
@@ -298,7 +304,7 @@ class FSQ(_NoCodebook):
 
     @property
     def _basis(self):
-        return np.cumprod((1, *self.levels[:-1])).astype(np.float32)
+        return np.cumprod((1, *self.levels[:-1])).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -397,8 +403,10 @@ class BSQ(LFQ):
 class KL(_NoCodebook):
     """Gaussian latents (Kingma and Welling 2014): no codes, but mean and log variance.
 
-    z [..., 2 channels] = (mean, log variance clipped to [-30, 20]). z_q is drawn with `rng`, and is
-    the mean without. loss = weight KL, `kl` summed over channels and averaged over tokens.
+    z [B, ..., 2 channels] = (mean, log variance clipped to [-30, 20]). z_q is drawn with `rng`, and
+    is the mean without. loss = weight KL, `kl` in nats of a sample: summed over all its tokens and
+    channels and averaged over the B samples of the first axis, as the weight of 1e-6 wants it
+    (Rombach et al. 2022, Wang et al. 2024).
     """
 
     channels: int = 16
@@ -419,7 +427,7 @@ class KL(_NoCodebook):
         mean, logvar = jnp.split(z.astype(jnp.float32), 2, axis=-1)
         logvar = jnp.clip(logvar, -30.0, 20.0)
         std = jnp.exp(logvar / 2)
-        kl = (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar).sum(-1).mean() / 2
+        kl = (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar).sum() / 2 / len(z)
         z_q = mean if rng is None else mean + std * jax.random.normal(rng, mean.shape)
         return z_q, None, {"loss": self.weight * kl, "kl": kl, "std": std.mean()}
 

@@ -122,6 +122,15 @@ def test_codes_that_nothing_is_near_have_a_finite_gradient():
     np.testing.assert_allclose(grad_LZ, 0.5 * (z_LZ - jnp.sign(z_LZ)) / z_LZ.size, atol=1e-6)
 
 
+def test_ids_beyond_the_integers_of_float32_come_back_as_their_codes():
+    quantizer = FSQ(levels=(8,) * 10)
+    assert 2**24 < quantizer.size <= 2**31
+    z = 3 * np.asarray(tokens(quantizer, (400,)))
+    z_q, ids, _ = run(quantizer, z)
+    assert ids.max() > 2**29 and (ids % 8 > 0).any()
+    np.testing.assert_array_equal(jax.jit(quantizer.lookup)(ids), z_q)
+
+
 def test_a_quarter_million_codes_need_no_matrix_of_them():
     quantizer = LFQ(channels=18)
     z = jax.ShapeDtypeStruct((4096, 18), jnp.float32)
@@ -183,6 +192,16 @@ def test_rotation_keeps_angles_between_token_code_and_gradient():
     np.testing.assert_allclose(
         np.linalg.norm(grad, axis=-1), scale * np.linalg.norm(g, axis=-1), rtol=1e-5
     )
+
+
+def test_a_token_without_a_direction_has_the_gradient_of_its_code():
+    """Turning it would divide by its length."""
+    z = np.array([[0.0, 0.0], [1e-5, 0.0], [0.0, -2.0]], np.float32)
+    e = np.array([[1.0, 0.0], [0.0, 1.0], [4.0, 0.0]], np.float32)
+    g = np.array([[1.0, 2.0], [3.0, -1.0], [1.0, 0.5]], np.float32)
+    grad = jax.jit(jax.grad(lambda z: (rotation(z, e) * g).sum()))(z)
+    np.testing.assert_array_equal(grad[:2], g[:2])
+    assert np.abs(grad[2] - g[2]).max() > 1, "a token with a direction is turned"
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -284,6 +303,15 @@ def test_kl_is_the_closed_form_and_its_draws_have_the_moments():
     drawn = np.asarray(jax.jit(lambda z: quantizer(z, rng=jax.random.key(0))[0])(many))
     np.testing.assert_allclose(drawn.mean(0), [1, -2], atol=0.05)
     np.testing.assert_allclose(drawn.std(0), [1, 2], atol=0.05)
+
+
+def test_kl_is_that_of_whole_samples_however_many_tokens_they_have():
+    z = np.random.default_rng(2).standard_normal((3, 5, 2, 8)).astype(np.float32)
+    mean, logvar = np.split(z.astype(np.float64), 2, axis=-1)
+    kl = 0.5 * (mean**2 + np.exp(logvar) - 1 - logvar)
+    aux = run(KL(channels=4), z)[2]
+    np.testing.assert_allclose(aux["kl"], kl.sum() / 3, rtol=1e-5)
+    np.testing.assert_allclose(aux["loss"], 1e-6 * kl.sum() / 3, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
