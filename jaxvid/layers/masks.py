@@ -7,6 +7,8 @@ every frame, and `EMPTY` marks cache slots that hold nothing, which lie after ev
 
 import numpy as np
 
+from jaxvid.errors import UserError
+
 CONTEXT = -1
 EMPTY = np.iinfo(np.int32).max
 
@@ -16,14 +18,24 @@ def causal(window=None, sinks=0):
 
     window: frames that a query sees including its own, None = all of the past. sinks: the first
     `sinks` frames stay visible for ever (attention sinks, Xiao et al. 2023). Context is always
-    seen.
+    seen. Raises UserError for a window below 1.
     """
+    check_window(window)
 
     def allow(q, k):
         past = k <= q
         return past if window is None else past & ((k > q - window) | (k < sinks))
 
     return allow
+
+
+def check_window(window, field="window"):
+    """Raise UserError, naming the field, where a frame would not see even itself.
+
+    Scores that are masked all alike are none to softmax, which would then see the future.
+    """
+    if window is not None and not window >= 1:
+        raise UserError(f"{field}={window}: a frame sees itself at least; use 1 or more")
 
 
 def full(q, k):

@@ -24,11 +24,11 @@ class Attention(nn.Module):
     call.
 
     width: D. heads: A, divides D. grid: (H, W) of a frame's tokens. window: frames a query sees
-    including its own, None = all of the past. sinks: first frames that stay visible beyond the
-    window. qk_norm: RMS-normalise queries and keys per head (Dehghani et al. 2023). mask:
-    "causal"; "full" is the non-causal baseline; "leaky" reproduces the mask of the released
-    AR-Diffusion weights, whose context tokens see all frames and so carry the future back. Only
-    "causal" can stream.
+    including its own (UserError below 1), None = all of the past. sinks: first frames that stay
+    visible beyond the window. qk_norm: RMS-normalise queries and keys per head (Dehghani et al.
+    2023). mask: "causal"; "full" is the non-causal baseline; "leaky" reproduces the mask of the
+    released AR-Diffusion weights, whose context tokens see all frames and so carry the future back.
+    Only "causal" can stream.
     """
 
     width: int

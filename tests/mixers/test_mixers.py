@@ -281,6 +281,16 @@ def disturbed(params):
     return jax.tree.unflatten(tree, noisy)
 
 
+@pytest.mark.parametrize("name", ["softmax", "alibi"])
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_frame_that_does_not_see_itself_is_refused(name, window):
+    """Where no key is seen, softmax sees all of them alike, those of the future too."""
+    mixer = MIXERS[name](width=16, heads=2, window=window)
+    x = jax.ShapeDtypeStruct((1, 3, 1, 16), jnp.float32)
+    with pytest.raises(UserError, match=f"window={window}: .* use 1 or more"):
+        jax.eval_shape(mixer.init, jax.random.key(0), x)
+
+
 @pytest.mark.parametrize("window, sinks", [(5, 0), (4, 2), (2, 1), (None, 0)])
 def test_cache_remembers_what_the_mask_allows(window, sinks):
     frames = 11
