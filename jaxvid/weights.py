@@ -11,21 +11,21 @@ from safetensors import SafetensorError, safe_open
 from jaxvid.errors import UserError
 
 
-def read(path):
-    """A file of named arrays -> {name: numpy array}; UserError where it is none."""
+def read(path, field="weights"):
+    """A file of named arrays -> {name: numpy array}; UserError, naming the field, if it is none."""
     path = Path(path)
     readers = {".npz": _npz, ".safetensors": _safetensors}
     if path.suffix not in readers:
         raise UserError(
-            f"weights={path}: only .npz and .safetensors are read, for a pickle may run any code; "
+            f"{field}={path}: only .npz and .safetensors are read, for a pickle may run any code; "
             "convert the file where you trust it"
         )
     try:
         return readers[path.suffix](path)
     except OSError as error:
-        raise UserError(f"weights={path}: {error.strerror or error}") from error
+        raise UserError(f"{field}={path}: {error.strerror or error}") from error
     except (ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
-        raise UserError(f"weights={path}: damaged, or no such file inside ({error})") from error
+        raise UserError(f"{field}={path}: damaged, or no such file inside ({error})") from error
 
 
 def digest(path):

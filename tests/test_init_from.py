@@ -80,6 +80,19 @@ def test_clips_start_from_images_with_their_maps_inflated(images):
     assert "all but" not in line
 
 
+@pytest.mark.parametrize("stem", ["shared", "split"])
+def test_bands_of_time_are_none_of_an_image_but_a_shared_stem_needs_none(stem):
+    options = {"task__network__patchify": "haar", "task__network__stem": stem}
+    alone = tokenizer_config(data__frames=1, **options)
+    task = make_task(tokenizer_config(**options).task)
+    if stem == "shared":
+        shapes, _ = jax.eval_shape(lambda: make_task(alone.task).init(jax.random.key(0), None))
+        assert task.inflate(shapes, alone.task) is shapes
+    else:
+        with pytest.raises(UserError, match=r"task.inflation=average: Haar bands .* use none"):
+            task.inflate({"network": {}}, alone.task)
+
+
 def test_gaussian_latents_start_from_codes_with_a_new_last_layer(images):
     config = tokenizer_config("quantizer=kl", data__frames=1)
     weights, state, line = start_from(images, config)

@@ -30,12 +30,12 @@ def causal(window=None, sinks=0):
 
 
 def check_window(window, field="window"):
-    """Raise UserError, naming the field, where a frame would not see even itself.
+    """Raise UserError, naming the field, for a window in which nothing would see even itself.
 
     Scores that are masked all alike are none to softmax, which would then see the future.
     """
     if window is not None and not window >= 1:
-        raise UserError(f"{field}={window}: a frame sees itself at least; use 1 or more")
+        raise UserError(f"{field}={window}: a window of nothing; use 1 or more")
 
 
 def full(q, k):

@@ -70,7 +70,7 @@ class StyleDiscriminator(nn.Module):
         return nn.Dense(1, name="logits")(x)[:, 0], features
 
     def _channels(self, x):
-        return min(self.width, 16384 // max(x.shape[2:-1] or x.shape[1:-1]))
+        return min(self.width, 16384 // max(x.shape[-3:-1]))
 
 
 def _halve(x):

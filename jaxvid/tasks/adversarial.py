@@ -4,6 +4,8 @@ Both are terms of one loss. The generator's sees the discriminators' parameters 
 the discriminators' sees the fakes held constant, so each moves by its own term alone.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -48,9 +50,10 @@ class Adversary:
 
     kind: "patch" or "stylegan", of width `width`. loss: "hinge" or "non_saturating". image, video:
     weights of the generator's loss by the discriminator of pictures and by that of clips; 0 leaves
-    one out. start: first step with any of it. adaptive: also weigh by how strongly the last layer
-    feels the other losses and this one (Esser et al. 2021). r1, lecam: weights of regularizers of
-    the discriminators. feature_matching: of the mean difference of activations, for the generator.
+    one out. start: first step with any of it. adaptive: also weigh these losses by how strongly the
+    last layer feels the task's others and them, taken without weights (Esser et al. 2021). r1,
+    lecam: weights of regularizers of the discriminators. feature_matching: of the mean difference
+    of activations, for the generator, whatever the weights of the verdicts.
 
     Pictures and clips are {"image": [B, H, W, C], "video": [B, T, H, W, C]}, either or both.
     """
@@ -63,8 +66,8 @@ class Adversary:
         self.weights = {"image": image, "video": video}
         named = dict(self.weights, start=start, r1=r1, lecam=lecam)
         for name, value in (named | {"feature_matching": feature_matching}).items():
-            if value < 0:
-                raise UserError(f"task.gan.{name}={value}: must be 0 or more")
+            if not 0 <= value < math.inf:
+                raise UserError(f"task.gan.{name}={value}: use 0 or a positive number")
         if width < 8:
             raise UserError(f"task.gan.width={width}: use 8 channels or more")
         self.module = KINDS[kind](width=width)
@@ -82,18 +85,20 @@ class Adversary:
         return params, extra
 
     def generator(self, params, real, fake):
-        """Loss of the generator by discriminators that stand still; no gradient for `params`."""
+        """Losses of the generator by discriminators that stand still; no gradient for `params`.
+
+        ({name: loss}, sum over names of the mean difference of activations), both unweighted; the
+        second is 0 where nothing asks for it.
+        """
         params, real = jax.lax.stop_gradient((params, real))
-        total = jnp.zeros(())
+        losses, apart = {}, jnp.zeros(())
         for name in params:
             logits, felt = self._look(params[name], fake[name])
-            loss = self.persuade(logits)
+            losses[name] = self.persuade(logits)
             if self.matching:
                 _, wanted = self._look(params[name], real[name])
-                apart = [jnp.abs(a - b).mean() for a, b in zip(felt, wanted)]
-                loss += self.matching * sum(apart) / len(apart)
-            total += self.weights[name] * loss
-        return total
+                apart += sum(jnp.abs(a - b).mean() for a, b in zip(felt, wanted)) / len(felt)
+        return losses, apart
 
     def discriminator(self, params, real, fake, extra):
         """(loss of the discriminators by fakes that stand still, metrics, extra)."""

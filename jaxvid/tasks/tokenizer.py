@@ -1,6 +1,8 @@
 """Tokenizers: video compressed to a few latents or tokens that streams are rebuilt from."""
 
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,8 @@ from absl import logging
 
 from jaxvid import weights
 from jaxvid.data.transforms import normalize
-from jaxvid.errors import UserError
+from jaxvid.errors import UserError, within
+from jaxvid.layers import masks
 from jaxvid.layers.quantize import QUANTIZERS
 from jaxvid.metrics import i3d, lpips, quality
 from jaxvid.mixers import MIXERS
@@ -23,6 +26,7 @@ from jaxvid.tasks.adversarial import Adversary
 ARCHITECTURES = {"cvivit": CViViT, "omnitokenizer": OmniTokenizer, "ar_vae": ARVAE}
 ERRORS = {"l1": jnp.abs, "l2": jnp.square}
 PERCEPTUAL = {"lpips": lpips, "i3d": i3d}
+DTYPES = ("float32", "bfloat16")
 
 
 class Task:
@@ -64,7 +68,17 @@ class Task:
         perceptual=None,
         gan=None,
     ):
-        _check(arch, network, quantizer, error, images, inflation)
+        choices = dict(arch=arch, error=error, images=images, inflation=inflation)
+        _check(
+            {
+                "task": choices,
+                "task.network": network,
+                "task.network.mixer": network.get("mixer", {}),
+                "task.quantizer": quantizer,
+                "task.perceptual": perceptual or {},
+            }
+        )
+        _check_network(network)
         _check_sizes(sizes, size, arch, gan)
         self.frames, self.size = frames, (size, size)
         self.sizes = tuple(sizes)
@@ -78,11 +92,18 @@ class Task:
             features=quantizer.features, channels=quantizer.channels, **options
         )
         self.tokenizer = Tokenizer(network, quantizer)
-        for pixels in (size, *sizes):
-            self.tokenizer.grid(pixels)
-        self.tokenizer.latents_for_frames(frames)
+        with within("task.network", ("patch",)), within("task", ("frames",)):
+            for pixels in (size, *sizes):
+                self.tokenizer.grid(pixels)
+            self.tokenizer.latents_for_frames(frames)
         self.perceptual, self.inflation = dict(perceptual or {}), inflation
         self.adversary = Adversary(**gan) if gan else None
+        if gan and not any(gan[kind] for kind in self._judged()):
+            kind = min(self._judged())
+            raise UserError(
+                f"task.gan.{kind}={gan[kind]}: leaves no discriminator to train; use more than 0, "
+                "or choose gan=none behind the colon of --config"
+            )
 
     def check(self, source):
         """Raise UserError where there is no video; say which losses are off for want of weights."""
@@ -102,35 +123,41 @@ class Task:
         if carried:
             extra["codebook"] = carried
         if self.adversary:
-            shapes = {"video": (1, self.frames, *self.size, 3), "image": (1, *self.size, 3)}
-            if self.frames == 1:
-                del shapes["video"]
-            elif not self.num_images:
-                del shapes["image"]
             params["discriminator"], extra["verdicts"] = self.adversary.init(
-                jax.random.fold_in(rng, 1), shapes
+                jax.random.fold_in(rng, 1), self._judged()
             )
         return params, extra
 
+    def _judged(self):
+        """Shapes of what there is for discriminators to judge: clips, pictures or both."""
+        shapes = {"video": (1, self.frames, *self.size, 3)} if self.frames > 1 else {}
+        if self.num_images or self.frames == 1:
+            shapes["image"] = (1, *self.size, 3)
+        return shapes
+
     def frozen(self):
         """The weights of the networks of perceptual distances, as their files have them."""
-        files = {name: self.perceptual.get(name) for name in PERCEPTUAL}
-        return {
-            name: PERCEPTUAL[name].convert(weights.read(path), f"task.perceptual.{name}={path}")
-            for name, path in files.items()
-            if path
-        }
+        frozen = {}
+        for name, network in PERCEPTUAL.items():
+            if path := self.perceptual.get(name):
+                field = f"task.perceptual.{name}"
+                frozen[name] = network.convert(weights.read(path, field), f"{field}={path}")
+        return frozen
 
     def inflate(self, weights, fields):
         """Weights of a run with these `config.task`, its maps of first frames grown to groups.
 
-        Only of a run of images (one frame), in which nothing has trained the maps of groups.
+        Only of a run of images (one frame), in which nothing has trained the maps of groups; a
+        shared stem has no others.
         """
-        network = weights["network"]
-        if fields.frames > 1 or self.frames == 1 or self.inflation == "none":
+        network, is_shared = weights["network"], fields.network.get("stem") == "shared"
+        if fields.frames > 1 or self.frames == 1 or self.inflation == "none" or is_shared:
             return weights
         if fields.network.get("patchify") == "haar":
-            raise UserError("task.inflation: Haar bands of time are none of an image; use none")
+            raise UserError(
+                f"task.inflation={self.inflation}: Haar bands of time are none of an image; "
+                "use none"
+            )
         grown = {
             name: inflate(name, network[name], self.inflation)
             for name in ("embed", "pixels")
@@ -162,7 +189,9 @@ class Task:
         if self.num_images:
             parts.append(self._images(video_BTHWC, rng_images))
 
-        # One quantizer sees all tokens: rows of clips, each with those of its images behind.
+        # One quantizer sees all tokens: rows of clips, each with those of its images behind. So a
+        # sample, to a loss that sums over it, is a clip with its images, as the frames that the
+        # error averages over are: more images do not loosen the pull on a clip's latents.
         B = video_BTHWC.shape[0]
         features = [self.tokenizer.features(params, part)[0] for part in parts]
         rows = [z_BTNZ.reshape(B, -1, z_BTNZ.shape[-1]) for z_BTNZ in features]
@@ -220,7 +249,8 @@ class Task:
     def _verdict(self, params, guesses, parts, step, felt, distance):
         """(loss of generator and discriminators, metrics, their state); nothing before the start.
 
-        felt: loss of the guesses -> the norm of its gradient in the decoder's last layer.
+        felt: loss of the guesses -> the norm of its gradient in the decoder's last layer. Of the
+        metrics, `generator` is without weights and `adaptive` what multiplies them.
         """
         adversary, verdicts = self.adversary, params["verdicts"]
         real, fake = _by_kind(parts), _by_kind(guesses)
@@ -229,16 +259,20 @@ class Task:
             return adversary.generator(params["discriminator"], real, _by_kind(guesses))
 
         def judge():
+            losses, apart = persuade(guesses)
             weight = jnp.ones(())
             if adversary.adaptive:
-                weight = felt(lambda guesses: distance(guesses)[0]) / (felt(persuade) + 1e-4)
+                # Of the bare verdicts: of weighted ones the quotient would undo the weights.
+                ours = felt(lambda guesses: distance(guesses)[0])
+                weight = ours / (felt(lambda guesses: sum(persuade(guesses)[0].values())) + 1e-4)
                 weight = jax.lax.stop_gradient(jnp.clip(weight, 0, 1e4))
-            generator = persuade(guesses)
+            total = weight * sum(adversary.weights[name] * loss for name, loss in losses.items())
+            total += adversary.matching * apart
             discriminator, found, after = adversary.discriminator(
                 params["discriminator"], real, fake, verdicts
             )
-            found |= {"generator": generator, "discriminator": discriminator}
-            return weight * generator + discriminator, found | {"adaptive": weight}, after
+            found |= {"generator": sum(losses.values()), "discriminator": discriminator}
+            return total + discriminator, found | {"adaptive": weight}, after
 
         def pass_over():
             shapes = jax.eval_shape(judge)
@@ -296,11 +330,11 @@ class Task:
 
 
 def _by_kind(parts):
-    """Clips of one frame as pictures [B, H, W, C], all others as what they are."""
-    return {
-        "image" if part.shape[1] == 1 else "video": part[:, 0] if part.shape[1] == 1 else part
-        for part in parts
-    }
+    """{"video": clips, "image": pictures [B, H, W, C]}: all clips of one frame are pictures."""
+    clips = [part for part in parts if part.shape[1] > 1]
+    pictures = [part[:, 0] for part in parts if part.shape[1] == 1]
+    kinds = {"video": clips, "image": pictures}
+    return {kind: jnp.concatenate(those) for kind, those in kinds.items() if those}
 
 
 def _a_frame(clips, rng):
@@ -315,30 +349,79 @@ def _felt(loss, guesses, pull):
     return optax.tree.norm(pull(jax.grad(loss)(jax.lax.stop_gradient(guesses))))
 
 
-def _check(arch, network, quantizer, error, images, inflation):
-    """Raise UserError for settings that cannot work, before anything is compiled."""
+def _one_of(choices):
+    return choices.__contains__, f"unknown; use one of {', '.join(choices)}"
 
-    def choose(field, value, choices):
-        if value not in choices:
-            raise UserError(f"task.{field}={value!r}: unknown; use one of {', '.join(choices)}")
 
-    choose("arch", arch, ARCHITECTURES)
-    choose("quantizer.name", quantizer["name"], QUANTIZERS)
-    choose("error", error, ERRORS)
-    choose("inflation", inflation, ("none", *INFLATIONS))
-    for name, choices in (("stem", STEMS), ("patchify", PATCHIFY), ("position", POSITIONS)):
-        if name in network:
-            choose(f"network.{name}", network[name], choices)
-    if "mixer" in network:
-        choose("network.mixer.name", network["mixer"]["name"], MIXERS)
+_COUNT = (lambda number: number >= 1, "use 1 or more")
+_LAYERS = (
+    lambda letters: letters and set(letters) <= {"t", "w"},
+    "use a letter for each layer, t for all cells or w for windows",
+)
+_WEIGHT = (lambda weight: 0 <= weight < math.inf, "use 0 or a positive number")
+
+# section -> field -> (what must hold of its value, what is wrong and the remedy)
+RULES = {
+    "task": {
+        "arch": _one_of(ARCHITECTURES),
+        "error": _one_of(ERRORS),
+        "inflation": _one_of(("none", *INFLATIONS)),
+        "images": (lambda share: 0 <= share <= 1, "not a share of the frames; use 0 to 1"),
+    },
+    "task.network": {
+        **dict.fromkeys(("width", "heads", "patch", "t_patch"), _COUNT),
+        **dict.fromkeys(("temporal_depth", "depth", "tokens"), _COUNT),
+        **dict.fromkeys(("encode_blocks", "decode_blocks"), _LAYERS),
+        "mlp_ratio": (lambda ratio: 0 < ratio < math.inf, "use a positive number, as 8 / 3"),
+        "dtype": _one_of(DTYPES),
+        "stem": _one_of(STEMS),
+        "patchify": _one_of(PATCHIFY),
+        "position": _one_of(POSITIONS),
+    },
+    "task.network.mixer": {"name": _one_of(MIXERS)},
+    "task.quantizer": {"name": _one_of(QUANTIZERS)},
+    "task.perceptual": {f"{name}_weight": _WEIGHT for name in PERCEPTUAL},
+}
+
+
+def _check(sections):
+    """Raise UserError for values that `RULES` refuses, before anything is compiled."""
+    for section, values in sections.items():
+        for name, (holds, remedy) in RULES[section].items():
+            if name in values and not holds(values[name]):
+                raise UserError(f"{section}.{name}={values[name]!r}: {remedy}")
+
+
+def _check_network(network):
+    """The same for fields of the network that depend on others or have checks elsewhere."""
+    mixer = network.get("mixer", {})
+    masks.check_window(network["window"], "task.network.window")
+    masks.check_window(mixer.get("window"), "task.network.mixer.window")
+    if mixer:
+        fields = {field.name for field in dataclasses.fields(MIXERS[mixer["name"]])}
+        for name in sorted(set(mixer) - {"name", *fields}):
+            raise UserError(
+                f"task.network.mixer.{name}={mixer[name]}: {mixer['name']} has no such option; "
+                f"choose the mixer behind the colon of --config, as in mixer={mixer['name']}"
+            )
     width, heads = network["width"], network["heads"]
-    if heads < 1 or width % heads or width // heads % 2:
+    if width % heads or width // heads % 2:
         raise UserError(
             f"task.network.heads={heads}: does not divide width={width} into even heads; "
             f"use a divisor of {width // 2}"
         )
-    if not 0 <= images <= 1:
-        raise UserError(f"task.images={images}: not a share of the frames; use 0 to 1")
+    if network["mlp_ratio"] * width < 1:
+        raise UserError(
+            f"task.network.mlp_ratio={network['mlp_ratio']}: leaves width={width} no hidden unit; "
+            "use 8 / 3"
+        )
+    if network.get("patchify") == "haar":
+        for name in ("patch", "t_patch"):
+            if network[name] & (network[name] - 1):
+                raise UserError(
+                    f"task.network.{name}={network[name]}: Haar bands need powers of two; use "
+                    "these, or patchify=linear"
+                )
 
 
 def _check_sizes(sizes, size, arch, gan):

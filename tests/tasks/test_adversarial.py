@@ -9,7 +9,7 @@ import pytest
 
 from jaxvid.errors import UserError
 from jaxvid.models.discriminator import PatchDiscriminator, StyleDiscriminator
-from jaxvid.tasks import adversarial
+from jaxvid.tasks import adversarial, tokenizer
 from jaxvid.tasks.adversarial import Adversary
 from jaxvid.tasks.tokenizer import Task
 from jaxvid.training.optim import make_optimizer
@@ -83,13 +83,14 @@ def test_each_side_moves_by_its_own_loss_alone(pictures):
 
     def total(params, real, fake):
         loss, _, _ = adversary.discriminator(params, real, fake, extra)
-        return loss + adversary.generator(params, real, fake)
+        return loss + generator(fake, params, real)
 
     def alone(params):
         return adversary.discriminator(params, real, fake, extra)[0]
 
-    def generator(fake):
-        return adversary.generator(params, real, fake)
+    def generator(fake, params=params, real=real):
+        losses, apart = adversary.generator(params, real, fake)
+        return losses["image"] + apart
 
     by_params, by_real, by_fake = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(params, real, fake)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
@@ -97,6 +98,18 @@ def test_each_side_moves_by_its_own_loss_alone(pictures):
     jax.tree.map(close, by_fake, jax.jit(jax.grad(generator))(fake))
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(by_fake))
     np.testing.assert_array_equal(by_real["image"], 0)
+
+
+def test_activations_are_compared_layer_by_layer_where_that_is_asked_for(pictures):
+    adversary, params, real, fake, _ = pictures
+    look = jax.jit(adversary.module.apply)
+    pairs = zip(*(look({"params": params["image"]}, x["image"])[1] for x in (real, fake)))
+    wanted = np.mean([np.abs(a - b).mean() for a, b in pairs])
+    losses, apart = jax.jit(adversary.generator)(params, real, fake)
+    np.testing.assert_allclose(apart, wanted, rtol=1e-5)
+    bare = jax.jit(Adversary(**OPTIONS).generator)(params, real, fake)
+    np.testing.assert_allclose(bare[0]["image"], losses["image"], rtol=1e-6)
+    assert bare[1] == 0 and apart > 0
 
 
 def test_running_means_of_the_verdicts(pictures):
@@ -148,7 +161,8 @@ def test_a_run_stays_finite_and_each_branch_moves(kind):
 
 def test_the_adaptive_weight_compares_the_gradients_of_the_last_layer():
     """By differentiating the whole network in its last layer, in place of the shortcut."""
-    task = Task(**fields("quantizer=fsq", images=0.0), gan=OPTIONS | dict(adaptive=True))
+    gan = OPTIONS | dict(adaptive=True, video=0.3)
+    task = Task(**fields("quantizer=fsq", images=0.0), gan=gan)
     data = batch(1)
     params, extra = jax.jit(task.init)(jax.random.key(0), data)
 
@@ -174,12 +188,66 @@ def test_the_adaptive_weight_compares_the_gradients_of_the_last_layer():
     np.testing.assert_allclose(found, wanted, rtol=1e-4)
 
 
+def test_ten_times_the_weight_of_a_verdict_is_ten_times_its_term():
+    """The adaptive weight is of verdicts that no weight has touched, or it would undo them.
+
+    What activations differ by has a weight of its own, that is left at a weight of 0.
+    """
+    task = Task(**fields(), gan=OPTIONS | dict(adaptive=True, feature_matching=0.5))
+    guesses, parts = (
+        [x[:, :3], x[:, 3:]] for x in rng.uniform(-1, 1, (2, 1, 4, 8, 8, 3)).astype(np.float32)
+    )
+    shapes = {"video": (1, 3, 8, 8, 3), "image": (1, 8, 8, 3)}
+    judges, verdicts = jax.jit(lambda key: task.adversary.init(key, shapes))(jax.random.key(0))
+
+    def distance(guesses):
+        return sum(jnp.square(a - b).mean() for a, b in zip(guesses, parts)), {}
+
+    def felt(loss):
+        return tokenizer._felt(loss, guesses, lambda grads: grads)
+
+    @jax.jit
+    def term(weight):
+        task.adversary.weights = {"image": weight, "video": 2 * weight}
+        params = {"discriminator": judges, "verdicts": verdicts}
+        total, metrics, _ = task._verdict(params, guesses, parts, 0, felt, distance)
+        return total - metrics["discriminator"]
+
+    none, once, ten = term(0.0), term(0.5), term(5.0)
+    assert none > 1e-2 and abs(once - none) > 1e-3
+    np.testing.assert_allclose(ten - none, 10 * (once - none), rtol=1e-3)
+
+
+def test_frames_drawn_from_clips_of_one_frame_join_the_pictures():
+    clips, images = np.zeros((2, 1, 4, 4, 3)), np.ones((3, 1, 4, 4, 3))
+    found = tokenizer._by_kind([clips, images])
+    assert set(found) == {"image"}
+    np.testing.assert_array_equal(found["image"].mean((1, 2, 3)), [0, 0, 1, 1, 1])
+
+
+def test_width_follows_the_longer_side_of_pictures_and_of_clips():
+    module = StyleDiscriminator(width=512)
+    for shape in ((1, 256, 64, 3), (1, 64, 256, 3), (1, 2, 256, 64, 3), (1, 2, 64, 256, 3)):
+        params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(shape))["params"]
+        assert params["in"]["kernel"].shape[-1] == 16384 // 256
+
+
+@pytest.mark.parametrize(
+    "changes, zero", [({"frames": 1}, "image"), ({"images": 0.0}, "video"), ({}, "image, video")]
+)
+def test_a_verdict_on_what_is_not_there_is_refused(changes, zero):
+    gan = OPTIONS | dict.fromkeys(zero.split(", "), 0.0)
+    with pytest.raises(UserError, match=r"task.gan.(image|video)=0.0: leaves no discriminator"):
+        Task(**fields(**changes), gan=gan)
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
         ({"kind": "vqgan"}, "task.gan.kind='vqgan'"),
         ({"loss": "wgan"}, "task.gan.loss='wgan'"),
         ({"r1": -1.0}, "task.gan.r1=-1.0"),
+        ({"lecam": np.nan}, "task.gan.lecam=nan"),
         ({"width": 4}, "task.gan.width=4"),
     ],
 )

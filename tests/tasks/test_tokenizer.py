@@ -193,8 +193,26 @@ def test_perceptual_distances_join_the_loss_and_say_when_they_are_off(tmp_path, 
         ({"network__heads": 0}, "task.network.heads=0"),
         ({"network__stem": "two"}, "task.network.stem='two'"),
         ({"network__mixer__name": "rnn"}, "task.network.mixer.name='rnn'"),
-        ({"network__patch": 5}, "patch=5: does not divide frames of 12 x 12"),
-        ({"frames": 6}, "frames=6: .* use 5 or 7"),
+        ({"network__mixer__name": "gla"}, "task.network.mixer.window=8: gla has no such option"),
+        ({"network__mixer__window": 0}, "task.network.mixer.window=0: .* use 1 or more"),
+        ({"network__window": -1}, "task.network.window=-1: .* use 1 or more"),
+        ({"network__patch": 0}, "task.network.patch=0: use 1 or more"),
+        ({"network__t_patch": -2}, "task.network.t_patch=-2: use 1 or more"),
+        ({"network__width": 0}, "task.network.width=0: use 1 or more"),
+        ({"network__temporal_depth": 0}, "task.network.temporal_depth=0: use 1 or more"),
+        ({"network__encode_blocks": "tx"}, "task.network.encode_blocks='tx': .* t for all cells"),
+        ({"network__decode_blocks": ""}, "task.network.decode_blocks='': use a letter"),
+        ({"network__mlp_ratio": np.nan}, "task.network.mlp_ratio=nan: use a positive number"),
+        ({"network__mlp_ratio": 0.01}, "task.network.mlp_ratio=0.01: leaves width=16 no hidden"),
+        ({"network__dtype": "float8"}, "task.network.dtype='float8': .* float32, bfloat16"),
+        ({"perceptual__i3d_weight": np.nan}, "task.perceptual.i3d_weight=nan: use 0 or"),
+        ({"perceptual__lpips_weight": -1.0}, "task.perceptual.lpips_weight=-1.0: use 0 or"),
+        (
+            {"network__patchify": "haar", "network__patch": 3},
+            "task.network.patch=3: .* powers of two",
+        ),
+        ({"network__patch": 5}, "task.network.patch=5: does not divide frames of 12 x 12"),
+        ({"frames": 6}, "task.frames=6: .* use 5 or 7"),
         ({"sizes": (8, 16)}, r"task.sizes=\(8, 16\): .* at most data.size=12"),
         ({"sizes": (10,)}, "patch=4: does not divide frames of 10 x 10"),
     ],
@@ -202,3 +220,16 @@ def test_perceptual_distances_join_the_loss_and_say_when_they_are_off(tmp_path, 
 def test_what_cannot_be_is_refused_before_anything_is_compiled(changes, message):
     with pytest.raises(UserError, match=message):
         Task(**fields(**changes))
+
+
+@pytest.mark.parametrize("field", ["tokens", "depth", "window"])
+def test_the_same_of_latents_without_a_place(field):
+    with pytest.raises(UserError, match=f"task.network.{field}=0: .*use 1 or more"):
+        Task(**fields("arch=ar_vae", **{f"network__{field}": 0}))
+
+
+@pytest.mark.parametrize("name", ["lpips", "i3d"])
+def test_a_file_of_weights_that_is_not_there_is_named_with_its_field(name):
+    task = Task(**fields(**{f"perceptual__{name}": "/nowhere/weights.npz"}))
+    with pytest.raises(UserError, match=f"^task.perceptual.{name}=/nowhere/weights.npz: No such"):
+        task.frozen()
