@@ -8,7 +8,24 @@ Options: arch=cvivit|omnitokenizer|ar_vae, quantizer=fsq|vq|lfq|bsq|kl, size=tin
 for two CPU cores, b has the papers' width and depth), data=sprites|folder|array_record|tfds,
 gan=none|patch|stylegan,
 mixer=paper|alibi|softmax|linear|lightning|gla|gated_delta|lightnet|aaren|routing (over time, not of
-ar_vae; paper is alibi for cvivit and softmax for omnitokenizer).
+ar_vae; paper is alibi for cvivit and softmax for omnitokenizer), stage=none|image|joint|kl.
+
+The stages of OmniTokenizer (Wang et al. 2024), each from the weights of the one before; they decide
+frames, sizes, quantizer, discriminators, learning rates and weights of losses:
+
+    C=configs/tokenizer.py:arch=omnitokenizer,size=b,data=array_record
+    python -m jaxvid.train --config=$C,stage=image --workdir=IMAGE --config.data.path=DIR
+    python -m jaxvid.train --config=$C,stage=joint --workdir=JOINT --config.data.path=DIR \
+        --config.init_from=IMAGE
+    python -m jaxvid.train --config=$C,stage=kl --workdir=KL --config.data.path=DIR \
+        --config.init_from=JOINT
+
+What differs from their script, beside the network itself: images of the joint stage are frames of
+its clips and come in the same step, not by turns; the cosine ends at 0, not 5e-5; Adam as in their
+paper, (0.9, 0.99); codes are of unit length; discriminators have GroupNorm and see no blurred or
+noisy pictures, and no step of theirs is skipped; positions are rotations and groups hold 4 frames
+from the first stage on. With size=tiny the stages keep the optimiser, the restarts of codes and the
+size of tiny.
 
 Measured on held-out sprites, two cores of an AMD EPYC, jax 0.10.2, on 2026-11-22 and the night
 after. The first command:
@@ -24,7 +41,8 @@ The other quantizers in runs of 600 steps, and the share of their codes that 16 
     PSNR, dB  25.2   20.1   22.6   27.1
     use       0.55   0.82   0.73      -
 
-(FSQ has 64,000 codes, more than these clips have tokens, and they use 0.013 of them.)
+(FSQ has 64,000 codes, more than these clips have tokens, and they use 0.013 of them. kl was run
+with weight=2.5e-9: 1e-6 of the mean over the 396 tokens of a clip and its images, not of the sum.)
 """
 
 from ml_collections import ConfigDict, FieldReference
@@ -48,9 +66,13 @@ def get_config(options=""):
         data=("sprites", "folder", "array_record", "tfds"),
         gan=("none", "patch", "stylegan"),
         mixer=("paper", "alibi", *common.MIXERS),
+        stage=("none", "image", "joint", "kl"),
     )
     if chosen.arch == "ar_vae" and chosen.mixer != "paper":
         raise ValueError(f"mixer={chosen.mixer}: arch=ar_vae attends to a window; leave mixer out")
+    is_staged = chosen.stage != "none"
+    if is_staged:
+        _stage_options(chosen, options)
     config = common.get_config()
     config.data.name = chosen.data
     config.steps = 1800
@@ -58,6 +80,8 @@ def get_config(options=""):
     tiny = chosen.size == "tiny"
     if not tiny:
         _large(config)
+    if is_staged:
+        _stage_run(config, chosen.stage, tiny)
     # One value for the data and the task: a change of data.frames, say, reaches both.
     config.data.frames = frames = FieldReference(config.data.frames)
     config.data.size = size = FieldReference(config.data.size)
@@ -109,7 +133,57 @@ def get_config(options=""):
     )
     if chosen.gan != "none":
         _gan(config, chosen.gan, tiny)
+    if is_staged:
+        _stage_losses(config, chosen.stage, tiny)
     return config
+
+
+def _stage_options(chosen, options):
+    """What a stage of OmniTokenizer decides of the options; ValueError if they say it too."""
+    if chosen.arch != "omnitokenizer":
+        raise ValueError(f"stage={chosen.stage}: stages are of arch=omnitokenizer; name it too")
+    for name in ("quantizer", "gan"):
+        if f"{name}=" in options:
+            raise ValueError(f"stage={chosen.stage}: decides the {name}; leave {name} out")
+    chosen.quantizer, chosen.gan = "kl" if chosen.stage == "kl" else "vq", "patch"
+
+
+def _stage_run(config, stage, tiny):
+    """Clips and optimiser of a stage."""
+    if stage == "image":
+        config.data.frames = 1
+    if tiny:
+        return
+    config.data.size = 256 if stage == "image" else 384
+    if stage == "image":
+        config.data.batch_size = 256
+        config.optim.lr = 1e-3
+        config.optim.warmup = 50_000
+    else:
+        config.optim.lr = 5e-5
+        config.optim.schedule = "constant"
+
+
+def _stage_losses(config, stage, tiny):
+    """Sizes and weights of a stage."""
+    config.task.error = "l1"
+    if stage == "image":
+        config.task.images = 0.0
+    else:
+        config.task.sizes = (16, 24) if tiny else (128, 192, 256, 320, 384)
+    if stage != "kl":
+        config.task.quantizer.kmeans = 1
+        if not tiny:
+            config.task.quantizer.restart = 0.0
+    config.task.perceptual.lpips_weight = 4.0
+    config.task.perceptual.i3d_weight = 0.0
+    # Pictures are judged in the first stage alone, and clips, by a new discriminator, after it.
+    config.task.gan.image = 0.01 if stage == "image" else 0.0
+    config.task.gan.video = 0.0 if stage == "image" else 0.01
+    # Theirs weighs the sum of 4 layers by 4, ours is of the mean.
+    config.task.gan.feature_matching = 16.0
+    config.steps = steps = FieldReference(config.steps)
+    config.optim.discriminator.warmup = steps  # steps of linear rise, here all (follows steps)
 
 
 def _gan(config, kind, tiny):
@@ -122,10 +196,10 @@ def _gan(config, kind, tiny):
             image=0.1,  # weight of the verdict on images; 0 has no discriminator of these
             video=0.1,  # weight of the verdict on clips; 0 has no discriminator of these
             start=500 if tiny else 50_000,  # first step with discriminators
-            adaptive=False,  # also weigh by the gradients in the last layer
+            adaptive=False,  # also multiply image and video by a quotient of gradients
             r1=0.0,  # weight of the discriminators' squared gradient at true samples
             lecam=0.0,  # weight of keeping verdicts near the running mean of the other side's
-            feature_matching=0.0,  # weight of the distance in the discriminators' activations
+            feature_matching=0.0,  # weight of the mean distance in the discriminators' layers
         )
     )
     # What the discriminators' optimiser has for itself; the other fields are those of optim.
@@ -134,6 +208,7 @@ def _gan(config, kind, tiny):
             name="adamw",  # adamw or muon
             lr=0.1 * config.optim.lr,  # peak learning rate
             b1=0.5,  # memory of the mean gradient
+            weight_decay=0.0,  # decay would shrink them before task.gan.start too
         )
     )
 
@@ -181,7 +256,7 @@ def _quantizer(config, name, tiny):
             dict(
                 name=name,  # fsq, vq, lfq, bsq or kl: choose by the config's option
                 channels=8,  # numbers in a latent
-                weight=1e-6,  # of the divergence from a standard Gaussian
+                weight=1e-6,  # of the divergence from a standard Gaussian, summed over a clip
             )
         )
     else:

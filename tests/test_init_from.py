@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxvid import train
 from jaxvid.errors import UserError
 from jaxvid.inference import make_task, open_weights
 from jaxvid.models.blocks import Head, Stem, inflate
@@ -106,6 +107,47 @@ def test_gaussian_latents_start_from_codes_with_a_new_last_layer(images):
     np.testing.assert_array_equal(
         network["to_latent"]["kernel"], before.params["network"]["to_latent"]["kernel"]
     )
+
+
+@pytest.mark.slow
+def test_the_stages_of_omnitokenizer_chain(tmp_path, monkeypatch):
+    """Three runs: images, clips of two sizes from these, Gaussian latents from those."""
+    begun = {}
+
+    def recorded(state, weights):
+        state, line = adopt(state, weights)
+        begun[stage] = jax.device_get(state.params), line
+        return state, line
+
+    monkeypatch.setattr(train, "adopt", recorded)
+    before, states = "", {}
+    for stage in ("image", "joint", "kl"):
+        frames = 1 if stage == "image" else 5
+        changes = {"data__frames": frames, "task__gan__width": 8, "task__gan__start": 1}
+        if stage != "image":
+            changes["task__sizes"] = (8, 12)
+        if stage != "kl":
+            changes["task__quantizer__codes"] = 16
+        config = tokenizer_config(
+            f"arch=omnitokenizer,stage={stage}", init_from=str(before), **changes
+        )
+        states[stage] = jax.device_get(train.train(config, tmp_path / stage).ema)
+        before = tmp_path / stage
+
+    params, line = begun["joint"]
+    image = states["image"]["network"]
+    grown = inflate("embed", image["embed"], "average")["group"]["kernel"]
+    np.testing.assert_allclose(params["network"]["embed"]["group"]["kernel"], grown, atol=1e-7)
+    grown = inflate("pixels", image["pixels"], "average")["group"]["kernel"]
+    np.testing.assert_allclose(params["network"]["pixels"]["group"]["kernel"], grown, atol=1e-7)
+    assert "discriminator/video" in line and "network" not in line
+
+    params, line = begun["kl"]
+    start, joint = params["network"], dict(states["joint"]["network"])
+    assert start.pop("to_latent")["kernel"].shape != joint.pop("to_latent")["kernel"].shape
+    jax.tree.map(np.testing.assert_array_equal, start, joint)
+    assert line.endswith("all but network/to_latent/bias, network/to_latent/kernel")
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(states["kl"]))
 
 
 def test_what_is_no_run_of_this_task_or_fits_nowhere_is_refused(images):

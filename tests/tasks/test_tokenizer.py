@@ -11,6 +11,7 @@ from configs.common import MIXERS
 from jaxvid import config as config_lib
 from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError
+from jaxvid.inference import make_task
 from jaxvid.metrics import lpips
 from jaxvid.tasks.tokenizer import Task
 
@@ -119,6 +120,43 @@ def test_config_help_describes_every_field(arch, quantizer):
     assert any(row.startswith("task.gan.lecam ") for row in rows)
     place = rows[0].index("MEANING")
     assert [row for row in rows if not row[place:].strip()] == []
+
+
+@pytest.mark.parametrize("size", ["tiny", "b"])
+@pytest.mark.parametrize("stage", ["image", "joint", "kl"])
+def test_stages_are_omnitokenizers(stage, size):
+    """By shapes alone; each has a discriminator of its own kind, and only the last is Gaussian."""
+    argument = f"{config_file.__file__}:arch=omnitokenizer,stage={stage},size={size}"
+    config = config_lib.read(argument)
+    config_lib.validate(config)
+    assert config.data.frames == (1 if stage == "image" else 17)
+    assert config.optim.discriminator.warmup == config.steps
+    assert np.isclose(config.optim.discriminator.lr, 0.1 * config.optim.lr)
+    if size == "b":
+        assert config.optim.lr == (1e-3 if stage == "image" else 5e-5)
+        assert config.data.size == (256 if stage == "image" else max(config.task.sizes))
+    with config.unlocked():
+        config.task.network.dtype = "float32"
+    task = make_task(config.task)
+    params, extra = jax.eval_shape(lambda: task.init(jax.random.key(0), None))
+    assert set(params["discriminator"]) == {"image" if stage == "image" else "video"}
+    assert ("codebook" in extra) == (stage != "kl")
+    rows = config_lib.describe(argument).splitlines()
+    place = rows[0].index("MEANING")
+    assert [row for row in rows if not row[place:].strip()] == []
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("stage=image", "stage=image: stages are of arch=omnitokenizer"),
+        ("arch=omnitokenizer,stage=joint,quantizer=fsq", "stage=joint: decides the quantizer"),
+        ("arch=omnitokenizer,stage=kl,gan=patch", "stage=kl: decides the gan"),
+    ],
+)
+def test_what_a_stage_decides_is_not_asked_for(options, message):
+    with pytest.raises(ValueError, match=message):
+        config_file.get_config(options)
 
 
 def test_a_step_draws_the_size_of_its_clips():
