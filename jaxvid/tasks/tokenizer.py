@@ -1,6 +1,5 @@
 """Tokenizers: video compressed to a few latents or tokens that streams are rebuilt from."""
 
-import dataclasses
 import functools
 import math
 
@@ -15,7 +14,7 @@ from jaxvid.errors import UserError, within
 from jaxvid.layers import masks
 from jaxvid.layers.quantize import QUANTIZERS
 from jaxvid.metrics import i3d, lpips, quality
-from jaxvid.mixers import MIXERS
+from jaxvid.mixers import check as check_mixer
 from jaxvid.models.ar_vae import ARVAE
 from jaxvid.models.blocks import INFLATIONS, PATCHIFY, POSITIONS, STEMS, inflate
 from jaxvid.models.cvivit import CViViT
@@ -73,7 +72,6 @@ class Task:
             {
                 "task": choices,
                 "task.network": network,
-                "task.network.mixer": network.get("mixer", {}),
                 "task.quantizer": quantizer,
                 "task.perceptual": perceptual or {},
             }
@@ -378,7 +376,6 @@ RULES = {
         "patchify": _one_of(PATCHIFY),
         "position": _one_of(POSITIONS),
     },
-    "task.network.mixer": {"name": _one_of(MIXERS)},
     "task.quantizer": {"name": _one_of(QUANTIZERS)},
     "task.perceptual": {f"{name}_weight": _WEIGHT for name in PERCEPTUAL},
 }
@@ -394,22 +391,15 @@ def _check(sections):
 
 def _check_network(network):
     """The same for fields of the network that depend on others or have checks elsewhere."""
-    mixer = network.get("mixer", {})
     masks.check_window(network["window"], "task.network.window")
-    masks.check_window(mixer.get("window"), "task.network.mixer.window")
-    if mixer:
-        fields = {field.name for field in dataclasses.fields(MIXERS[mixer["name"]])}
-        for name in sorted(set(mixer) - {"name", *fields}):
-            raise UserError(
-                f"task.network.mixer.{name}={mixer[name]}: {mixer['name']} has no such option; "
-                f"choose the mixer behind the colon of --config, as in mixer={mixer['name']}"
-            )
     width, heads = network["width"], network["heads"]
     if width % heads or width // heads % 2:
         raise UserError(
             f"task.network.heads={heads}: does not divide width={width} into even heads; "
             f"use a divisor of {width // 2}"
         )
+    if "mixer" in network:
+        check_mixer("task.network.mixer", network["mixer"], heads)
     if network["mlp_ratio"] * width < 1:
         raise UserError(
             f"task.network.mlp_ratio={network['mlp_ratio']}: leaves width={width} no hidden unit; "
