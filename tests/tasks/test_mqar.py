@@ -21,7 +21,7 @@ from tests.mixers.test_mixers import disturbed
 
 def configuration(mixer, **changes):
     config = config_file.get_config(f"mixer={mixer}")
-    small = {"data.vocabulary": 16, "data.frames": 16, "data.pairs": (2, 4)}
+    small = {"data.vocabulary": 16, "data.frames": 16, "data.pairs": (2, 4), "task.model.heads": 2}
     config.update_from_flattened_dict({**small, "task.model.width": 16, **changes})
     return config.copy_and_resolve_references()
 

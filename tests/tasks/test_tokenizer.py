@@ -300,7 +300,7 @@ def test_features_of_i3d_join_the_loss_with_their_weight(monkeypatch):
         ({"network__stem": "two"}, "task.network.stem='two'"),
         ({"network__mixer__name": "rnn"}, "task.network.mixer.name='rnn'"),
         ({"network__mixer__name": "gla"}, "task.network.mixer.window=8: gla has no such option"),
-        ({"network__mixer__window": 0}, "task.network.mixer.window=0: .* use 1 or more"),
+        ({"network__mixer__window": 0}, "task.network.mixer.window=0: must be at least 1"),
         ({"network__window": -1}, "task.network.window=-1: .* use 1 or more"),
         ({"network__patch": 0}, "task.network.patch=0: use 1 or more"),
         ({"network__t_patch": -2}, "task.network.t_patch=-2: use 1 or more"),
