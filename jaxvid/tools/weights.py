@@ -17,6 +17,7 @@ from jaxvid.errors import UserError
 from jaxvid.layers.quantize import KL, LFQ, VQ
 from jaxvid.models.peers import PEG_LAYOUTS, PeerTokenizer
 from jaxvid.models.tokenizer import Codec, moments
+from jaxvid.parallel.sharding import path_name
 from jaxvid.weights import take
 
 SOURCES = ("phenaki_pytorch", "omnitokenizer")
@@ -26,8 +27,8 @@ SOURCES = ("phenaki_pytorch", "omnitokenizer")
 _BESIDE = re.compile(
     r"^(discr|vgg|loss_fn_lpips|i3d)\."
     r"|^(image_discriminator|video_discriminator|perceptual_model|video_perceptual_model)\."
-    r"|\.(initted|cluster_size|embed_avg|N|z_avg|codebook_usage|relative_position_index)$"
-    r"|\.context_norm\.|\.beta$|\.null_kv$|\.slopes$"
+    r"|\.(initted|cluster_size|embed_avg|N|z_avg|codebook_usage)$"
+    r"|\.context_norm\.|\.slopes$"
 )
 
 
@@ -47,7 +48,20 @@ def import_tokenizer(arrays, source, *, peg_layout="peer_scrambled", biased=None
     if peg_layout not in PEG_LAYOUTS:
         raise UserError(f"peg_layout={peg_layout!r}: unknown; use one of {', '.join(PEG_LAYOUTS)}")
     file = _File(arrays, source)
-    omni = source == "omnitokenizer"
+    try:
+        return _convert(file, peg_layout, biased)
+    except UserError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"{source}: cannot use {file.reading} ({reason}); is it of another network?"
+        ) from error
+
+
+def _convert(file, peg_layout, biased):
+    """See `import_tokenizer`; what sizes that do not fit raise is left as it comes."""
+    arrays, omni = file.arrays, file.source == "omnitokenizer"
     encoder, decoder = ("encoder.", "decoder.") if omni else ("", "")
     patch_norm = f"{encoder}to_patch_emb.2.weight" in arrays
     place = 2 if patch_norm else 1  # of the linear map, behind a rearrangement and perhaps a norm
@@ -83,7 +97,7 @@ def import_tokenizer(arrays, source, *, peg_layout="peer_scrambled", biased=None
     file.nothing_left()
     patch = round((cells / 3) ** 0.5)
     space_peg = any("peg" in layer for layer in in_space)
-    windows = [layer["window"]["bias"]["table"] for layer in in_space if "window" in layer]
+    windows = [_side(layer["window"]["bias"]["table"]) for layer in in_space if "window" in layer]
     module = PeerTokenizer(
         features=quantizer.features,
         channels=quantizer.channels,
@@ -97,7 +111,7 @@ def import_tokenizer(arrays, source, *, peg_layout="peer_scrambled", biased=None
         decode_blocks=_letters(stacks["decode_space"]),
         encode_depth=len(stacks["encode_time"]),
         decode_depth=len(stacks["decode_time"]),
-        window=(round(len(windows[0]) ** 0.5) + 1) // 2 if windows else 8,
+        window=windows[0] if windows else 8,
         position=position,
         biased=not omni if biased is None else biased,
         # obvious-research builds all four stacks alike: with convolutions, and none with a mask.
@@ -109,11 +123,11 @@ def import_tokenizer(arrays, source, *, peg_layout="peer_scrambled", biased=None
         unit=omni and isinstance(quantizer, VQ),
         offset=0.0 if omni else 0.5,
     )
-    params = {
-        "network": {**network, **latent},
-        "codebook": codebook,
-        "latents": jax.device_get(moments(quantizer.channels)),
-    }
+    params = {"network": {**network, **latent}, "codebook": codebook}
+    # A file holds biases whether or not they are added, and so must the module it is held against.
+    side = patch * (windows or [1])[0]
+    file.match(Codec(module.clone(biased=True), quantizer), params, side)
+    params["latents"] = jax.device_get(moments(quantizer.channels))
     return Codec(module, quantizer), params
 
 
@@ -132,13 +146,25 @@ def _letters(layers):
     return "".join("w" if "window" in layer else "t" for layer in layers)
 
 
+def _side(table):
+    """Of the window that a table of biases by offset is for."""
+    return (round(len(table) ** 0.5) + 1) // 2
+
+
+def _offset_index(side):
+    """Which row of that table each pair of cells reads, int [N, N]."""
+    row_N, column_N = np.divmod(np.arange(side * side), side)
+    down_NN, right_NN = (x[:, None] - x + side - 1 for x in (row_N, column_N))
+    return down_NN * (2 * side - 1) + right_NN
+
+
 def _phenaki_codes(file, width):
     """(LFQ or VQ, codebook, linear maps around it) of vector-quantize-pytorch.
 
     Its VQ is that of cosine similarity. It leaves the maps out where codes are as wide as tokens.
     """
     if "vq.mask" in file.arrays:  # what each bit is worth
-        quantizer, codebook = LFQ(channels=file.take("vq.mask").size), {}
+        quantizer, codebook = LFQ(channels=file.take("vq.mask", ndim=1).size), {}
     else:
         code_VZ = file.take("vq._codebook.embed")
         code_VZ = code_VZ.reshape(code_VZ.shape[-2:])
@@ -165,7 +191,8 @@ def _omni_codes(file, width):
         "from_latent": file.linear("post_vq_conv.1"),
     }
     features, channels = latent["to_latent"]["bias"].size, latent["from_latent"]["kernel"].shape[0]
-    code_VZ = file.take("codebook.embeddings")  # there for Gaussian latents too, without a use
+    # There for Gaussian latents too, without a use.
+    code_VZ = file.take("codebook.embeddings", ndim=2)
     if features == 2 * channels:
         return KL(channels=channels), {}, latent
     return VQ(codes=len(code_VZ), channels=channels, normalize=False), _carried(code_VZ), latent
@@ -186,24 +213,42 @@ class _File:
     """Named arrays of PyTorch as parameters of ours; knows what has been taken."""
 
     def __init__(self, arrays, source):
-        self.arrays, self._source, self._left = arrays, source, set(arrays)
+        for name, array in arrays.items():
+            if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+                raise UserError(f"{source}: {name!r} is a {type(array).__name__}; use an array")
+        self.arrays, self.source, self._left = arrays, source, set(arrays)
+        self.reading = "this file"  # what an error is about
 
-    def take(self, name, *shape):
+    def take(self, name, *shape, ndim=None):
+        """The array as float32; UserError where it is missing, empty, or not of that shape."""
         self._left.discard(name)
-        return take(self.arrays, name, shape or np.shape(self.arrays.get(name)), self._source)
+        self.reading = repr(name)
+        found = np.shape(self.arrays.get(name))
+        array = take(self.arrays, name, shape or found, self.source)
+        if ndim is not None and len(found) != ndim:
+            raise UserError(f"{self.source}: {name!r} has shape {found}, not one of {ndim} axes")
+        if not array.size:
+            raise UserError(f"{self.source}: {name!r} is empty, of shape {found}")
+        return array
 
-    def linear(self, name, *shape):
-        """[out, in], of that shape if given -> kernel [in, out], with its bias if it has one."""
-        params = {"kernel": self.take(f"{name}.weight", *shape).T}
-        if f"{name}.bias" in self.arrays:
+    def linear(self, name, *shape, bias=True):
+        """[out, in], of that shape if given -> kernel [in, out], and the bias if it is to have one.
+
+        A bias that it is not to have stays behind, for `nothing_left` to find.
+        """
+        params = {"kernel": self.take(f"{name}.weight", *shape, ndim=2).T}
+        if bias:
             params["bias"] = self.take(f"{name}.bias", params["kernel"].shape[1])
         return params
 
     def norm(self, name):
         """A LayerNorm of PyTorch's own or of the peers', whose shift is fixed at zero."""
         if f"{name}.gamma" in self.arrays:
-            return {"scale": self.take(f"{name}.gamma")}
-        return {"scale": self.take(f"{name}.weight"), "bias": self.take(f"{name}.bias")}
+            return {"scale": self.take(f"{name}.gamma", ndim=1)}
+        return {
+            ours: self.take(f"{name}.{theirs}", ndim=1)
+            for ours, theirs in (("scale", "weight"), ("bias", "bias"))
+        }
 
     def position(self, name):
         """The MLP of a continuous position bias."""
@@ -215,11 +260,11 @@ class _File:
         found = (re.match(rf"{re.escape(name)}\.layers\.(\d+)\.", other) for other in self.arrays)
         depth = 1 + max((int(match[1]) for match in found if match), default=-1)
         if not depth:
-            raise UserError(f"{self._source}: holds no {name}.layers; is it of another network?")
+            raise UserError(f"{self.source}: holds no {name}.layers; is it of another network?")
         return [self._layer(f"{name}.layers.{index}") for index in range(depth)]
 
     def _layer(self, name):
-        up = self.linear(f"{name}.3.1")["kernel"]
+        up = self.linear(f"{name}.3.1", bias=False)["kernel"]
         value, gate = np.split(up, 2, axis=1)
         layer = {
             "mlp": {
@@ -227,30 +272,34 @@ class _File:
                 "up": {"kernel": value},
                 "gate": {"kernel": gate},
                 # Ours is stored as PyTorch stores it.
-                "down": {"kernel": self.take(f"{name}.3.4.weight")},
+                "down": {"kernel": self.take(f"{name}.3.4.weight", ndim=2)},
             }
         }
         if f"{name}.0.dsconv.weight" in self.arrays:
-            kernel = self.take(f"{name}.0.dsconv.weight").transpose(2, 3, 4, 1, 0)
+            kernel = self.take(f"{name}.0.dsconv.weight", ndim=5).transpose(2, 3, 4, 1, 0)
             layer["peg"] = {"kernel": kernel, "bias": self.take(f"{name}.0.dsconv.bias")}
         if f"{name}.1.relative_position_bias_table" in self.arrays:
-            qkv = np.split(self.linear(f"{name}.1.qkv")["kernel"], 3, axis=1)
+            qkv = np.split(self.linear(f"{name}.1.qkv", bias=False)["kernel"], 3, axis=1)
+            table = self.take(f"{name}.1.relative_position_bias_table", ndim=2)
+            index = f"{name}.1.relative_position_index"
+            if np.array_equal(self.arrays.get(index), _offset_index(_side(table))):
+                self._left.discard(index)  # any other stays behind
             layer["window"] = {
                 "norm": self.norm(f"{name}.1.norm"),
                 **{part: {"kernel": kernel} for part, kernel in zip("qkv", qkv)},
-                "bias": {"table": self.take(f"{name}.1.relative_position_bias_table")},
+                "bias": {"table": table},
                 "out": self.linear(f"{name}.1.proj"),
             }
             return layer
-        k, v = np.split(self.linear(f"{name}.1.to_kv")["kernel"], 2, axis=1)
+        k, v = np.split(self.linear(f"{name}.1.to_kv", bias=False)["kernel"], 2, axis=1)
         layer["attention"] = {
             "norm": self.norm(f"{name}.1.norm"),
-            "q": self.linear(f"{name}.1.to_q"),
+            "q": self.linear(f"{name}.1.to_q", bias=False),
             "k": {"kernel": k},
             "v": {"kernel": v},
-            "q_norm": {"scale": self.take(f"{name}.1.q_scale")},
-            "k_norm": {"scale": self.take(f"{name}.1.k_scale")},
-            "out": self.linear(f"{name}.1.to_out"),
+            "q_norm": {"scale": self.take(f"{name}.1.q_scale", ndim=1)},
+            "k_norm": {"scale": self.take(f"{name}.1.k_scale", ndim=1)},
+            "out": self.linear(f"{name}.1.to_out", bias=False),
         }
         if f"{name}.1.spatial_rel_pos_bias.net.2.weight" in self.arrays:
             layer["bias"] = self.position(f"{name}.1.spatial_rel_pos_bias")
@@ -258,10 +307,39 @@ class _File:
 
     def nothing_left(self):
         """Raise UserError for arrays that no part of the network has asked for."""
-        left = sorted(name for name in self._left if not _BESIDE.search(name))
+        left = sorted(name for name in self._left if not self._is_beside(name))
         if left:
             more = f" and {len(left) - 4} more" if len(left) > 4 else ""
             raise UserError(
-                f"{self._source}: nothing here takes {', '.join(left[:4])}{more}; "
+                f"{self.source}: nothing here takes {', '.join(left[:4])}{more}; "
                 "is it of another network?"
             )
+
+    def _is_beside(self, name):
+        """Whether the tokenizer is the same without it."""
+        if _BESIDE.search(name):
+            return True
+        if name.endswith(".beta"):  # the shift of a norm that has none
+            return not np.any(self.arrays[name])
+        return name.endswith(".null_kv") and not np.size(self.arrays[name])
+
+    def match(self, module, params, side):
+        """Raise UserError for the first of params that is not as the module makes them.
+
+        side: of frames that the module takes.
+        """
+        self.reading = "the sizes of its arrays together"
+        video = np.zeros((1, 1 + module.network.t_patch, side, side, 3), np.float32)
+        made = _shapes(jax.eval_shape(module.init, jax.random.key(0), video)["params"])
+        found = _shapes(params)
+        for name in sorted(made | found):
+            want, have = (shapes.get(name, "none") for shapes in (made, found))
+            if want != have:
+                raise UserError(
+                    f"{self.source}: {name} comes out as {have}, where the network has {want}; "
+                    "is it of another network?"
+                )
+
+
+def _shapes(params):
+    return {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}

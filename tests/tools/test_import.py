@@ -53,10 +53,13 @@ class Arrays(dict):
             if letter == "w":
                 self.linear(f"{layer}.1.qkv", D, 3 * D, bias=False)
                 self.add(f"{layer}.1.relative_position_bias_table", 9, HEADS)
-                self[f"{layer}.1.relative_position_index"] = np.zeros((4, 4), np.int64)
+                self[f"{layer}.1.relative_position_index"] = np.array(
+                    [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]]
+                )
                 self.linear(f"{layer}.1.proj", D, D)
             else:
                 self.norm(f"{layer}.1.context_norm", D, fixed=True)
+                self.add(f"{layer}.1.null_kv", HEADS, 0, K)
                 self.linear(f"{layer}.1.to_q", D, HEADS * K, bias=False)
                 self.linear(f"{layer}.1.to_kv", D, 2 * HEADS * K, bias=False)
                 self.add(f"{layer}.1.q_scale", K, mean=1.0)
@@ -409,4 +412,88 @@ def test_lookup_free_codes_in_several_books_are_refused():
     with pytest.raises(
         UserError, match=r"'vq.project_in.weight' has shape \(4, 16\), not \(2, 16\)"
     ):
+        import_tokenizer(arrays, "phenaki_pytorch")
+
+
+SPACE, OMNI_SPACE = "enc_spatial_transformer.layers.0", "encoder.enc_spatial_transformer.layers.1"
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        (f"{SPACE}.1.norm.beta", (D,)),
+        (f"{SPACE}.1.null_kv", (HEADS, 2, K)),
+        (f"{SPACE}.1.to_q.bias", (HEADS * K,)),
+        (f"{SPACE}.1.to_kv.bias", (2 * HEADS * K,)),
+        (f"{SPACE}.1.to_out.bias", (D,)),
+        (f"{SPACE}.3.1.bias", (2 * HIDDEN,)),
+        (f"{OMNI_SPACE}.1.qkv.bias", (3 * D,)),
+        (f"{OMNI_SPACE}.1.relative_position_index", (4, 4)),
+    ],
+)
+def test_what_the_network_would_not_add_is_not_dropped(name, shape):
+    is_omni = name.startswith("encoder.")
+    arrays = omni() if is_omni else phenaki()
+    arrays[name] = np.full(shape, 3)
+    with pytest.raises(UserError, match=f"nothing here takes {name};"):
+        import_tokenizer(arrays, "omnitokenizer" if is_omni else "phenaki_pytorch")
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        # Of a rank that the layer does not have, no array, or nothing in it.
+        ("to_patch_emb.2.weight", lambda x: x[None], r"shape \(1, 16, 24\), not one of 2 axes"),
+        ("to_patch_emb.3.weight", lambda x: x[0], r"shape \(\), not one of 1 axes"),
+        (f"{SPACE}.1.norm.gamma", lambda x: x[None], "not one of 1 axes"),
+        (f"{SPACE}.1.q_scale", lambda x: x[None], "not one of 1 axes"),
+        (f"{SPACE}.3.4.weight", np.ravel, "not one of 2 axes"),
+        ("enc_temporal_transformer.layers.0.0.dsconv.weight", np.ravel, "not one of 5 axes"),
+        ("to_pixels.0.bias", np.ndarray.tolist, "is a list; use an array"),
+        ("to_patch_emb.2.weight", lambda x: x[:, :0], r"is empty, of shape \(16, 0\)"),
+        # What numpy cannot convert, cut or lay out.
+        ("to_pixels.0.bias", lambda x: np.full(x.shape, "x"), r"\(could not convert"),
+        (f"{SPACE}.1.to_kv.weight", lambda x: x[1:], r"\(array split"),
+        ("vq._codebook.embed", lambda x: np.concatenate([x, x]), r"\(cannot reshape"),
+        ("vq._codebook.embed", lambda x: x[0, 0], r"\(tuple index out of range\)"),
+    ],
+)
+def test_an_array_that_cannot_be_read_is_named(name, change, message):
+    arrays = phenaki()
+    arrays[name] = change(arrays[name])
+    with pytest.raises(UserError, match=f"'{name}' .*{message}"):
+        import_tokenizer(arrays, "phenaki_pytorch")
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        (
+            f"{SPACE}.1.norm.gamma",
+            lambda x: x[1:],
+            r"space_0_attention/norm/scale comes out as \(15,\), where the network has \(16,\)",
+        ),
+        (f"{SPACE}.1.to_out.weight", lambda x: x[1:], "space_0_attention/out/kernel comes out as"),
+        ("to_pixels.0.weight", lambda x: x[:, 1:], "pixels/group/kernel comes out as"),
+        ("to_patch_emb.2.weight", lambda x: x[:, 1:], "group/kernel comes out as"),
+        ("to_patch_emb.2.weight", lambda x: x[:, :4], "cannot use the sizes of its arrays"),
+        ("spatial_rel_pos_bias.net.2.weight", lambda x: x[:, 1:], "bias/out/kernel comes out as"),
+        (f"{OMNI_SPACE}.1.relative_position_bias_table", lambda x: x[1:], "bias/table comes"),
+        ("codebook.embeddings", lambda x: x[:, 1:], "codebook/code_VZ comes out as"),
+    ],
+)
+@pytest.mark.parametrize("biased", [False, True])
+def test_arrays_that_do_not_fit_together_are_refused(name, change, message, biased):
+    is_omni = name.startswith(("encoder.", "codebook."))
+    arrays = omni() if is_omni else phenaki()
+    arrays[name] = change(arrays[name])
+    with pytest.raises(UserError, match=message):
+        import_tokenizer(arrays, "omnitokenizer" if is_omni else "phenaki_pytorch", biased=biased)
+
+
+@pytest.mark.parametrize("name", ["vq.project_in.bias", "to_pixels.0.bias"])
+def test_a_bias_that_the_network_adds_must_be_there(name):
+    arrays = phenaki()
+    del arrays[name]
+    with pytest.raises(UserError, match=f"holds no '{name}'"):
         import_tokenizer(arrays, "phenaki_pytorch")
