@@ -165,6 +165,14 @@ def test_gated_delta_starts_with_heads_that_forget_at_all_rates(heads):
         np.testing.assert_allclose(ratio, np.exp(1 / 6), rtol=0.05)
 
 
+def test_gla_starts_with_channels_that_forget_in_23_to_6500_frames():
+    mixer = MIXERS["gla"](width=16, heads=2)
+    w = jax.jit(mixer.init)(jax.random.key(0), jnp.ones((1, 2, 1, 16)))["params"]
+    g_AK = np.asarray(nn.log_sigmoid(w["decay_out"]["bias"])).reshape(2, 8) / 16
+    np.testing.assert_allclose(-1 / g_AK[:, [0, -1]], [[23.08, 6463]] * 2, rtol=1e-3)
+    assert (np.diff(g_AK, axis=1) > 0).all()
+
+
 def test_published_slopes():
     powers = 2.0 ** -np.arange(1, 9)
     np.testing.assert_allclose(slopes("lightning", 8), powers * (1 + 1e-5))
