@@ -27,22 +27,21 @@ noisy pictures, and no step of theirs is skipped; positions are rotations and gr
 from the first stage on. With size=tiny the stages keep the optimiser, the restarts of codes and the
 size of tiny.
 
-Measured on held-out sprites, two cores of an AMD EPYC, jax 0.10.2, on 2026-11-22 and the night
-after. The first command:
+Measured on held-out sprites, two cores of an AMD EPYC, jax 0.10.2. The first command, at one go, in
+8 minutes 45 seconds on a machine shared with other work, on 2026-11-25:
 
-    step        300    600    900   1200   1500   1800
-    PSNR, dB   23.5   25.9   27.0   27.6   28.0   28.1
-    SSIM       0.72   0.82   0.86   0.87   0.88   0.88
+    step        500   1000   1500   1800
+    PSNR, dB   25.4   27.4   28.0   28.2
+    SSIM       0.81   0.87   0.88   0.88
 
-The other quantizers in runs of 600 steps, and the share of their codes that 16 clips use:
+The other quantizers in runs of 600 steps (on 2026-11-22 and the night after, kl on 2026-11-25), and the share of their codes that 16 clips use:
 
                 vq    lfq    bsq     kl
     codes      512   1024   1024      -
-    PSNR, dB  25.2   20.1   22.6   27.1
+    PSNR, dB  25.2   20.1   22.6   26.5
     use       0.55   0.82   0.73      -
 
-(FSQ has 64,000 codes, more than these clips have tokens, and they use 0.013 of them. kl was run
-with weight=2.5e-9: 1e-6 of the mean over the 396 tokens of a clip and its images, not of the sum.)
+(FSQ has 64,000 codes, more than these clips have tokens, and they use 0.013 of them.)
 """
 
 from ml_collections import ConfigDict, FieldReference
