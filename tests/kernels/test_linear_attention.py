@@ -14,6 +14,7 @@ from jax.sharding import (
     PartitionSpec,
 )
 
+from jaxvid.kernels.gated_delta import gated_delta
 from jaxvid.kernels.linear_attention import linear_attention
 from tests.kernels.harness import CASES, assert_close, inputs, value_and_grads
 
@@ -118,6 +119,9 @@ def test_minus_infinity_is_a_decay():
         (dict(initial_state=jnp.ones((1, 2, 8))), "initial_state of shape"),
         (dict(segment_ids=jnp.ones((4,), int)), "segment_ids of shape"),
         (dict(chunk=0), "chunk=0: must be at least 1"),
+        (dict(chunk=2.5), "chunk=2.5: must be at least 1 and whole"),
+        (dict(v_BLAV=jnp.ones((1, 4, 2, 0))), "q, k, v of shapes"),
+        (dict(zip(("q_BLAK", "k_BLAK", "v_BLAV"), [jnp.ones((0, 4, 2, 8))] * 3)), "at least 1"),
         (dict(implementation="cuda"), "implementation='cuda': use auto, "),
     ],
 )
@@ -126,6 +130,22 @@ def test_bad_input_is_answered_in_one_line(changes, message):
     with pytest.raises(ValueError, match=message) as error:
         linear_attention(**{**dict(q_BLAK=x, k_BLAK=x, v_BLAV=x), **changes})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("rule", [linear_attention, gated_delta])
+def test_lists_are_as_arrays(rule):
+    x = jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
+    beta = () if rule is linear_attention else (x[..., 0],)
+    segment_ids, state = [[0, 0, 1, 1]], np.ones((1, 2, 8, 8))
+
+    @jax.jit
+    def in_lists(a, b):
+        options = dict(segment_ids=segment_ids, initial_state=state.tolist())
+        return rule(x, x, x, *beta, [a, b], **options)
+
+    arrays = dict(segment_ids=np.array(segment_ids), initial_state=jnp.asarray(state))
+    wanted = rule(x, x, x, *beta, jnp.array([-1.0, -2.0]), **arrays)
+    np.testing.assert_allclose(in_lists(-1.0, -2.0), wanted, rtol=1e-5, atol=1e-6)
 
 
 def mesh_with_sequence():

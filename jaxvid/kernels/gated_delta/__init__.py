@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvid.kernels.gated_delta import chunked, reference, tpu
-from jaxvid.kernels.linear_attention import check, fastest, resolve, sharded
+from jaxvid.kernels.linear_attention import as_arrays, check, fastest, resolve, sharded
 
 IMPLEMENTATIONS = {
     "tpu": tpu.gated_delta,
@@ -36,9 +36,11 @@ def gated_delta(
 
     (Yang et al. 2025, Gated Delta Networks, eq. 10; without decay the delta rule, Schlag et al.
     2021.) Keys are meant to have norm 1 and beta to lie in (0, 1), or in (0, 2) to allow negative
-    eigenvalues; nothing here enforces it. log_decay: None, [A] or [B, L, A]. All else is as in
+    eigenvalues; nothing here enforces it. log_decay: None, [A] or [B, L, A]. Gradients go backward:
+    forward mode (jax.jvp, jax.linearize) is defined of the reference alone. All else is as in
     `kernels.linear_attention`.
     """
+    log_decay, initial_state, segment_ids = as_arrays(log_decay, initial_state, segment_ids)
     check(q_BLAK, k_BLAK, v_BLAV, log_decay, initial_state, segment_ids, chunk)
     B, L, A, K = q_BLAK.shape
     beta_BLA = jnp.asarray(beta_BLA)

@@ -52,6 +52,7 @@ def linear_attention(
 
     On a mesh, batch and heads are split as everywhere, and L over an axis `seq` if there is one.
     """
+    log_decay, initial_state, segment_ids = as_arrays(log_decay, initial_state, segment_ids)
     check(q_BLAK, k_BLAK, v_BLAV, log_decay, initial_state, segment_ids, chunk)
     if implementation not in ("auto", *IMPLEMENTATIONS):
         known = ", ".join(IMPLEMENTATIONS)
@@ -110,12 +111,17 @@ def resolve(log_decay, segment_ids, shape_BLA):
     return jnp.where(starts_BL.reshape(*starts_BL.shape, *(1,) * (g.ndim - 2)), FORGET, g)
 
 
+def as_arrays(*given):
+    """Each as an array, which may be a list, of traced numbers too; None stays."""
+    return [x if x is None else jnp.asarray(x) for x in given]
+
+
 def check(q, k, v, log_decay, initial_state, segment_ids, chunk):
     """Raise ValueError, one line that names the argument, for what cannot be meant."""
-    if q.ndim != 4 or k.shape != q.shape or v.shape[:-1] != q.shape[:-1] or q.shape[1] == 0:
+    if q.ndim != 4 or k.shape != q.shape or v.shape[:-1] != q.shape[:-1] or 0 in q.shape + v.shape:
         raise ValueError(
             f"q, k, v of shapes {q.shape}, {k.shape}, {v.shape}: "
-            "must be [B, L, A, K] twice and [B, L, A, V], with L at least 1"
+            "must be [B, L, A, K] twice and [B, L, A, V], with all of them at least 1"
         )
     B, L, A, K = q.shape
 
@@ -127,5 +133,5 @@ def check(q, k, v, log_decay, initial_state, segment_ids, chunk):
     require("log_decay", log_decay, (A,), (B, L, A), (B, L, A, K))
     require("initial_state", initial_state, (B, A, K, v.shape[-1]))
     require("segment_ids", segment_ids, (B, L))
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk}: must be at least 1")
+    if chunk is not None and (not isinstance(chunk, int | np.integer) or chunk < 1):
+        raise ValueError(f"chunk={chunk}: must be at least 1 and whole")
