@@ -1,12 +1,11 @@
 """Reading weights that others have trained: .npz and .safetensors, never a pickle."""
 
 import hashlib
-import zipfile
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401, by which numpy knows bfloat16
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from jaxvid.errors import UserError
 
@@ -21,10 +20,10 @@ def read(path, field="weights"):
             "convert the file where you trust it"
         )
     try:
-        return readers[path.suffix](path)
+        return _numbers(readers[path.suffix](path))
     except OSError as error:
         raise UserError(f"{field}={path}: {error.strerror or error}") from error
-    except (ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
+    except Exception as error:  # what others have made may be broken in any way
         raise UserError(f"{field}={path}: damaged, or no such file inside ({error})") from error
 
 
@@ -45,10 +44,21 @@ def take(arrays, name, shape, path="weights"):
 
 
 def _npz(path):
-    with np.load(path, allow_pickle=False) as file:
+    found = np.load(path, allow_pickle=False)
+    if not isinstance(found, np.lib.npyio.NpzFile):
+        raise ValueError("one array without a name; save it by numpy.savez")
+    with found as file:
         return dict(file)
 
 
 def _safetensors(path):
     with safe_open(path, framework="np") as file:
         return file.get_tensors()
+
+
+def _numbers(arrays):
+    for name, array in arrays.items():
+        # A member of a .npz that is no array comes as bytes; of ml_dtypes .npz keeps but the bits.
+        if not isinstance(array, np.ndarray) or array.dtype.type in (np.void, np.str_, np.bytes_):
+            raise ValueError(f"{name!r} is no array of numbers")
+    return arrays

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -82,6 +83,49 @@ def test_damaged_files_are_one_line(tmp_path, content, suffix):
         weights.read(path)
     with pytest.raises(UserError, match="No such file"):
         weights.read(tmp_path / f"none{suffix}")
+
+
+def encrypted(path):
+    """As the flag in the directory of a zip has it."""
+    np.savez(path, a=np.ones(3))
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(content)
+
+
+def squeezed_badly(path):
+    np.savez_compressed(path, a=np.ones(300))
+    content = bytearray(path.read_bytes())
+    begin = content.index(b"a.npy") + len(b"a.npy") + 20  # behind an extra field of the zip
+    content[begin : begin + 8] = b"\xff" * 8
+    path.write_bytes(content)
+
+
+def one_array(path):
+    with open(path, "wb") as file:
+        np.save(file, np.ones(3))
+
+
+def with_a_note(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("note.txt", "no array")
+
+
+@pytest.mark.parametrize(
+    "write, words",
+    [
+        (encrypted, "password"),
+        (squeezed_badly, "decompressing"),
+        (one_array, "one array without a name"),
+        (with_a_note, "'note.txt' is no array of numbers"),
+        (lambda path: np.savez(path, a=np.array(["x"])), "'a' is no array of numbers"),
+        (lambda path: np.savez(path, b=ARRAYS["b"]), "'b' is no array of numbers"),
+    ],
+)
+def test_an_npz_of_something_else_names_the_field(tmp_path, write, words):
+    write(tmp_path / "w.npz")
+    with pytest.raises(UserError, match=f"^--i3d=.*w.npz: damaged, or no such file .*{words}"):
+        weights.read(tmp_path / "w.npz", "--i3d")
 
 
 def test_digest_is_the_files_sha256(tmp_path):
