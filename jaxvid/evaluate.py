@@ -46,6 +46,7 @@ from jaxvid.training.writer import FPS
 FLAGS = flags.FLAGS
 SHOWN = 4  # clips in the pictures
 BASELINE = "_copy_last"  # suffix of a metric's baseline
+LONGEST = 10**6  # frames of a video, whose pixels wait in host memory
 REPEATS = 5  # of encoding and decoding, whose median is their speed
 DISTANCES = {"fvd": frechet.frechet, "mmd_unbiased": frechet.mmd, "jedi": frechet.jedi}
 
@@ -54,7 +55,9 @@ def main():
     """Entry point."""
     run = open_run(FLAGS.workdir)
     path, is_tokenizer = Path(FLAGS.workdir, "evaluate.json"), run.config.task.name == "tokenizer"
-    params = i3d.convert(weights.read(FLAGS.i3d), f"--i3d={FLAGS.i3d}") if FLAGS.i3d else None
+    params = None
+    if FLAGS.i3d:
+        params = i3d.convert(weights.read(FLAGS.i3d, "--i3d"), f"--i3d={FLAGS.i3d}")
     for name in ("lpips", "frames"):
         if getattr(FLAGS, name) and not is_tokenizer:
             raise UserError(
@@ -117,7 +120,7 @@ def tokenizer_only(run, videos, clips):
 
 def with_lpips(run, path):
     """The run with the weights of LPIPS in a file in the place of those it was trained with."""
-    params = lpips.convert(weights.read(path), f"--lpips={path}")
+    params = lpips.convert(weights.read(path, "--lpips"), f"--lpips={path}")
     return run._replace(
         frozen={**run.frozen, "lpips": jax.device_put(params, replicated(run.mesh))}
     )
@@ -130,8 +133,10 @@ def long_videos(run, lengths):
     """
     found = {}
     for text in lengths:
-        if not text.isdecimal() or not int(text):
-            raise UserError(f"--frames={text}: write numbers of frames, such as 17,65,257")
+        if not text.isdecimal() or len(text) > 9 or not 0 < int(text) <= LONGEST:
+            raise UserError(
+                f"--frames={text[:20]}: write numbers of frames, such as 17,65,257, up to {LONGEST}"
+            )
         fields = ConfigDict(run.config.data.to_dict())
         fields.frames = int(text)
         try:

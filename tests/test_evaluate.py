@@ -185,6 +185,8 @@ def test_long_videos_are_rebuilt_as_streams(workdir, monkeypatch):
         (["0"], "--frames=0: write numbers"),
         (["-5"], "--frames=-5: write numbers"),
         (["many"], "--frames=many: write numbers"),
+        (["1" * 5000], r"--frames=1{20}: write numbers .* up to 1000000$"),
+        (["1000001"], "--frames=1000001: write numbers"),
     ],
 )
 def test_lengths_that_cannot_be_are_refused(workdir, lengths, words):
