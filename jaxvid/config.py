@@ -67,6 +67,9 @@ _BOUNDS = {
     "sample.num": (1, None),
 }
 
+# Fields that hold whole numbers, as many as one likes; flags and files take anything in a tuple.
+_WHOLE = ("data.pairs", "task.sizes", "task.quantizer.levels")
+
 
 # Reading and writing
 
@@ -177,6 +180,12 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"{name}={value}: must be at least {low}")
         if high is not None and value > high:
             raise UserError(f"{name}={value}: must be at most {high}")
+    for name in _WHOLE:
+        for number in fields.get(name) or ():
+            if type(number) is not int or number < 1:
+                raise UserError(
+                    f"{name}={fields[name]}: {number!r} is no whole number from 1 on; use these"
+                )
     check_batch(config, shards=1)
 
 

@@ -171,9 +171,14 @@ def test_differences_names_fields_and_values():
         ("optim.clip", float("nan"), r"optim.clip=nan: must be at least 0"),
         ("seed", 2**32, r"seed=4294967296: must be at most 4294967295"),
         ("optim.accumulate", 3, r"data.batch_size=8: .*accumulate=3; try 6 or 9"),
+        ("data.pairs", (4, "x"), r"data.pairs=\(4, 'x'\): 'x' is no whole number from 1 on; use"),
+        ("task.sizes", (16.0,), r"task.sizes=\(16.0,\): 16.0 is no whole"),
+        ("task.quantizer.levels", (8.5, 4), r"levels=\(8.5, 4\): 8.5 is no whole"),
     ],
 )
 def test_validate_names_field_value_and_remedy(config, field, value, message):
+    config.unlock()
+    config.data.pairs, config.task.sizes, config.task.quantizer = (4,), (), {"levels": (8, 5)}
     configlib.validate(config)
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
