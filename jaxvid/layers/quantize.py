@@ -38,6 +38,7 @@ def usage(ids, size):
     last, first = (jnp.searchsorted(ids, ids, side=side) for side in ("right", "left"))
     perplexity = jnp.exp(-jnp.log((last - first) / ids.size).mean())
     used = 1.0 + (ids[1:] != ids[:-1]).sum()
+    size = float(size)  # one more than the last id, and so perhaps than int32 holds
     return {"perplexity": perplexity, "usage": used / size, "dead": size - used}
 
 

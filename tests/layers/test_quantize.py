@@ -64,6 +64,15 @@ def test_fsq_gives_the_published_codes():
     assert quantizer.size == 1000 and aux["loss"] == 0
 
 
+def test_fsq_has_as_many_codes_as_int32_counts():
+    quantizer = FSQ(levels=(8,) * 9 + (16,))
+    ends = np.array([[-6] * 10, [6] * 10], np.float32)
+    z_q, ids, aux = run(quantizer, ends)
+    assert quantizer.size == 2**31 and ids.tolist() == [0, 2**31 - 1]
+    np.testing.assert_array_equal(quantizer.lookup(ids), z_q)
+    assert aux["usage"] == 2**-30 and aux["dead"] == 2**31
+
+
 @pytest.mark.parametrize("dialect", ["paper", "vq_pytorch"])
 def test_fsq_reaches_every_level_and_no_other(dialect):
     quantizer = FSQ(levels=(8, 5, 3), dialect=dialect)
@@ -318,6 +327,7 @@ def test_kl_is_that_of_whole_samples_however_many_tokens_they_have():
     "quantizer, options, message",
     [
         (FSQ, {"levels": (8, 2)}, "levels="),
+        (FSQ, {"levels": (8,) * 9 + (17,)}, "more codes than int32"),
         (FSQ, {"dialect": "mine"}, "dialect='mine'"),
         (VQ, {"ema": 1.0}, "ema=1.0"),
         (VQ, {"ema": 0.0, "restart": 1.0}, "restart=1.0"),
