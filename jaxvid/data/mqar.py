@@ -42,6 +42,10 @@ class Source:
         if self._vocabulary % 2 or not 4 <= self._vocabulary <= 2**16:
             raise UserError(f"data.vocabulary={self._vocabulary}: must be even, from 4 to {2**16}")
         most = min(self._frames // 3, self._vocabulary // 2 - 1)
+        if most < 1:
+            raise UserError(
+                f"data.frames={self._frames}: too few for a pair and its question; use 3 or more"
+            )
         if not self._pairs or min(self._pairs) < 1 or max(self._pairs) > most:
             raise UserError(
                 f"data.pairs={self._pairs}: data.frames={self._frames} and "

@@ -59,6 +59,7 @@ def test_a_stream_is_a_function_of_split_and_index():
         ({"pairs": (2, 11)}, "leave room for 1 to 10 pairs"),
         ({"pairs": (9,), "vocabulary": 16}, "leave room for 1 to 7 pairs"),
         ({"pairs": ()}, "data.pairs="),
+        ({"frames": 1}, "data.frames=1: too few .*; use 3 or more"),
     ],
 )
 def test_a_mistake_names_field_and_remedy(changes, message):
