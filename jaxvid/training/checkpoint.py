@@ -129,12 +129,23 @@ class Checkpoints:
                 f"workdir={self.workdir}: checkpoint {step} is not one of jaxvid's "
                 f"({reason(error)}); {self._remedy()}"
             ) from error
-        changed = [
-            f"{field}: {old!r} -> {new!r}"
-            for field, old, new in config_lib.differences(saved, self.config)
-            if not any(field == free or field.startswith(f"{free}.") for free in FREE)
-        ]
-        if changed:
+        before, now = config_lib.flatten(saved), config_lib.flatten(self.config)
+        changed, added = [], []
+        for field, old, new in config_lib.differences(saved, self.config):
+            if any(field == free or field.startswith(f"{free}.") for free in FREE):
+                continue
+            if field in before:
+                changed.append(f"{field}: {old!r} -> {repr(new) if field in now else 'no field'}")
+            else:
+                added.append(f"{field}: no field -> {new!r}")
+        if added and not changed:
+            # What it did without them is not known here: it need not be what the defaults do.
+            raise UserError(
+                f"workdir={self.workdir}: holds a run without fields of this config "
+                f"({'; '.join(added)}); resume it with the options and the version of jaxvid that "
+                "began it, or choose another --workdir"
+            )
+        if changed := changed + added:
             raise UserError(
                 f"workdir={self.workdir}: holds a run with another config "
                 f"({'; '.join(changed)}); undo these changes or choose another --workdir"

@@ -88,6 +88,18 @@ def test_another_config_is_refused_by_field(finished):
     assert (finished / "config.json").read_text() == before
 
 
+def test_a_run_without_a_field_is_refused_by_field(finished):
+    """As one has it that was begun before the field was there."""
+    message = error_of(toy.config(task__refuse_to_sample=False), finished)
+    assert "run without fields of this config (task.refuse_to_sample: no field -> False)" in message
+    assert "the version of jaxvid that began it" in message
+    changed = toy.config(task__width=32, task__refuse_to_sample=False)
+    del changed.task["noise"]
+    message = error_of(changed, finished)
+    assert "config (task.noise: 0.1 -> no field; task.width: 16 -> 32; task.refuse_" in message
+    assert "task.refuse_to_sample: no field -> False); undo" in message
+
+
 def test_a_checkpoint_of_something_else_is_refused(finished, tmp_path):
     import shutil
 
