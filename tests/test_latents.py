@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 import shutil
 from types import SimpleNamespace
@@ -463,6 +464,15 @@ def test_a_set_without_a_split_is_refused_in_a_line(
     assert not (tmp_path / "latents").exists() and not (tmp_path / "pixels").exists()
 
 
+def test_names_need_not_be_utf_8(trained, tmp_path, capsys):
+    (tmp_path / "clips").mkdir()
+    for name in (b"\xff.mp4", b"\xfe.mp4"):
+        (tmp_path / "clips" / os.fsdecode(name)).write_bytes(b"")
+    assert encode(trained, tmp_path / "clips", tmp_path / "latents") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "skipped 2 of 2 files" in error and "\\xff.mp4 is empty" in error
+
+
 @pytest.fixture(scope="module")
 def cached(coded, prepared, tmp_path_factory):
     """The prepared set in tokens of `coded`."""
@@ -521,6 +531,8 @@ def test_trains_and_scores_from_cached_tokens(coded, cached, tmp_path):
         (["--src=/nowhere"], "--src='/nowhere': no such directory"),
         (["--workdir=/nowhere"], "task.tokenizer=/nowhere: "),
         (["--fps=-1"], "--fps=-1"),
+        (["--size=0"], "--size=0: must be at least 1"),
+        (["--frames=0"], "--frames=0: must be at least 1"),
     ],
 )
 def test_bad_options_of_the_command_are_one_line(

@@ -96,9 +96,14 @@ def _hash(data):
     return hashlib.sha256(data).hexdigest()
 
 
+def printable(name):
+    """A file name for a terminal: bytes that are not UTF-8, which it may have, as \\xNN."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 def report(skipped, total):
     """One line that counts the files left out and names them, the first eight with the reason."""
-    shown = "; ".join(f"{name} {reason}" for name, reason in skipped[:8])
+    shown = "; ".join(f"{printable(name)} {reason}" for name, reason in skipped[:8])
     more = f"; and {len(skipped) - 8} more" if len(skipped) > 8 else ""
     return f"skipped {len(skipped)} of {total} files: {shown}{more}"
 

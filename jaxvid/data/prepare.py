@@ -24,6 +24,7 @@ import pathlib
 import re
 import resource
 import shutil
+import signal
 import sys
 import time
 
@@ -96,7 +97,9 @@ def walk(root, recipe, name, take=lambda picture_HWC: None):
     return frames
 
 
-def _bound_memory():
+def _begin():
+    # Ctrl-C reaches all processes of a terminal, and what it means is said by one.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, hard))
 
@@ -104,7 +107,7 @@ def _bound_memory():
 def _pool(workers):
     # Spawned: a fork of a process with threads can hang.
     context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(workers, context, _bound_memory)
+    return concurrent.futures.ProcessPoolExecutor(workers, context, _begin)
 
 
 def in_processes(work, names, workers):
@@ -312,17 +315,23 @@ def main(argv=None):
 
 
 def exit_status(work, args):
-    """0 after work(args); 2, and a line on stderr, where it met what the user can mend."""
+    """0 after work(args); 2, and a line on stderr, where it met what the user can mend.
+
+    130, as a shell has it for SIGINT, where the user stopped it.
+    """
+    status = 2
     try:
         work(args)
     except UserError as error:
         message = str(error)
     except OSError as error:
         message = f"--out={args.out}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
     else:
         return 0
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return status
 
 
 def _run(args):
@@ -335,7 +344,7 @@ def _run(args):
     if manifest["skipped"]:
         print(f"skipped {len(manifest['skipped'])} files:")
     for entry in manifest["skipped"]:
-        print(f"  {entry['name']} {entry['reason']}")
+        print(f"  {clips.printable(entry['name'])} {entry['reason']}")
 
 
 if __name__ == "__main__":

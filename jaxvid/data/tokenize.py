@@ -287,7 +287,7 @@ class Journal:
 def write_set(folder, origin, encoder, recipe):
     """Encode all items into `folder`, from where its journal ends; the manifest, also written."""
     items = origin.items
-    order = hashlib.sha256("\n".join(item.name for item in items).encode()).hexdigest()[:16]
+    order = hashlib.sha256(os.fsencode("\n".join(item.name for item in items))).hexdigest()[:16]
     journal = Journal(folder, {**dataclasses.asdict(recipe), "items": order})
     shards = {split: prepare.Shards(folder, split, journal.records[split]) for split in SPLITS}
     done, part = journal.done, journal.part
@@ -343,7 +343,8 @@ def tokenize(workdir, src, out, *, size=None, frames=None, fps=8.0, mirrored=Fal
     out = prepare.vacant(out)
     frozen = open_tokenizer(workdir)
     fields = config_lib.load(pathlib.Path(workdir, "config.json")).data
-    size, frames = size or fields.size, frames or fields.frames
+    size = fields.size if size is None else size
+    frames = fields.frames if frames is None else frames
     recipe = Recipe(str(src), frozen.digest, size, frames, fps, mirrored)
     encoder = Encoder(frozen, recipe, batch)
     is_set = pathlib.Path(src, array_record.MANIFEST).is_file()
@@ -394,7 +395,7 @@ def _run(args):
     for split, part in manifest["splits"].items():
         print(f"{split}: {part['records']} clips")
     for entry in manifest["skipped"]:
-        print(f"skipped {entry['name']}: {entry['reason']}")
+        print(f"skipped {clips.printable(entry['name'])}: {entry['reason']}")
 
 
 if __name__ == "__main__":

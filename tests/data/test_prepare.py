@@ -130,17 +130,20 @@ def test_resampling_and_cropping(tmp_path, clip, numbers):
 
 def test_bad_files_are_skipped_counted_and_named(hostile, tmp_path, clip, capsys):
     clip(hostile / "short.mp4", 5)
+    (hostile / os.fsdecode(b"\xff.mp4")).write_bytes(b"")
     assert run(hostile, tmp_path / "set", "--size=48", "--frames=8", "--fps=0") == 0
     manifest = json.loads((tmp_path / "set" / "dataset.json").read_text())
     skipped = {entry["name"]: entry["reason"] for entry in manifest["skipped"]}
+    assert skipped.pop(os.fsdecode(b"\xff.mp4")) == "is empty"  # no UTF-8
     assert sorted(skipped) == ["short.mp4", "sound.mp4", "text.mp4", "truncated.mp4", "zero.mp4"]
     assert skipped["short.mp4"] == "has 5 frames, 8 are needed"
     clips = [manifest["splits"][split]["clips"] for split in ("train", "validation")]
     assert clips == [1, 1]  # a bad file never takes the place of the held-out clip
     printed = capsys.readouterr()
-    assert "skipped 5 files" in printed.out
-    assert "zero.mp4 is empty" in printed.out
-    assert "7/7 clips, 5 skipped" in printed.err
+    assert "skipped 6 files" in printed.out
+    assert "  zero.mp4 is empty" in printed.out
+    assert "\\xff.mp4 is empty" in printed.out
+    assert "8/8 clips, 6 skipped" in printed.err
 
 
 def test_shards_are_cut_by_size(tmp_path, clip, monkeypatch):
@@ -216,6 +219,17 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, clip, capsys, monk
     assert run(tmp_path / "src", tmp_path / "set", "--size=48", "--frames=8") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.endswith("set: write() failed: No space left on device")
+    assert os.listdir(tmp_path) == ["src"]
+
+
+def test_an_interrupt_is_one_line_and_leaves_nothing(tmp_path, clip, capsys, monkeypatch):
+    def interrupted(work, names, workers):
+        raise KeyboardInterrupt
+
+    make_source_folder(tmp_path, clip, 1, 4)
+    monkeypatch.setattr(prepare, "in_processes", interrupted)
+    assert run(tmp_path / "src", tmp_path / "set") == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
     assert os.listdir(tmp_path) == ["src"]
 
 
