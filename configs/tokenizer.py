@@ -34,7 +34,8 @@ Measured on held-out sprites, two cores of an AMD EPYC, jax 0.10.2. The first co
     PSNR, dB   25.4   27.4   28.0   28.2
     SSIM       0.81   0.87   0.88   0.88
 
-The other quantizers in runs of 600 steps (on 2026-11-22 and the night after, kl on 2026-11-25), and the share of their codes that 16 clips use:
+The other quantizers in runs of 600 steps (on 2026-11-22 and the night after, kl on 2026-11-25), and
+the share of their codes that 16 clips use:
 
                 vq    lfq    bsq     kl
     codes      512   1024   1024      -

@@ -250,6 +250,10 @@ class FSQ(_NoCodebook):
     def __post_init__(self):
         object.__setattr__(self, "levels", tuple(self.levels))
         _require(
+            all(isinstance(count, int) for count in self.levels),
+            f"levels={self.levels}: must be whole numbers",
+        )
+        _require(
             self.levels and min(self.levels) >= 3,
             f"levels={self.levels}: a channel needs 3 levels or more; quantizer lfq has two",
         )

@@ -327,6 +327,7 @@ def test_kl_is_that_of_whole_samples_however_many_tokens_they_have():
     "quantizer, options, message",
     [
         (FSQ, {"levels": (8, 2)}, "levels="),
+        (FSQ, {"levels": (8.5, 4)}, "levels=.* whole numbers"),
         (FSQ, {"levels": (8,) * 9 + (17,)}, "more codes than int32"),
         (FSQ, {"dialect": "mine"}, "dialect='mine'"),
         (VQ, {"ema": 1.0}, "ema=1.0"),
