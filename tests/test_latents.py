@@ -388,8 +388,7 @@ def test_a_killed_command_goes_on_where_it_stopped(kind, trained, prepared, tmp_
         return encoded[-1]
 
     monkeypatch.setattr(tokenize.Encoder, "__call__", die_at_the_fourth)
-    with pytest.raises(KeyboardInterrupt):
-        encode(trained, src, out, *options)
+    assert encode(trained, src, out, *options) == 130
     journal = json.loads((tmp_path / "set.partial" / "journal.json").read_text())
     assert (journal["done"], journal["part"]) == ((3, 0) if kind == "set" else (1, 1))
     (tmp_path / "set.partial" / f"train-{len(journal['records']['train']):05d}").write_bytes(
