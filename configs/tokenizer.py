@@ -15,9 +15,9 @@ frames, sizes, quantizer, discriminators, learning rates and weights of losses:
 
     C=configs/tokenizer.py:arch=omnitokenizer,size=b,data=array_record
     python -m jaxvid.train --config=$C,stage=image --workdir=IMAGE --config.data.path=DIR
-    python -m jaxvid.train --config=$C,stage=joint --workdir=JOINT --config.data.path=DIR \
+    python -m jaxvid.train --config=$C,stage=joint --workdir=JOINT --config.data.path=DIR \\
         --config.init_from=IMAGE
-    python -m jaxvid.train --config=$C,stage=kl --workdir=KL --config.data.path=DIR \
+    python -m jaxvid.train --config=$C,stage=kl --workdir=KL --config.data.path=DIR \\
         --config.init_from=JOINT
 
 What differs from their script, beside the network itself: images of the joint stage are frames of
