@@ -241,7 +241,7 @@ def test_scores_are_kept_where_the_distance_of_videos_fails(workdir, options, mo
     def video_distance(*arguments):
         raise UserError("features: some are not finite")
 
-    monkeypatch.setattr(evaluate.weights, "read", lambda path: {})
+    monkeypatch.setattr(evaluate.weights, "read", lambda path, field: {})
     monkeypatch.setattr(evaluate.i3d, "convert", lambda arrays, path: {})
     monkeypatch.setattr(evaluate, "video_distance", video_distance)
     (workdir / "evaluate.json").unlink(missing_ok=True)
@@ -255,7 +255,7 @@ def test_scores_are_kept_where_the_distance_of_videos_fails(workdir, options, mo
 
 def test_weights_of_lpips_may_be_given_afterwards(workdir, monkeypatch, tmp_path):
     (tmp_path / "vgg.npz").write_bytes(b"weights")
-    monkeypatch.setattr(evaluate.weights, "read", lambda path: {})
+    monkeypatch.setattr(evaluate.weights, "read", lambda path, field: {})
     monkeypatch.setattr(evaluate.lpips, "convert", lambda arrays, path: jnp.float32(3))
     monkeypatch.setattr(
         evaluate.lpips, "distance", lambda weight, a, b: weight * jnp.abs(a - b).mean((1, 2, 3))
