@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxvid.kernels.gated_delta import chunked, reference, tpu
 from jaxvid.kernels.linear_attention import as_arrays, check, fastest, resolve, sharded
@@ -40,13 +39,14 @@ def gated_delta(
     forward mode (jax.jvp, jax.linearize) is defined of the reference alone. All else is as in
     `kernels.linear_attention`.
     """
-    log_decay, initial_state, segment_ids = as_arrays(log_decay, initial_state, segment_ids)
+    beta_BLA, log_decay, initial_state, segment_ids = as_arrays(
+        beta_BLA, log_decay, initial_state, segment_ids
+    )
     check(q_BLAK, k_BLAK, v_BLAV, log_decay, initial_state, segment_ids, chunk)
     B, L, A, K = q_BLAK.shape
-    beta_BLA = jnp.asarray(beta_BLA)
     if beta_BLA.shape != (B, L, A):
         raise ValueError(f"beta of shape {list(beta_BLA.shape)}: must be {[B, L, A]}")
-    if log_decay is not None and np.ndim(log_decay) == 4:
+    if log_decay is not None and log_decay.ndim == 4:
         raise ValueError("log_decay by channel: the delta rule takes [A] or [B, L, A]")
     if implementation not in ("auto", *IMPLEMENTATIONS):
         known = ", ".join(IMPLEMENTATIONS)

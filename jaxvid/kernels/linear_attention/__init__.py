@@ -126,9 +126,9 @@ def check(q, k, v, log_decay, initial_state, segment_ids, chunk):
     B, L, A, K = q.shape
 
     def require(name, x, *shapes):
-        if x is not None and np.shape(x) not in shapes:
+        if x is not None and x.shape not in shapes:
             wanted = " or ".join(str(list(shape)) for shape in shapes)
-            raise ValueError(f"{name} of shape {list(np.shape(x))}: must be {wanted}")
+            raise ValueError(f"{name} of shape {list(x.shape)}: must be {wanted}")
 
     require("log_decay", log_decay, (A,), (B, L, A), (B, L, A, K))
     require("initial_state", initial_state, (B, A, K, v.shape[-1]))
