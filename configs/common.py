@@ -1,11 +1,59 @@
-"""What every experiment shares: the sections of a config, and the options after its colon.
+"""What every experiment shares: sections of a config, mixers, and the options after the colon.
 
-Configs are plain data. The comment beside a field is its help: `--config_help` prints it.
+Configs are plain data and import nothing of jaxvid. A field is a value with its meaning, which
+`--config_help` prints; a preset that assigns another value keeps the meaning.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
-MIXERS = ("softmax", "linear", "lightning", "gla", "gated_delta", "lightnet", "aaren", "routing")
+
+def field(value, meaning: str) -> FieldReference:
+    """A value and its meaning.
+
+    value: a plain value, or the reference to another field (`config.data.get_ref("frames")`), which
+    this field then follows until it is set. To give one value two names, put the reference itself
+    in both places.
+    """
+    reference = FieldReference(value)
+    reference.meaning = meaning
+    return reference
+
+
+# Temporal mixers: name -> options, given the frames of a training clip.
+MIXERS = {
+    "softmax": lambda frames: dict(
+        window=field(frames, "frames that a frame sees, its own included (follows data.frames)"),
+        sinks=field(0, "first frames that stay visible beyond the window"),
+        mask=field("causal", "causal, or full, which cannot stream"),
+    ),
+    "linear": lambda frames: {},
+    "lightning": lambda frames: dict(
+        slopes=field("lightning", "decay slopes: lightning, fla, sglang, or one per head: 0.5,0.1"),
+        layer=field(0, "index of the layer whose slopes all layers use"),
+        layers=field(1, "number of layers in the formula of the slopes"),
+    ),
+    "gla": lambda frames: dict(
+        feature=field("none", "activation of queries and keys: none (as in the paper) or silu"),
+    ),
+    "gated_delta": lambda frames: dict(
+        conv=field(4, "frames in the short convolutions of queries, keys and values"),
+    ),
+    "lightnet": lambda frames: dict(
+        lrpe=field(True, "relative positions by cosines of distances over (t, h, w) (MD-LRPE)"),
+        tpe=field(2, "decaying exponentials per channel at the input (MD-TPE); 0 = none"),
+    ),
+    "aaren": lambda frames: {},
+    "routing": lambda frames: dict(
+        clusters=field(4, "clusters per head"),
+        members=field(32, "newest past tokens of a cluster that a query sees"),
+    ),
+}
+
+
+def mixer(name: str, frames) -> dict:
+    """The section of a temporal mixer. frames: of a training clip, a number or a reference."""
+    meaning = "temporal mixer, a name in jaxvid.mixers; set it by the config's option"
+    return dict(name=field(name, meaning), **MIXERS[name](frames))
 
 
 def parse(options: str, **choices: tuple[str, ...]) -> ConfigDict:
@@ -27,103 +75,61 @@ def parse(options: str, **choices: tuple[str, ...]) -> ConfigDict:
 def get_config() -> ConfigDict:
     """The sections that every task has, at sizes for two CPU cores."""
     config = ConfigDict()
-    config.seed = 0  # of parameters, data order, noise and dropout
-    config.steps = 2500  # optimiser steps in all
-
-    config.data = ConfigDict(
-        dict(
-            name="sprites",  # source: sprites, folder, array_record, tfds or latents
-            path="",  # where the clips are (not for sprites)
-            frames=16,  # frames in a training window
-            size=24,  # pixels along each side of the square frames
-            stride=1,  # source frames from one frame of the window to the next
-            batch_size=8,  # clips in a step, over all hosts
-            flip=False,  # mirror half of the clips left to right
-            crop="random",  # square cut out of a frame: random or center
-            difficulty=0.0,  # sprites: 0 is a plain grey ground, 1 a strongly textured one
-            num_clips=4096,  # sprites: clips in the training split
-            workers=0,  # processes that decode; 0 decodes in threads of this one
-            threads=2,  # threads that decode, in each process
-            text_tokens=0,  # words of the caption given to the model; 0 leaves text out
-            text_width=64,  # width of a word's embedding
-        )
+    config.seed = field(0, "random seed of parameters, data order, noise and dropout")
+    config.steps = field(2500, "optimizer steps of the run")
+    config.data = dict(
+        name=field("sprites", "source: sprites, folder, array_record, tfds, latents or mqar"),
+        path=field("", "folder of the clips (not for sprites and mqar)"),
+        frames=field(16, "frames in a training clip"),
+        size=field(24, "pixels along each side of the square frames"),
+        stride=field(1, "source frames from one frame of a clip to the next"),
+        batch_size=field(8, "clips per step, over all hosts"),
+        flip=field(False, "mirror half of the clips left to right"),
+        crop=field("random", "position of the square crop: random or center"),
+        difficulty=field(0.0, "sprites: from 0, a plain grey background, to 1, a strong texture"),
+        num_clips=field(4096, "sprites and mqar: clips in the training split"),
+        workers=field(0, "decoding processes; 0 decodes in threads of the main process"),
+        threads=field(2, "decoding threads per process"),
+        text_tokens=field(0, "words of the caption that the model reads; 0 = no text"),
+        text_width=field(64, "width of a word's embedding"),
     )
-    config.optim = ConfigDict(
-        dict(
-            name="muon",  # adamw; or muon for the matrices of layers, and AdamW for the rest
-            lr=2e-3,  # peak learning rate
-            muon_lr=2e-2,  # the same for the matrices that Muon updates
-            warmup=100,  # steps of linear rise from 0 to the peak
-            schedule="cosine",  # after the rise: constant, or cosine down to 0
-            b1=0.9,  # AdamW: memory of the mean gradient
-            b2=0.99,  # AdamW: memory of the squared gradient
-            weight_decay=0.0,  # decoupled, of matrices (muon: of its own only)
-            clip=1.0,  # largest global norm of the gradient; 0 does not clip
-            ema=0.999,  # memory of the weights that evaluate and sample use
-            accumulate=1,  # parts that a batch is worked through in, to save memory
-            skip_nonfinite=3,  # NaN steps in a row that are skipped before the run stops
-        )
+    config.optim = dict(
+        name=field("muon", "adamw, or muon: Muon for the matrices of layers, AdamW for the rest"),
+        lr=field(2e-3, "peak learning rate"),
+        muon_lr=field(2e-2, "peak learning rate of the matrices that Muon updates"),
+        warmup=field(100, "steps of linear warm-up from 0 to the peak"),
+        schedule=field("cosine", "after warm-up: constant, or cosine decay to 0"),
+        b1=field(0.9, "AdamW beta1"),
+        b2=field(0.99, "AdamW beta2"),
+        weight_decay=field(0.0, "decoupled weight decay of matrices (muon: only of Muon's)"),
+        clip=field(1.0, "maximum global norm of the gradient; 0 = no clipping"),
+        ema=field(0.999, "decay of the averaged weights, which evaluate and sample use"),
+        accumulate=field(1, "gradient accumulation: parts of a batch, computed in turn"),
+        skip_nonfinite=field(3, "NaN steps in a row that are skipped before the run stops"),
     )
-    # Devices along each axis; -1 takes those that are left.
-    config.mesh = ConfigDict(
-        dict(
-            data=-1,  # devices holding copies of the parameters, each with its clips
-            fsdp=1,  # devices over which parameters and clips are both split
-            tensor=1,  # devices over which heads and hidden units are split
-            seq=1,  # devices over which the frames of a clip are split; must divide them
-        )
+    config.mesh = dict(
+        data=field(-1, "devices with a copy of the parameters and their own clips; -1 = the rest"),
+        fsdp=field(1, "devices that split both parameters and clips; -1 = the rest"),
+        tensor=field(1, "devices that split heads and hidden units; -1 = the rest"),
+        seq=field(1, "devices that split the frames of a clip; must divide them"),
     )
-    config.checkpoint = ConfigDict(
-        dict(
-            every=500,  # steps between checkpoints
-            keep=2,  # newest checkpoints kept
-            best="",  # metric of evaluate whose best checkpoint is kept too; "" for none
-        )
+    config.checkpoint = dict(
+        every=field(500, "steps between checkpoints"),
+        keep=field(2, "newest checkpoints to keep"),
+        best=field("", "also keep the best checkpoint by this metric of evaluate; '' = none"),
     )
-    config.log = ConfigDict(
-        dict(
-            every=50,  # steps between lines on the console and in metrics.jsonl
-            tensorboard=True,  # also write TensorBoard event files
-        )
+    config.log = dict(
+        every=field(50, "steps between lines on the console and in metrics.jsonl"),
+        tensorboard=field(True, "also write TensorBoard event files"),
     )
-    config.evaluate = ConfigDict(
-        dict(
-            every=500,  # steps between evaluations; 0 leaves only the one at the end
-            batches=2,  # validation batches in an evaluation
-        )
+    config.evaluate = dict(
+        every=field(500, "steps between evaluations; 0 = only at the end"),
+        batches=field(2, "validation batches per evaluation"),
     )
-    config.sample = ConfigDict(
-        dict(
-            every=0,  # steps between sampled clips; 0 leaves only those at the end
-            num=8,  # clips sampled each time
-        )
+    config.sample = dict(
+        every=field(0, "steps between sampled clips; 0 = only at the end"),
+        num=field(8, "clips sampled each time"),
     )
-    config.init_from = ""  # work folder of a run whose weights to start from; "" starts anew
-    config.compile_cache = ""  # folder of compiled programs; "" is <workdir>/../jax_cache
+    config.init_from = field("", "work folder of a run to start from; '' = random weights")
+    config.compile_cache = field("", "folder of compiled programs; '' = <workdir>/../jax_cache")
     return config
-
-
-def add_mixer(config, name, frames):
-    """Fill in config.task.model.mixer: a name of MIXERS and its options, for clips of `frames`."""
-    config.task.model.mixer = ConfigDict()
-    config.task.model.mixer.name = name  # temporal mixer, a name in jaxvid.mixers
-    if name == "softmax":
-        # A value of its own, so that setting the window leaves the clips alone.
-        window = frames + 0
-        config.task.model.mixer.window = window  # frames it sees, its own too (follows data.frames)
-        config.task.model.mixer.sinks = 0  # first frames that stay visible beyond the window
-        config.task.model.mixer.mask = "causal"  # or full or leaky, which cannot stream
-    if name == "lightning":
-        config.task.model.mixer.slopes = "lightning"  # or fla or sglang, or one per head: 0.5,0.1
-        config.task.model.mixer.layer = 0  # layer whose decays of that law all layers have
-        config.task.model.mixer.layers = 1  # layers that the law is told of
-    if name == "gla":
-        config.task.model.mixer.feature = "none"  # of queries and keys: none (the paper's) or silu
-    if name == "gated_delta":
-        config.task.model.mixer.conv = 4  # frames that the convolutions before the rule read
-    if name == "lightnet":
-        config.task.model.mixer.lrpe = True  # positions by the cosine of distances over (t, h, w)
-        config.task.model.mixer.tpe = 2  # decaying exponentials at the input, per channel; or 0
-    if name == "routing":
-        config.task.model.mixer.clusters = 4  # clusters of a head
-        config.task.model.mixer.members = 32  # past tokens of a cluster that can be read

@@ -4,14 +4,15 @@
     python -m jaxvid.train --config=configs/tokenizer.py:arch=omnitokenizer,quantizer=vq,size=b,\\
         data=array_record --config.data.path=DIR
 
-Options: arch=cvivit|omnitokenizer|ar_vae, quantizer=fsq|vq|lfq|bsq|kl, size=tiny|b (tiny is made
-for two CPU cores, b has the papers' width and depth), data=sprites|folder|array_record|tfds,
-gan=none|patch|stylegan,
-mixer=paper|alibi|softmax|linear|lightning|gla|gated_delta|lightnet|aaren|routing (over time, not of
-ar_vae; paper is alibi for cvivit and softmax for omnitokenizer), stage=none|image|joint|kl.
+Options: arch=cvivit|omnitokenizer|ar_vae, quantizer=fsq|vq|lfq|bsq|kl, size=tiny|b (tiny is for two
+CPU cores, b has the width and depth of the papers), data=sprites|folder|array_record|tfds,
+gan=none|patch|stylegan, stage=none|image|joint|kl,
+mixer=paper|alibi|softmax|linear|lightning|gla|gated_delta|lightnet|aaren|routing (over time, not
+for ar_vae; paper is alibi for cvivit and softmax for omnitokenizer).
 
-The stages of OmniTokenizer (Wang et al. 2024), each from the weights of the one before; they decide
-frames, sizes, quantizer, discriminators, learning rates and weights of losses:
+A stage is one of the three in which OmniTokenizer is trained (Wang et al. 2024). Each starts from
+the weights of the one before. A stage decides frames, sizes, quantizer, discriminators, learning
+rates and the weights of losses:
 
     C=configs/tokenizer.py:arch=omnitokenizer,size=b,data=array_record
     python -m jaxvid.train --config=$C,stage=image --workdir=IMAGE --config.data.path=DIR
@@ -20,34 +21,32 @@ frames, sizes, quantizer, discriminators, learning rates and weights of losses:
     python -m jaxvid.train --config=$C,stage=kl --workdir=KL --config.data.path=DIR \\
         --config.init_from=JOINT
 
-What differs from their script, beside the network itself: images of the joint stage are frames of
-its clips and come in the same step, not by turns; the cosine ends at 0, not 5e-5; Adam as in their
-paper, (0.9, 0.99); codes are of unit length; discriminators have GroupNorm and see no blurred or
-noisy pictures, and no step of theirs is skipped; positions are rotations and groups hold 4 frames
-from the first stage on. With size=tiny the stages keep the optimiser, the restarts of codes and the
-size of tiny.
+Differences from their script, beside the network:
+- the images of the joint stage are frames of its clips, in the same step and not in turns
+- the cosine ends at 0 and not at 5e-5
+- Adam has the betas of their paper, (0.9, 0.99)
+- codes have unit length
+- discriminators have GroupNorm, see no blurred or noisy images and skip no step
+- positions are rotary and frame groups hold 4 frames from the first stage on
+With size=tiny the stages keep the optimizer and the code restarts of size=tiny.
 
-Measured on held-out sprites, two cores of an AMD EPYC, jax 0.10.2. The first command, at one go, in
-8 minutes 45 seconds on a machine shared with other work, on 2026-11-25:
+Scores of the first command on held-out sprites, in 9 minutes on two CPU cores:
 
     step        500   1000   1500   1800
     PSNR, dB   25.4   27.4   28.0   28.2
     SSIM       0.81   0.87   0.88   0.88
 
-The other quantizers in runs of 600 steps (on 2026-11-22 and the night after, kl on 2026-11-25), and
-the share of their codes that 16 clips use:
+Scores of the other quantizers after 600 steps; usage is the share of the codes that 16 clips use
+(0.013 with fsq, whose 64,000 codes outnumber the tokens of these clips):
 
                 vq    lfq    bsq     kl
     codes      512   1024   1024      -
     PSNR, dB  25.2   20.1   22.6   26.5
-    use       0.55   0.82   0.73      -
-
-(FSQ has 64,000 codes, more than these clips have tokens, and they use 0.013 of them.)
+    usage     0.55   0.82   0.73      -
 """
 
-from ml_collections import ConfigDict, FieldReference
-
 from configs import common
+from configs.common import field
 
 # size -> width, heads, layers of space and of time on each side, pixels of a patch
 SIZES = {
@@ -57,7 +56,7 @@ SIZES = {
 
 
 def get_config(options=""):
-    """The experiment, as the options after the config's colon choose it."""
+    """The experiment, with the options after the colon of the config."""
     chosen = common.parse(
         options,
         arch=("cvivit", "omnitokenizer", "ar_vae"),
@@ -82,54 +81,42 @@ def get_config(options=""):
         _large(config)
     if is_staged:
         _stage_run(config, chosen.stage, tiny)
-    # One value for the data and the task: a change of data.frames, say, reaches both.
-    config.data.frames = frames = FieldReference(config.data.frames)
-    config.data.size = size = FieldReference(config.data.size)
-    config.task = ConfigDict(
-        dict(
-            name="tokenizer",  # module of jaxvid.tasks
-            size=size,  # pixels along each side of a frame (follows data.size)
-            frames=frames,  # frames of a training clip (follows data.frames)
-            arch=chosen.arch,  # cvivit, omnitokenizer or ar_vae
-            error="l2",  # of the pixels: l1 or l2
-            images=0.125,  # frames also rebuilt as images, as a share of the clip's
-            sizes=(),  # pixels of which every step draws one, up to data.size; () for that alone
-            inflation="average",  # of the weights of an init_from of images: average, first or none
-        )
+    config.task = dict(
+        name=field("tokenizer", "module of jaxvid.tasks"),
+        size=config.data.get_ref("size"),
+        frames=config.data.get_ref("frames"),
+        arch=field(chosen.arch, "cvivit, omnitokenizer or ar_vae; set it by the config's option"),
+        error=field("l2", "reconstruction error of pixels: l1 or l2"),
+        images=field(0.125, "frames also reconstructed as images, as a share of the clip's frames"),
+        sizes=field((), "resolutions, one drawn per step, at most data.size; () = data.size alone"),
+        inflation=field(
+            "average", "of init_from's image weights to frame groups: average, first or none"
+        ),
     )
     width, heads, space, time, patch = SIZES[chosen.size]
-    config.task.network = ConfigDict(
-        dict(
-            width=width,  # channels of a token
-            heads=heads,  # attention heads; must divide the width
-            patch=patch,  # pixels along each side of a token; must divide the size
-            mlp_ratio=8 / 3,  # hidden units of the gated MLP, in widths
-            dtype="float32" if tiny else "bfloat16",  # of the computation; parameters are float32
-            remat=not tiny,  # compute the layers again in the backward pass, to save memory
-        )
+    config.task.network = dict(
+        width=field(width, "channels of a token"),
+        heads=field(heads, "attention heads; must divide the width"),
+        patch=field(patch, "pixels along each side of a token; must divide the size"),
+        mlp_ratio=field(8 / 3, "hidden units of the gated MLP, in widths"),
+        dtype=field("float32" if tiny else "bfloat16", "computation: float32 or bfloat16"),
+        remat=field(not tiny, "recompute activations in the backward pass, to save memory"),
     )
     if chosen.arch == "ar_vae":
-        config.task.network.tokens = 32  # latent tokens of a frame
-        config.task.network.depth = space + time  # layers of encoder and of decoder
-        config.task.network.window = 16  # ar_vae: frames that one sees; else: cells of a window
-        config.task.network.unit = False  # read latents as directions
-    else:
-        _cvivit(config, chosen.arch == "omnitokenizer", 2 if tiny else 4, space, time)
-        if chosen.mixer == "paper":
-            chosen.mixer = "softmax" if chosen.arch == "omnitokenizer" else "alibi"
-        config.task.network.mixer = ConfigDict()
-        config.task.network.mixer.name = chosen.mixer  # temporal mixer, a name in jaxvid.mixers
-        if chosen.mixer in ("softmax", "alibi"):
-            config.task.network.mixer.window = 8  # latent frames that one sees, its own included
-    _quantizer(config, chosen.quantizer, tiny)
-    # Weights of others, .npz or .safetensors; without them these losses are off.
-    config.task.perceptual = ConfigDict(
-        dict(
-            lpips="",  # file of VGG-16 with the heads of LPIPS
-            lpips_weight=0.1,  # of the distance of a frame of every clip and image
-            i3d="",  # file of I3D
-            i3d_weight=1.0,  # of the squared distance of clips in its features
+        config.task.network.update(
+            tokens=field(32, "latent tokens per frame"),
+            depth=field(space + time, "layers of the encoder, and of the decoder"),
+            window=field(16, "frames that a frame sees, its own included"),
+            unit=field(False, "normalise latents before decoding"),
         )
+    else:
+        _cvivit(config, chosen, 2 if tiny else 4, space, time)
+    config.task.quantizer = _quantizer(chosen.quantizer, tiny)
+    config.task.perceptual = dict(
+        lpips=field("", ".npz or .safetensors with VGG-16 and the heads of LPIPS; '' = no LPIPS"),
+        lpips_weight=field(0.1, "loss weight of LPIPS, on one frame of every clip and image"),
+        i3d=field("", ".npz or .safetensors with I3D; '' = no I3D loss"),
+        i3d_weight=field(1.0, "loss weight of the squared distance of clips in I3D features"),
     )
     if chosen.gan != "none":
         _gan(config, chosen.gan, tiny)
@@ -139,7 +126,7 @@ def get_config(options=""):
 
 
 def _stage_options(chosen, options):
-    """What a stage of OmniTokenizer decides of the options; ValueError if they say it too."""
+    """Set the options that a stage decides; ValueError if the command line sets them too."""
     if chosen.arch != "omnitokenizer":
         raise ValueError(f"stage={chosen.stage}: stages are of arch=omnitokenizer; name it too")
     for name in ("quantizer", "gan"):
@@ -149,7 +136,7 @@ def _stage_options(chosen, options):
 
 
 def _stage_run(config, stage, tiny):
-    """Clips and optimiser of a stage."""
+    """Clips and optimizer of a stage."""
     if stage == "image":
         config.data.frames = 1
     if tiny:
@@ -165,7 +152,7 @@ def _stage_run(config, stage, tiny):
 
 
 def _stage_losses(config, stage, tiny):
-    """Sizes and weights of a stage."""
+    """Resolutions and loss weights of a stage."""
     config.task.error = "l1"
     if stage == "image":
         config.task.images = 0.0
@@ -177,104 +164,100 @@ def _stage_losses(config, stage, tiny):
             config.task.quantizer.restart = 0.0
     config.task.perceptual.lpips_weight = 4.0
     config.task.perceptual.i3d_weight = 0.0
-    # Pictures are judged in the first stage alone, and clips, by a new discriminator, after it.
+    # The first stage has a discriminator of images, the others a new one of clips.
     config.task.gan.image = 0.01 if stage == "image" else 0.0
     config.task.gan.video = 0.0 if stage == "image" else 0.01
-    # Theirs weighs the sum of 4 layers by 4, ours is of the mean.
+    # Their weight is 4, of the sum over 4 layers; ours is of the mean.
     config.task.gan.feature_matching = 16.0
-    config.steps = steps = FieldReference(config.steps)
-    config.optim.discriminator.warmup = steps  # steps of linear rise, here all (follows steps)
+    warmup = field(config.get_ref("steps"), "steps of linear warm-up (follows steps)")
+    config.optim.discriminator.warmup = warmup
 
 
 def _gan(config, kind, tiny):
     """Discriminators of images and clips, trained in the same step as the tokenizer."""
-    config.task.gan = ConfigDict(
-        dict(
-            kind=kind,  # patch or stylegan
-            width=(16 if tiny else 64) if kind == "patch" else (32 if tiny else 512),  # channels
-            loss="hinge",  # hinge or non_saturating
-            image=0.1,  # weight of the verdict on images; 0 has no discriminator of these
-            video=0.1,  # weight of the verdict on clips; 0 has no discriminator of these
-            start=500 if tiny else 50_000,  # first step with discriminators
-            adaptive=False,  # also multiply image and video by a quotient of gradients
-            r1=0.0,  # weight of the discriminators' squared gradient at true samples
-            lecam=0.0,  # weight of keeping verdicts near the running mean of the other side's
-            feature_matching=0.0,  # weight of the mean distance in the discriminators' layers
-        )
+    width = {"patch": 16 if tiny else 64, "stylegan": 32 if tiny else 512}[kind]
+    config.task.gan = dict(
+        kind=field(kind, "discriminator: patch or stylegan"),
+        width=field(width, "channels of the discriminators"),
+        loss=field("hinge", "hinge or non_saturating"),
+        image=field(0.1, "generator loss weight on images; 0 = no image discriminator"),
+        video=field(0.1, "generator loss weight on clips; 0 = no video discriminator"),
+        start=field(500 if tiny else 50_000, "first step with discriminators"),
+        adaptive=field(False, "also scale image and video by the ratio of gradient norms (VQGAN)"),
+        r1=field(0.0, "weight of the R1 gradient penalty"),
+        lecam=field(0.0, "weight of the LeCam regularizer"),
+        feature_matching=field(0.0, "generator loss weight of feature matching"),
     )
-    # What the discriminators' optimiser has for itself; the other fields are those of optim.
-    config.optim.discriminator = ConfigDict(
-        dict(
-            name="adamw",  # adamw or muon
-            lr=0.1 * config.optim.lr,  # peak learning rate
-            b1=0.5,  # memory of the mean gradient
-            weight_decay=0.0,  # decay would shrink them before task.gan.start too
-        )
+    # All other fields of the discriminators' optimizer are those of optim.
+    config.optim.discriminator = dict(
+        name=field("adamw", "adamw or muon"),
+        lr=field(0.1 * config.optim.lr, "peak learning rate"),
+        b1=field(0.5, "AdamW beta1"),
+        weight_decay=field(0.0, "decoupled weight decay of matrices, from step 0 on"),
     )
 
 
-def _cvivit(config, omni, t_patch, space, time):
-    """What C-ViViT and OmniTokenizer have in common beside the rest."""
+def _cvivit(config, chosen, t_patch, space, time):
+    """Fields of the network that only C-ViViT and OmniTokenizer have."""
+    omni = chosen.arch == "omnitokenizer"
     encoder = "t" * (space - space // 2) + "w" * (space // 2) if omni else "t" * space
-    config.task.network.t_patch = t_patch  # frames in a latent after the first
-    config.task.network.encode_blocks = encoder  # layers in space: t for all cells, w for windows
-    config.task.network.decode_blocks = "t" * space  # the same of the decoder
-    config.task.network.window = 8  # ar_vae: frames that one sees; else: cells of a window
-    config.task.network.position = "rope" if omni else "rel"  # in space: rope or rel(ative bias)
-    config.task.network.temporal_depth = time  # layers over time, of encoder and of decoder
-    config.task.network.peg = True  # causal convolution before the temporal mixer
-    config.task.network.stem = "split"  # first frame: split has its own weights, shared repeats it
-    config.task.network.patchify = "linear"  # linear or haar
-    config.task.network.patch_norm = False  # as peers have it; hides how bright a flat patch is
+    mixer = chosen.mixer
+    if mixer == "paper":
+        mixer = "softmax" if omni else "alibi"
+    config.task.network.update(
+        t_patch=field(t_patch, "frames per latent after the first"),
+        encode_blocks=field(encoder, "spatial layers of the encoder: t global, w in windows"),
+        decode_blocks=field("t" * space, "spatial layers of the decoder: t global, w in windows"),
+        window=field(8, "tokens along each side of a window of the w layers"),
+        position=field("rope" if omni else "rel", "spatial positions: rope, or rel (learned bias)"),
+        temporal_depth=field(time, "temporal layers of the encoder, and of the decoder"),
+        peg=field(True, "causal convolution before the temporal mixer (PEG)"),
+        stem=field("split", "first frame: split (its own weights) or shared (repeated)"),
+        patchify=field("linear", "linear or haar"),
+        patch_norm=field(False, "normalise patches, which hides the brightness of flat ones"),
+        mixer=dict(name=field(mixer, "temporal mixer; set it by the config's option")),
+    )
+    if mixer in ("softmax", "alibi"):
+        meaning = "latent frames that a latent frame sees, its own included"
+        config.task.network.mixer.window = field(8, meaning)
 
 
-def _quantizer(config, name, tiny):
-    """Options of the quantizers of `jaxvid.layers.quantize`."""
+def _quantizer(name, tiny):
+    """The section of a quantizer, with its options in `jaxvid.layers.quantize`."""
+    section = dict(name=field(name, "fsq, vq, lfq, bsq or kl; set it by the config's option"))
     if name == "fsq":
-        config.task.quantizer = ConfigDict(
-            dict(
-                name=name,  # fsq, vq, lfq, bsq or kl: choose by the config's option
-                levels=(8, 8, 8, 5, 5, 5),  # of each channel; the product is the vocabulary
-            )
+        levels = field((8, 8, 8, 5, 5, 5), "levels per channel; their product is the vocabulary")
+        return section | dict(levels=levels)
+    if name == "vq":
+        return section | dict(
+            codes=field(512 if tiny else 8192, "vocabulary"),
+            channels=field(8, "channels of a latent"),
+            ema=field(0.99, "EMA decay of the codebook; 0 = codes trained by gradient"),
+            commitment=field(0.25, "weight of the commitment loss"),
+            normalize=field(True, "compare latents and codes by direction"),
+            restart=field(
+                0.1 if tiny else 0.01, "restart codes with fewer tokens per batch; 0 = never"
+            ),
+            kmeans=field(4, "k-means iterations on the first batch; 0 = random codes"),
+            estimator=field("straight_through", "gradient: straight_through or rotation"),
         )
-    elif name == "vq":
-        config.task.quantizer = ConfigDict(
-            dict(
-                name=name,  # fsq, vq, lfq, bsq or kl: choose by the config's option
-                codes=512 if tiny else 8192,  # vocabulary
-                channels=8,  # numbers in a latent
-                ema=0.99,  # memory of the means that codes follow; 0 trains them by gradient
-                commitment=0.25,  # weight of pulling tokens to their codes
-                normalize=True,  # compare directions
-                restart=0.1 if tiny else 0.01,  # fewer tokens a batch restart a code; 0 never
-                kmeans=4,  # iterations of k-means on the first batch; 0 for none
-                estimator="straight_through",  # of the gradient: straight_through or rotation
-            )
+    if name == "kl":
+        return section | dict(
+            channels=field(8, "channels of a latent"),
+            weight=field(1e-6, "weight of the KL divergence, summed over a clip"),
         )
-    elif name == "kl":
-        config.task.quantizer = ConfigDict(
-            dict(
-                name=name,  # fsq, vq, lfq, bsq or kl: choose by the config's option
-                channels=8,  # numbers in a latent
-                weight=1e-6,  # of the divergence from a standard Gaussian, summed over a clip
-            )
-        )
-    else:
-        config.task.quantizer = ConfigDict(
-            dict(
-                name=name,  # fsq, vq, lfq, bsq or kl: choose by the config's option
-                channels=10 if tiny else 18,  # numbers in a latent; 2^channels is the vocabulary
-                entropy=0.1,  # weight of the entropies
-                diversity=1.0,  # of the batch's entropy, beside the token's
-                commitment=0.25,  # weight of pulling tokens to their codes
-                sharpness=10.0 if tiny else 100.0,  # inverse temperature of the entropies
-                group=10 if tiny else 9,  # bits whose joint entropy is taken
-            )
-        )
+    return section | dict(
+        channels=field(10 if tiny else 18, "channels of a latent; the vocabulary is 2^channels"),
+        entropy=field(0.1, "weight of the entropy loss"),
+        diversity=field(1.0, "weight of the batch's entropy against that of single tokens"),
+        commitment=field(0.25, "weight of the commitment loss"),
+        sharpness=field(10.0 if tiny else 100.0, "inverse temperature of the entropies"),
+        group=field(10 if tiny else 9, "bits per group, whose joint entropy is computed"),
+    )
 
 
 def _large(config):
-    """Settings of the preset that wants an accelerator."""
+    """Settings of the preset for accelerators."""
     config.steps = 500_000
     config.data.size = 128
     config.data.batch_size = 64

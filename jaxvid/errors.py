@@ -4,21 +4,18 @@ import contextlib
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line naming the field, its value and the remedy.
+    """Bad input. The message is one line: "field=value: what is wrong; the remedy".
 
-    Entry points print the line without a traceback and exit with status 2.
+    The field is named as the code that raises it knows it. Each caller that holds a larger section
+    of the config adds its own name with `within`. Entry points print the line without a traceback
+    and exit with status 2.
     """
 
 
 @contextlib.contextmanager
-def within(section, fields):
-    """Gives the field that a UserError names first, if one of `fields`, its full name in a config.
-
-    So what knows nothing of configs can say "s=9: ...", and the user reads "task.sampler.s=9: ...".
-    """
+def within(section):
+    """Prefix the field that a UserError names: "s=9: ..." becomes "task.sampler.s=9: ..."."""
     try:
         yield
     except UserError as error:
-        if str(error).partition("=")[0] not in fields:
-            raise
         raise UserError(f"{section}.{error}") from error

@@ -1,14 +1,14 @@
-"""Files that appear whole or not at all."""
+"""Atomic writing of files."""
 
 import os
 from pathlib import Path
 
 
-def write(path, content):
-    """Write str or bytes to a file, in the place of one that is there.
+def write(path: str | Path, content: str | bytes):
+    """Write content to a file, replacing the file that is there.
 
-    A reader, or whoever comes after a crash or a full disk, finds the old content or the new one
-    and never a part. Raises OSError.
+    A reader finds the old content or the new one and never a part, even after a crash or on a full
+    disk. Raises OSError.
     """
     path = Path(path)
     unfinished = path.with_name(f"{path.name}.tmp{os.getpid()}")

@@ -16,12 +16,13 @@ import jax
 import numpy as np
 from absl import flags
 
-from jaxvid import config as config_lib
+from jaxvid import cli
 from jaxvid.data import text, video
 from jaxvid.data.transforms import to_uint8
-from jaxvid.errors import UserError
-from jaxvid.inference import open_run
-from jaxvid.training.logging import peak_bytes
+from jaxvid.errors import UserError, within
+from jaxvid.parallel.devices import peak_bytes
+from jaxvid.runs import open_run
+from jaxvid.tasks.base import Generator
 from jaxvid.training.writer import FPS, write_clips
 
 FLAGS = flags.FLAGS
@@ -32,10 +33,10 @@ def main():
     """Entry point."""
     overrides = {name: FLAGS[name].value for name in OVERRIDES if FLAGS[name].present}
     run = open_run(FLAGS.workdir, sampler=overrides)
-    if not hasattr(run.task, "stream"):
+    if not isinstance(run.task, Generator):
         raise UserError(
             f"workdir={FLAGS.workdir}: task {run.config.task.name} does not generate video; "
-            "use python -m jaxvid.evaluate to see what it does"
+            "use python -m jaxvid.evaluate to score it"
         )
     out = Path(FLAGS.out or Path(FLAGS.workdir, "samples", f"stream-{run.step:06d}-{FLAGS.seed}"))
     if out.exists() and not out.is_dir():
@@ -47,10 +48,10 @@ def main():
         raise UserError(
             f"frames={frames}: --first_frames already has {given}; ask for more than that"
         )
-    with jax.set_mesh(run.mesh):
+    with jax.set_mesh(run.mesh), within("task"):
         begin = time.perf_counter()
-        for _ in zip(range(2 if given else 1), pieces(run, cond, frames)):
-            pass  # compiles; the figures below are of a warm program
+        for _ in zip(range(2 if given else 1), decoded_frames(run, cond, frames)):
+            pass  # compiles; the figures below exclude it
         compiling = time.perf_counter() - begin
         clips_BTHWC, times = timed(run, cond, frames)
     write_clips(out, clips_BTHWC)
@@ -59,7 +60,7 @@ def main():
 
 
 def conditions(run, num):
-    """The `cond` of `Task.sample` that the flags describe; UserError where they do not fit."""
+    """The `cond` of `Task.sample` from the flags; UserError if they do not suit the run."""
     cond, fields = {"num": num}, run.config.task.condition
     for flag, kind in (("label", "class"), ("prompt", "text")):
         if FLAGS[flag].present and fields.kind != kind:
@@ -81,8 +82,8 @@ def conditions(run, num):
     return cond
 
 
-def pieces(run, cond, frames):
-    """Yield (video of the next frames, seconds spent on latents, seconds spent on decoding)."""
+def decoded_frames(run, cond, frames):
+    """Yield (uint8 video of the next frames, seconds for latents, seconds for decoding)."""
     rng = jax.random.key(FLAGS.seed)
     latents = run.task.stream(run.params, rng, cond, frozen=run.frozen, frames=frames)
     state, begin = None, time.perf_counter()
@@ -97,18 +98,18 @@ def pieces(run, cond, frames):
 
 
 def timed(run, cond, frames):
-    """(uint8 clips [B, F, H, W, 3], [(latent seconds, decoding seconds)] of generated pieces)."""
-    clips, *seconds = zip(*pieces(run, cond, frames))
+    """(uint8 clips [B, F, H, W, 3], [(latent seconds, decoding seconds)] of each yield)."""
+    clips, *seconds = zip(*decoded_frames(run, cond, frames))
     times = list(zip(*seconds))
     if "first_frames" in cond:
-        # Reading the given frames is part of the wait for the first new one.
+        # Reading the given frames counts as latency of the first new one.
         (read, shown), (latent, decode), *rest = times
         times = [(read + latent, shown + decode), *rest]
     return np.concatenate(clips, axis=1), times
 
 
 def report(times, compiling, frames):
-    """The figures of a stream, a line each."""
+    """The figures of a stream, one line each."""
     latent, decode = (sum(column) for column in zip(*times))
     peak = peak_bytes(jax.local_devices()[0])
     return "\n".join(
@@ -126,7 +127,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
     flags.DEFINE_integer("frames", None, "Frames of a clip. Default: as trained.", lower_bound=1)
     flags.DEFINE_integer("num", 4, "Clips.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Of the noise.", lower_bound=0, upper_bound=2**32 - 1)
+    flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_string("first_frames", None, "Video file whose frames begin the clips.")
     flags.DEFINE_integer(
         "num_first_frames", None, "Frames read from it. Default: task.given.", lower_bound=1
@@ -138,4 +139,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("steps", None, "Overrides task.sampler.steps.", lower_bound=1)
     flags.DEFINE_float("guidance", None, "Overrides task.sampler.guidance.")
     flags.DEFINE_string("out", None, "Folder of the clips. Default: samples/ of the run.")
-    config_lib.run(main)
+    cli.run(main)

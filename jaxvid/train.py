@@ -16,19 +16,19 @@ from pathlib import Path
 import jax
 from absl import flags
 
+from jaxvid import cli, data
 from jaxvid import config as config_lib
-from jaxvid import data
-from jaxvid.errors import UserError
-from jaxvid.inference import make_task, open_weights
+from jaxvid.errors import UserError, within
+from jaxvid.evaluators.held_out import HeldOut
 from jaxvid.parallel import multihost
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.sharding import batch_sharding, shard_params
+from jaxvid.runs import make_task, open_weights
 from jaxvid.training import flops
 from jaxvid.training.adopt import adopt
 from jaxvid.training.checkpoint import Checkpoints
-from jaxvid.training.evaluation import HeldOut
 from jaxvid.training.guard import Guard
-from jaxvid.training.logging import Log, Progress, parameter_table, say
+from jaxvid.training.log import Log, Progress, parameter_table, say
 from jaxvid.training.optim import make_optimizer
 from jaxvid.training.state import make_init
 from jaxvid.training.step import make_step
@@ -40,7 +40,7 @@ FLAGS = flags.FLAGS
 def train(config, workdir):
     """Train `config` in `workdir`, from its newest checkpoint if there is one; the last TrainState.
 
-    Raises UserError, one line, for what the user can mend; before compiling, where it shows then.
+    Raises UserError, one line, for what the user can repair, before compiling if it is known then.
     """
     multihost.initialize()
     config_lib.validate(config)
@@ -60,21 +60,27 @@ def train(config, workdir):
 
 
 def _train(config, workdir, mesh, stack):
-    task, source = make_task(config.task), data.make_source(config.data, "train")
-    task.check(source)
-    split = getattr(task, "split_frames", lambda frames: None)(config.data.frames)
-    config_lib.check_sequence(config, split, mesh.shape["seq"])
-    tx, schedule = make_optimizer(config.optim, config.steps)
+    task = make_task(config.task)
+    config.task.update(task.binding())  # a run is bound to the weights of its tokenizer
+    with within("data"):
+        source = data.make_source(config.data, "train")
+    with within("task"):
+        task.check(source)
+        split_frames = task.split_frames(config.data.frames)
+    config_lib.check_sequence(config, split_frames, mesh.shape["seq"])
+    with within("optim"):
+        tx, schedule = make_optimizer(config.optim, config.steps)
     checkpoints = stack.enter_context(Checkpoints(workdir, config))
     checkpoints.check_config()
     clips = stack.enter_context(contextlib.closing(_iterator(config, "train", mesh)))
     validation = stack.enter_context(contextlib.closing(_iterator(config, "validation", mesh)))
 
     shapes = _peek(clips, config.data.batch_size, mesh)
-    init, shardings = make_init(task, tx, shapes, config, mesh)
-    target = _placed(jax.eval_shape(init), shardings)
-    frozen = task.frozen()
-    frozen = jax.device_put(frozen, shard_params(frozen, mesh, task.sharding_rules))
+    with within("task"):
+        init, shardings = make_init(task, tx, shapes, config, mesh)
+        target = _placed(jax.eval_shape(init), shardings)
+        frozen = task.frozen()
+    frozen = jax.device_put(frozen, shard_params(frozen, mesh))
     held_out = HeldOut(task, config, mesh, validation)
     held_out_shapes = _peek(validation, config.data.batch_size, mesh)
     checkpoints.check_best(held_out.trace(target.weights, frozen, held_out_shapes))
@@ -93,7 +99,7 @@ def _train(config, workdir, mesh, stack):
     progress = Progress(config.steps, frames, work, flops.machine(mesh.devices.flatten()))
     log = Log(config, writer, progress, guard)
     if found:
-        _make_up(step, state, frozen, config, held_out, writer, log)
+        _catch_up(step, state, frozen, config, held_out, writer, log)
 
     while step < config.steps:
         rows = progress.next(clips)
@@ -110,7 +116,7 @@ def _train(config, workdir, mesh, stack):
                 scores = held_out.evaluate(state.weights, frozen)
             log.settle(scores)
         if checkpoints.due(step):
-            log.settle(always=is_measured)  # so that the record never lags behind what is saved
+            log.settle(always=is_measured)  # so that the log never lags behind the checkpoint
             checkpoints.save(step, state, clips, scores)
         if preempted:
             say(f"{workdir}: stopped; step {step} is saved, the same command goes on from there")
@@ -124,27 +130,27 @@ def _train(config, workdir, mesh, stack):
     return state
 
 
-def _make_up(step, state, frozen, config, held_out, writer, log):
-    """The evaluation and the samples due at the step that is resumed, where a stop prevented them.
+def _catch_up(step, state, frozen, config, held_out, writer, log):
+    """Catch up on the evaluation and samples of the resumed step that a stop prevented.
 
-    All processes do what the files of process 0 ask for.
+    The files of process 0 decide for all processes.
     """
     last = step == config.steps
     lacks_scores = (last or _due(step, config.evaluate.every)) and not writer.has_scores(step)
     lacks_videos = _due(step, config.sample.every) and not last and not writer.has_videos(step)
     lacks_scores, lacks_videos = multihost.agreed(lacks_scores, lacks_videos)
     if lacks_scores:
-        log.make_up(step, held_out.evaluate(state.weights, frozen))
+        log.catch_up(step, held_out.evaluate(state.weights, frozen))
     if lacks_videos:
         writer.videos(step, held_out.sample(state.weights, frozen))
 
 
 def _begin(state, task, config):
-    """The first state, with the weights of config.init_from if that names a run."""
+    """The first state, with the weights of the run config.init_from if that is set."""
     if not config.init_from:
         return state
     fields, _, weights = open_weights(config.init_from, config.task.name, "init_from")
-    if hasattr(task, "inflate"):
+    with within("task"):
         weights = task.inflate(weights, fields)
     state, taken = adopt(state, weights)
     say(f"from {config.init_from}: {taken}")
@@ -152,7 +158,7 @@ def _begin(state, task, config):
 
 
 def _prepare(workdir, config):
-    """Make the work folder, prove that it can be written, and point the compile cache beside it."""
+    """Make the work folder, test that it can be written, and set the compile cache beside it."""
     try:
         Path(workdir).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir) as file:
@@ -166,8 +172,8 @@ def _prepare(workdir, config):
 
 
 def _remove_if_empty(workdir):
-    """Remove a work folder that a refused config has made, if nothing is in it."""
-    with contextlib.suppress(OSError):  # that it is not empty, or that another host was faster
+    """Remove the work folder of a refused config, if nothing is in it."""
+    with contextlib.suppress(OSError):  # it is not empty, or another host was faster
         for folder in (Path(workdir, "ckpt"), Path(workdir)):
             if folder.exists():
                 folder.rmdir()
@@ -175,7 +181,7 @@ def _remove_if_empty(workdir):
 
 @contextlib.contextmanager
 def _disk_errors(workdir):
-    """Turns a disk that fails while metrics or samples are written into one line."""
+    """Turns disk errors while metrics or samples are written into one line."""
     try:
         yield
     except OSError as error:
@@ -183,21 +189,22 @@ def _disk_errors(workdir):
             raise
         raise UserError(
             f"workdir={workdir}: cannot be written ({error.strerror}); checkpoints already saved "
-            "are whole; make room and run the same command again"
+            "are complete; make room and run the same command again"
         ) from error
 
 
 def _iterator(config, split, mesh):
     """This host's rows of the split's batches."""
     index, count = multihost.batch_share(mesh)
-    return data.make_iterator(
-        config.data,
-        split=split,
-        seed=config.seed,
-        batch_size=config.data.batch_size,
-        process_index=index,
-        process_count=count,
-    )
+    with within("data"):
+        return data.make_iterator(
+            config.data,
+            split=split,
+            seed=config.seed,
+            batch_size=config.data.batch_size,
+            process_index=index,
+            process_count=count,
+        )
 
 
 def _peek(iterator, batch_size, mesh):
@@ -205,7 +212,7 @@ def _peek(iterator, batch_size, mesh):
     start = iterator.get_state()
     rows = next(iterator)
     iterator.set_state(start)
-    place = batch_sharding(mesh)  # told, so that what is traced for shapes serves the arrays too
+    place = batch_sharding(mesh)  # what is traced for these shapes then serves the arrays too
     return {
         name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype, sharding=place)
         for name, x in rows.items()
@@ -213,7 +220,7 @@ def _peek(iterator, batch_size, mesh):
 
 
 def _placed(shapes, shardings):
-    """Shapes with where each belongs, which is what restoring needs."""
+    """Shapes with shardings, which restoring needs."""
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings
     )
@@ -225,14 +232,14 @@ def _due(step, every):
 
 def main():
     """Entry point."""
-    config, workdir = config_lib.from_flags()
+    config, workdir = cli.config_from_flags()
     multihost.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     train(config, workdir)
 
 
 if __name__ == "__main__":
-    config_lib.define_flags()
+    cli.define_config_flags()
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where it is not detected.")
     flags.DEFINE_integer("num_processes", None, "Number of processes, where it is not detected.")
     flags.DEFINE_integer("process_id", None, "Number of this process, where it is not detected.")
-    config_lib.run(main)
+    cli.run(main)

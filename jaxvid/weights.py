@@ -1,53 +1,56 @@
-"""Reading weights that others have trained: .npz and .safetensors, never a pickle."""
+"""Reading weight files: .npz and .safetensors, never a pickle."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401, by which numpy knows bfloat16
+import ml_dtypes  # noqa: F401, registers bfloat16 with numpy
 import numpy as np
 from safetensors import safe_open
 
 from jaxvid.errors import UserError
 
 
-def read(path, field="weights"):
-    """A file of named arrays -> {name: numpy array}; UserError, naming the field, if it is none."""
+def read(path: str | Path, field: str = "weights") -> dict[str, np.ndarray]:
+    """A file of named arrays -> {name: array}; UserError, naming `field`, for any other file."""
     path = Path(path)
     readers = {".npz": _npz, ".safetensors": _safetensors}
     if path.suffix not in readers:
         raise UserError(
-            f"{field}={path}: only .npz and .safetensors are read, for a pickle may run any code; "
-            "convert the file where you trust it"
+            f"{field}={path}: only .npz and .safetensors are read, as a pickle may run any code; "
+            "convert a file that you trust"
         )
     try:
         return _numbers(readers[path.suffix](path))
     except OSError as error:
         raise UserError(f"{field}={path}: {error.strerror or error}") from error
-    except Exception as error:  # what others have made may be broken in any way
-        raise UserError(f"{field}={path}: damaged, or no such file inside ({error})") from error
+    except Exception as error:  # a broken file may raise anything
+        raise UserError(f"{field}={path}: damaged, or not {path.suffix} ({error})") from error
 
 
-def digest(path):
-    """SHA-256 of a file, hexadecimal: what a score was measured with."""
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def take(arrays, name, shape, path="weights"):
-    """The array called `name` as float32; UserError where it is missing or of another shape."""
+def take(
+    arrays: dict[str, np.ndarray], name: str, shape: Sequence[int], path: str = "weights"
+) -> np.ndarray:
+    """The array called `name` as float32; UserError if it is missing or has another shape."""
     if name not in arrays:
         raise UserError(f"{path}: holds no {name!r}; is it of another network?")
-    if arrays[name].shape != tuple(shape):
-        found = arrays[name].shape
-        raise UserError(f"{path}: {name!r} has shape {found}, not {tuple(shape)}")
+    actual, shape = arrays[name].shape, tuple(shape)
+    if actual != shape:
+        raise UserError(f"{path}: {name!r} has shape {actual}, not {shape}")
     return np.asarray(arrays[name], np.float32)
 
 
 def _npz(path):
-    found = np.load(path, allow_pickle=False)
-    if not isinstance(found, np.lib.npyio.NpzFile):
-        raise ValueError("one array without a name; save it by numpy.savez")
-    with found as file:
+    loaded = np.load(path, allow_pickle=False)
+    if not isinstance(loaded, np.lib.npyio.NpzFile):
+        raise ValueError("one array without a name; save it with numpy.savez")
+    with loaded as file:
         return dict(file)
 
 
@@ -58,7 +61,7 @@ def _safetensors(path):
 
 def _numbers(arrays):
     for name, array in arrays.items():
-        # A member of a .npz that is no array comes as bytes; of ml_dtypes .npz keeps but the bits.
+        # numpy returns .npz members that are not arrays as bytes, and ml_dtypes as raw bits.
         if not isinstance(array, np.ndarray) or array.dtype.type in (np.void, np.str_, np.bytes_):
-            raise ValueError(f"{name!r} is no array of numbers")
+            raise ValueError(f"{name!r} is not an array of numbers")
     return arrays

@@ -1,18 +1,43 @@
-"""The laws of a causal stream, as checks that any temporal layer or model can be put through.
+"""The laws of a causal stream, as checks of any temporal layer or model.
 
-`layer(x, state) -> (y, state)` with frames on axis 1 of x and y, and state None at the start.
+A layer is `layer(x, state) -> (y, state)` with frames on axis 1 of x and y; the state None starts a
+stream. Where a law is about parameters too, the layer is `jax.tree_util.Partial(apply, params)`.
+The laws share compiled functions: they compile each (layer, shapes) once.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial, keystr, tree_leaves_with_path
 
-PLANS = ([1, 4, 4, 4], [1, 8, 4], [0, 1, 4, 8])
+PLANS = ([1, 4, 4, 4], [0, 1, 8, 4])
 FRAMES = 13
 
 
+@jax.jit
+def call(layer, x, state):
+    """layer(x, state), compiled."""
+    return layer(x, state)
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _gradient(layer, x, weight, plan):
+    """d sum(weight y) / d (parameters, x) for a stream that arrives in chunks of `plan` frames."""
+
+    def loss(layer, x):
+        return (weight * run(layer, x, plan)).sum()
+
+    return jax.grad(loss, argnums=(0, 1))(layer, x)
+
+
+def _partial(layer):
+    return layer if isinstance(layer, Partial) else Partial(layer)
+
+
 def run(layer, x, plan):
-    """The outputs of a stream that arrives in chunks of the planned numbers of frames, joined."""
+    """The joined outputs of a stream that arrives in chunks of `plan` frames."""
     state, outputs, first = None, [], 0
     for frames in plan:
         y, state = layer(x[:, first : first + frames], state)
@@ -23,22 +48,16 @@ def run(layer, x, plan):
 
 
 def streaming(layer, x, plans=PLANS, tolerance=1e-5, gradients=True):
-    """However the stream is cut, the outputs are the same, values and (if asked) gradients."""
-    compiled = jax.jit(layer)
-    whole = run(compiled, x, [x.shape[1]])
+    """The outputs do not depend on how the stream is cut, nor (if asked) do the gradients."""
+    layer, T = _partial(layer), x.shape[1]
+    compiled = functools.partial(call, layer)
+    whole = run(compiled, x, [T])
     for plan in plans:
         np.testing.assert_allclose(run(compiled, x, plan), whole, atol=tolerance, err_msg=f"{plan}")
-
-    if not gradients:
-        return
-
-    def loss(x, plan):
-        y = run(layer, x, plan)
-        return (y * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum()
-
-    gradient = jax.jit(jax.grad(loss), static_argnums=1)
-    in_one, in_two = (gradient(x, plan) for plan in ((x.shape[1],), (1, x.shape[1] - 1)))
-    np.testing.assert_allclose(in_two, in_one, atol=10 * tolerance)
+    if gradients:
+        weight = np.cos(np.arange(whole.size, dtype=np.float32)).reshape(whole.shape)
+        in_one, in_two = (_gradient(layer, x, weight, plan)[1] for plan in ((T,), (1, T - 1)))
+        np.testing.assert_allclose(in_two, in_one, atol=10 * tolerance)
 
 
 def causality(layer, x, reach=2, first=lambda k: k, gradients=True):
@@ -46,53 +65,53 @@ def causality(layer, x, reach=2, first=lambda k: k, gradients=True):
 
     first(k): the first output that frame k of the input belongs to, which never decreases.
 
-    Proved twice: by perturbing a frame, after which earlier outputs are bit-identical, and (if
-    asked) by the gradient of one frame's output, which is exactly zero at later frames.
+    There are two proofs. After a change of one frame, earlier outputs are bit-identical. And (if
+    asked) the gradient of the output of one frame is exactly zero at later frames.
     """
-    T = x.shape[1]
-    forward = jax.jit(layer)
-    y = np.asarray(forward(x, None)[0])
+    layer, T = _partial(layer), x.shape[1]
+    y = np.asarray(call(layer, x, None)[0])
     for k in range(T):
         changed = np.array(x)
         changed[:, k] += 1
-        changed = np.asarray(forward(changed, None)[0])
+        changed = np.asarray(call(layer, changed, None)[0])
         begin = first(k)
         np.testing.assert_array_equal(changed[:, :begin], y[:, :begin], f"frame {k} leaks back")
         for later in range(begin, min(first(k + reach), y.shape[1])):
             assert np.abs(changed[:, later] - y[:, later]).max() > 0, f"{later} ignores {k}"
     if not gradients:
         return
-
-    @jax.jit
-    def gradient(x, frame):
-        return jax.grad(lambda x: jnp.square(layer(x, None)[0][:, frame]).sum())(x)
-
     for frame in range(y.shape[1]):
-        moved = np.abs(gradient(x, frame)).reshape(x.shape[0], T, -1).max((0, 2))
+        weight = np.zeros_like(y)
+        weight[:, frame] = y[:, frame]  # the gradient of y^2 / 2
+        gradient = _gradient(layer, x, weight, (T,))[1]
+        changes = np.abs(gradient).reshape(x.shape[0], T, -1).max((0, 2))
         future = [k for k in range(T) if first(k) > frame]
         near = [k for k in range(T) if first(k) <= frame < first(k + reach)]
-        np.testing.assert_array_equal(moved[future], 0, f"frame {frame} sees the future")
-        assert (moved[near] > 0).all(), f"frame {frame} ignores its past"
+        np.testing.assert_array_equal(changes[future], 0, f"frame {frame} sees the future")
+        assert (changes[near] > 0).all(), f"frame {frame} ignores its past"
 
 
 def image(layer, x):
-    """A stream of one frame begins every stream that begins with that frame.
+    """A stream of one frame equals the beginning of any stream that begins with that frame.
 
-    To rounding: programs for one frame and for more may add in another order.
+    The tolerance is for rounding: the programs may add in different orders.
     """
-    forward = jax.jit(layer)
-    alone, whole = forward(x[:, :1], None)[0], forward(x, None)[0]
+    layer = _partial(layer)
+    alone, whole = call(layer, x[:, :1], None)[0], call(layer, x, None)[0]
     np.testing.assert_allclose(alone, whole[:, : alone.shape[1]], atol=2e-6)
 
 
-def gradients(layer, params, x):
-    """layer(params, x, state): all gradients are finite and none is zero."""
+def gradients(layer, x):
+    """The gradients of the parameters and of x are finite, and none is zero."""
+    y = call(layer, x, None)[0]
+    for path, leaf in tree_leaves_with_path(_gradient(layer, x, y / y.size, (x.shape[1],))):
+        assert np.isfinite(leaf).all(), f"gradient of {keystr(path)} is not finite"
+        assert np.abs(leaf).max() > 0, f"gradient of {keystr(path)} is zero"
 
-    def loss(params, x):
-        return jnp.square(layer(params, x, None)[0]).mean()
 
-    by_params, by_x = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
-    for path, leaf in jax.tree_util.tree_leaves_with_path((by_params, by_x)):
-        name = jax.tree_util.keystr(path)
-        assert np.isfinite(leaf).all(), f"gradient of {name} is not finite"
-        assert np.abs(leaf).max() > 0, f"gradient of {name} is zero"
+def disturbed(params):
+    """Parameters moved off a zero initialisation, so that every path carries a signal."""
+    leaves, tree = jax.tree.flatten(params)
+    rngs = jax.random.split(jax.random.key(9), len(leaves))
+    noisy = [leaf + 0.1 * jax.random.normal(rng, leaf.shape) for leaf, rng in zip(leaves, rngs)]
+    return jax.tree.unflatten(tree, noisy)

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Files are written whole or not at all."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ import pytest
 from jaxvid import files
 
 
-def test_the_last_content_is_there_alone(tmp_path):
+def test_the_last_content_replaces_the_file(tmp_path):
     for content, raw in (("text: ä", "text: ä".encode()), (b"\x00\xff", b"\x00\xff")):
         files.write(tmp_path / "file", content)
         assert (tmp_path / "file").read_bytes() == raw

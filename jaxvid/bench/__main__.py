@@ -14,13 +14,11 @@ network can be timed at the size of a tokenizer's output without one.
 """
 
 import json
-import sys
 from pathlib import Path
 
 from absl import flags
 
-from jaxvid import config as config_lib
-from jaxvid import files
+from jaxvid import cli, files
 from jaxvid.bench import kernels, mixers, runs, timing
 
 RUNS = {
@@ -35,7 +33,7 @@ RUNS = {
 def main(command):
     """Runs a benchmark, prints its table and writes <workdir>/bench_<command>.json."""
     if command in RUNS:
-        config, workdir = config_lib.from_flags()
+        config, workdir = cli.config_from_flags()
         figures = RUNS[command](config, runs.stand_in(flags.FLAGS.latents))
     else:
         workdir = flags.FLAGS.workdir
@@ -53,17 +51,24 @@ def main(command):
     print(f"written to {path}")
 
 
+def run_flags():
+    """Flags of the commands in RUNS."""
+    cli.define_config_flags()
+    flags.DEFINE_string("latents", "", "Time the network on TOKENSxCHANNELS latents, as in 32x4.")
+
+
+def mixer_flags(folder="runs/mixers"):
+    """Flags of the command mixers."""
+    flags.DEFINE_string("device", "", "cpu, gpu or tpu; what JAX finds first unless given.")
+    flags.DEFINE_string("workdir", folder, "Folder for the figures and the plot.")
+
+
+def kernel_flags():
+    """Flags of the command kernels."""
+    mixer_flags("runs/kernels")
+    flags.DEFINE_enum("op", "linear_attention", list(kernels.OPS), "Operation to time.")
+
+
 if __name__ == "__main__":
-    if {"kernels", "mixers"} & set(sys.argv[1:]):
-        flags.DEFINE_string("device", "", "cpu, gpu or tpu; what JAX finds first unless given.")
-    if "kernels" in sys.argv[1:]:
-        flags.DEFINE_enum("op", "linear_attention", list(kernels.OPS), "Operation to time.")
-        flags.DEFINE_string("workdir", "runs/kernels", "Folder for the figures and the plot.")
-    elif "mixers" in sys.argv[1:]:
-        flags.DEFINE_string("workdir", "runs/mixers", "Folder for the figures and the plot.")
-    else:
-        config_lib.define_flags()
-        flags.DEFINE_string(
-            "latents", "", "Time the network on TOKENSxCHANNELS latents, as in 32x4."
-        )
-    config_lib.run(main, commands=(*RUNS, "kernels", "mixers"))
+    others = {"kernels": kernel_flags, "mixers": mixer_flags}
+    cli.run(main, dict.fromkeys(RUNS, run_flags) | others)

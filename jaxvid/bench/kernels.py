@@ -7,11 +7,12 @@ import jax.numpy as jnp
 
 from jaxvid.bench.timing import products, take_turns
 from jaxvid.kernels import gated_delta, linear_attention
+from jaxvid.parallel.devices import cuda_capability
 from jaxvid.training import flops
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)  # tokens of a kernel
-LARGEST_SCORES = 2**29  # bytes of softmax's matrix, of which its gradient holds several
-# Rows, heads, tokens and head width that others publish times for (on a CPU of less of all).
+LARGEST_SCORES = 2**29  # bytes of the score matrix of softmax; its gradient holds several
+# Rows, heads, tokens and head width with published times; on a CPU all are smaller.
 PUBLISHED = (
     (4, 32, 32768, 128),
     (1, 96, 8192, 128),
@@ -19,7 +20,7 @@ PUBLISHED = (
     (4, 64, 4096, 128),
     (4, 8, 16384, 256),
 )
-ROOFLINE_CHUNK = 128  # tokens between two states in the count of what a run must do
+ROOFLINE_CHUNK = 128  # tokens between two states in the count of necessary work
 DIRECTIONS = ("forward", "backward", "both")
 # The kinds of contenders, each with its operation.
 OPS = {
@@ -31,13 +32,14 @@ OPS = {
 def measure(op):
     """Every implementation of an operation beside causal softmax attention, over lengths.
 
-    The delta rule stands beside linear attention with a decay too. Named
-    <contender>_<tokens or shape>_<forward, backward or both>: the best milliseconds, the TFLOP/s
-    and GB/s of the chunk algorithm in it, the share of the rate of a plain product, and that of
-    what this device could do at the rates of a plain product and a plain copy, measured in turn
-    with it; at PUBLISHED shapes also of what its maker promises, where that is known. Backward is
-    the difference of both and forward. Of softmax, which does other work, there is the time alone,
-    and from how many tokens on each contender is ahead of it.
+    The delta rule stands beside linear attention with a decay too. Figures are named
+    <contender>_<tokens or shape>_<forward, backward or both>: the best milliseconds, TFLOP/s and
+    GB/s of the chunk algorithm, the share of the rate of a plain product, and the share of the
+    limit of this device, given the rates of a plain product and a plain copy measured in turn with
+    it; at PUBLISHED shapes also the share of the limit by the data sheet, if that is known.
+    Backward is the difference of both and forward. Softmax does other work and has its time alone;
+    <contender>_<direction>_ahead_of_softmax_from is the number of tokens from which a contender is
+    faster.
     """
     cpu = jax.default_backend() == "cpu"
     B, A, K, dtype = (2, 4, 64, jnp.float32) if cpu else (4, 16, 128, jnp.bfloat16)
@@ -53,7 +55,7 @@ def measure(op):
 
 
 def _measure(op, B, A, L, K, dtype, label, chunk=None):
-    """The figures of all contenders at one shape; chunk: that of their work, else their own."""
+    """The figures of all contenders at one shape. chunk: of the counted work; None is their own."""
     square, _ = products(K, dtype)
     large = jnp.ones(2**24 if jax.default_backend() == "cpu" else 2**28, dtype)
     copy = functools.partial(jax.jit(lambda x: x + 1), large)
@@ -90,9 +92,10 @@ def _measure(op, B, A, L, K, dtype, label, chunk=None):
 
 
 def ahead_of_softmax(figures):
-    """<contender>_<direction>_ahead_of_softmax_from: the first of LENGTHS from which on it is.
+    """{<contender>_<direction>_ahead_of_softmax_from: the first such length of LENGTHS}.
 
-    At every length at which softmax is timed; NaN where it is not ahead at the longest of them.
+    A contender is ahead at every longer length at which softmax is timed; NaN if it is not ahead at
+    the longest of them.
     """
     found = {}
     for name in figures:
@@ -113,11 +116,11 @@ def ahead_of_softmax(figures):
 
 
 def work(direction, K, chunk, kind="decay"):
-    """(FLOPs, numbers moved) per token and head of a run of `measure`, by the chunk algorithm.
+    """(FLOPs, numbers moved) per token and head of the chunk algorithm, as `measure` runs it.
 
-    Whole tiles of scores count, and states between chunks that forward saves for backward. The
-    delta rule, kind "delta", multiplies by two more tiles and by the state once more; its
-    triangular inverse does not count, and backward counts twice forward.
+    Whole tiles of scores count, and the states between chunks that forward saves for backward. The
+    delta rule, kind "delta", multiplies by two more tiles and once more by the state; its
+    triangular inverse does not count, and backward counts as twice forward.
     """
     forward = 4 * K * (chunk + K), 4 * K
     both = K * (14 * chunk + 12 * K), 11 * K + 2 * K * K / chunk
@@ -144,7 +147,7 @@ def _runs(op, B, L, A, K, dtype):
 
 
 def contenders(op, B, L, A, K, dtype):
-    """{name: function of (q, k, v, dy, g, beta) -> a scalar} of what applies and fits in memory."""
+    """{name: function of (q, k, v, dy, g, beta) -> a scalar} of contenders that fit in memory."""
 
     def linear(implementation, kind):
         def run(q, k, v, dy, g, beta):
@@ -169,12 +172,10 @@ def contenders(op, B, L, A, K, dtype):
 
 
 def flash(K, dtype):
-    """Whether softmax has cuDNN's kernel, which forms no matrix of scores, for heads of width K."""
-    capability = getattr(jax.devices()[0], "compute_capability", "")  # "9.0"; "gfx942" by AMD
-    if jnp.dtype(dtype).itemsize != 2 or not capability[:1].isdigit() or K % 8:
-        return False
-    widest = 256 if float(capability) >= 9 else 128
-    return float(capability) >= 8 and widest >= K
+    """Whether cuDNN has a softmax kernel without a score matrix for heads of width K."""
+    capability = cuda_capability() or 0
+    widest = 256 if capability >= 9 else 128
+    return jnp.dtype(dtype).itemsize == 2 and capability >= 8 and K % 8 == 0 and widest >= K
 
 
 def _softmax(implementation):

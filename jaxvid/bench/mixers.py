@@ -1,4 +1,4 @@
-"""Temporal mixers by length of the stream, and from which length on they are worth it."""
+"""Temporal mixers by length of the stream, and the length from which they beat softmax."""
 
 import functools
 
@@ -44,7 +44,7 @@ def measure():
 
 
 def efficiency_length(lengths, costs, quadratic):
-    """From which length on a linear cost stays below a quadratic one (CAB, Zhang et al. 2023).
+    """The length from which a linear cost stays below a quadratic one (CAB, Zhang et al. 2023).
 
     Least squares of d n + e and of a n^2 + b n + c; the last crossing of the two, 0 where the
     linear one is always lower. NaN where `quadratic` does not bend upwards.

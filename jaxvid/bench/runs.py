@@ -1,4 +1,4 @@
-"""What a config does on this machine: (config, tokenizer or None) -> {figure: number}."""
+"""Benchmarks of a config: functions of (config, tokenizer or None) -> {figure: number}."""
 
 import contextlib
 import dataclasses
@@ -17,15 +17,15 @@ from jaxvid import config as config_lib
 from jaxvid import data
 from jaxvid.bench import timing
 from jaxvid.data.transforms import normalize
-from jaxvid.errors import UserError
-from jaxvid.inference import make_task, pieces
+from jaxvid.errors import UserError, within
+from jaxvid.models.tokenizer import VideoTokenizer
+from jaxvid.parallel.devices import peak_bytes
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.multihost import to_global
 from jaxvid.parallel.sharding import batch_sharding
+from jaxvid.runs import make_task
 from jaxvid.training import flops
-from jaxvid.training.logging import peak_bytes
 from jaxvid.training.optim import make_optimizer
-from jaxvid.training.restore import batch_shapes
 from jaxvid.training.state import make_init
 from jaxvid.training.step import make_step
 
@@ -34,13 +34,13 @@ STREAMS, STREAM_PIECE = (64, 1000), 16  # frames of long clips, and about that m
 
 
 def step(config, tokenizer):
-    """The training step on random clips, with plain matrix products as the measure of the machine.
+    """The training step on random clips, beside plain matrix products on the same machine.
 
-    Steps and products take turns, so that whatever else the machine does slows both. FLOPs are
-    those of matrix products and convolutions, forward and twice that backward. The share of what
-    plain products reach compares best with best; everything else is of the median step. Pairs that
-    a mask hides are not computed and do not count, but for the share of `all_pairs`, which says how
-    fast a plain attention, which computes them, would have to be to take as little time.
+    Steps and products take turns, so other load on the machine slows both. FLOPs are those of
+    matrix products and convolutions, forward and twice that backward. The share of the rate of
+    plain products compares the best step with the best product; everything else is of the median
+    step. Pairs hidden by a mask are not computed and do not count. `share_of_matmul_all_pairs`
+    counts them: it is the rate that an attention that computes them would need for the same time.
     """
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
@@ -79,7 +79,7 @@ def step(config, tokenizer):
 
 
 def sample(config, tokenizer):
-    """One clip with the exact cache and one with every frame recomputed in every iteration."""
+    """Sampling of one clip with the exact cache and without: every frame in every iteration."""
     frames, figures = config.data.frames, {}
     cond = {**random_batch(config, 1), "num": 1}
     for memory in ("cache", "none"):
@@ -110,17 +110,16 @@ def sample(config, tokenizer):
 
 
 def input_pipeline(config, tokenizer):
-    """Frames per second out of the iterator alone, and the share of training spent waiting for it.
+    """Frames per second of the iterator alone, and the share of training time spent waiting for it.
 
-    The loop is that of `train`: the next batch is fetched while the device works on the last.
+    The loop is that of `train`: it fetches the next batch while the device works on the last one.
     """
     mesh, size = make_mesh(config.mesh), config.data.batch_size
-    alone = data.throughput(config.data, timing.SECONDS)
-    options = dict(split="train", seed=config.seed, batch_size=size)
-    with (
-        jax.set_mesh(mesh),
-        contextlib.closing(data.make_iterator(config.data, **options)) as clips,
-    ):
+    with within("data"):
+        alone = data.throughput(config.data, timing.SECONDS)
+        options = dict(split="train", seed=config.seed, batch_size=size)
+        iterator = data.make_iterator(config.data, **options)
+    with jax.set_mesh(mesh), contextlib.closing(iterator) as clips:
         _, frozen, state, update = _program(config, tokenizer, next(clips), mesh)
         last, waited, begin = None, 0.0, None
         for _ in range(1 + SHORT_RUN):
@@ -143,7 +142,7 @@ def input_pipeline(config, tokenizer):
 
 
 def encode(config, tokenizer):
-    """A batch of random clips to latents, with plain matrix products in turn as in `step`."""
+    """Encoding a batch of random clips, in turn with plain matrix products as in `step`."""
     tokenizer, params = _own_tokenizer(config, tokenizer)
     video_BTHWC = jnp.asarray(normalize(random_batch(config, config.data.batch_size)["video"]))
 
@@ -166,15 +165,15 @@ def encode(config, tokenizer):
 def stream(config, tokenizer):
     """Clips of STREAMS frames through the encoder and the decoder of a tokenizer, piece by piece.
 
-    What a longer clip needs no more of: `state`, carried from piece to piece, `live`, the most that
-    arrays on the devices hold between two pieces beyond what they held before, and `program`, what
-    XLA takes for the arguments, results and intermediates of a piece, the largest. A piece of other
-    shapes is another program, so that neither can grow unseen. The peak is of the process so far.
+    Figures that must not grow with the length: `state`, carried from piece to piece; `live`, the
+    largest total of arrays on the devices between two pieces, beyond that at the start; `program`,
+    the largest memory of XLA for the arguments, results and intermediates of a piece. A piece of
+    other shapes is another program, so growth of either shows. `peak` is of the process so far.
     """
     tokenizer, params = _own_tokenizer(config, tokenizer)
     size = config.data.size
     grid = tokenizer.grid(size)
-    later = pieces(tokenizer, 1 + STREAM_PIECE, STREAM_PIECE)[0] - 1
+    later = tokenizer.pieces(1 + STREAM_PIECE, about=STREAM_PIECE)[0] - 1
     noise_BTHWC = np.random.default_rng(0).integers(
         0, 256, (1, 1 + later, size, size, 3), dtype=np.uint8
     )
@@ -196,7 +195,7 @@ def stream(config, tokenizer):
 
     for frames in STREAMS:
         arguments, states, value = None, (None, None), None
-        gc.collect()  # or what others have left behind would go meanwhile
+        gc.collect()  # garbage of earlier work would be freed meanwhile
         before, live, taken = _live_bytes(), 0, 0
         count = -(-(frames - 1) // later)
         for piece in range(count):
@@ -228,10 +227,10 @@ def _program_bytes(compiled):
 
 
 @dataclasses.dataclass(frozen=True)
-class Latents:
-    """Stands in for a tokenizer of one row of tokens; its latents are pixels off the frame's top.
+class Latents(VideoTokenizer):
+    """A stand-in for a tokenizer with one row of tokens: latents are pixels from the frame's top.
 
-    The members are those of `models.patches.Patches`. `decode` shows latents as grey pictures.
+    `decode` shows latents as grey pictures.
     """
 
     tokens: int
@@ -243,6 +242,9 @@ class Latents:
 
     def latents_for_frames(self, frames):
         return frames
+
+    def frames_for_latents(self, latents):
+        return latents
 
     def encode(self, params, video_BTHWC, state=None):
         del params
@@ -256,15 +258,15 @@ class Latents:
 
 
 def random_batch(config, size):
-    """A batch of `size` clips of noise, of class 0 and without words."""
-    shapes = batch_shapes(config.data, size)
+    """A batch of `size` clips of noise, of class 0 and with empty captions."""
+    shapes = data.batch_shapes(config.data, size)
     batch = {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items()}
     batch["video"] = np.random.default_rng(0).integers(0, 256, shapes["video"].shape, np.uint8)
     return batch
 
 
 def _rates(work, seconds, products, product_seconds, devices=1):
-    """What `work` FLOPs in each of `seconds` are beside a square and an alike product in theirs."""
+    """Rates of `work` FLOPs in `seconds`, beside those of a square and a similar product."""
     best = work / min(seconds)
     square, alike = (devices * p.flops / min(s) for p, s in zip(products, product_seconds))
     return {
@@ -277,13 +279,13 @@ def _rates(work, seconds, products, product_seconds, devices=1):
 
 
 def _width_and_dtype(config):
-    """Of the network that `config` trains, which tasks call their model or their network."""
+    """Width and dtype of the network that `config` trains."""
     network = config.task.get("model") or config.task.network
     return network.width, jnp.dtype(network.dtype)
 
 
 def _own_tokenizer(config, tokenizer):
-    """(the tokenizer that `config` trains, random weights of it)."""
+    """(the tokenizer that `config` trains, random weights for it)."""
     if tokenizer or config.task.name != "tokenizer":
         raise UserError(f"task.name={config.task.name}: use --config=configs/tokenizer.py")
     task = make_task(config.task)
@@ -292,7 +294,7 @@ def _own_tokenizer(config, tokenizer):
 
 
 def _task(fields, tokenizer):
-    """The task of `config.task`, with another tokenizer than its own unless None."""
+    """The task of `config.task`, with `tokenizer` instead of its own unless that is None."""
     return make_task(ConfigDict({**fields, "tokenizer": tokenizer}) if tokenizer else fields)
 
 
@@ -300,13 +302,14 @@ def _program(config, tokenizer, batch, mesh):
     """(task, frozen weights, first state, step) of training; call inside the mesh."""
     config_lib.check_batch(config, mesh.shape["data"] * mesh.shape["fsdp"])
     task = _task(config.task, tokenizer)
-    tx, schedule = make_optimizer(config.optim, config.steps)
+    with within("optim"):
+        tx, schedule = make_optimizer(config.optim, config.steps)
     init, shardings = make_init(task, tx, batch, config, mesh)
     return task, task.frozen(), init(), make_step(task, tx, schedule, config, mesh, shardings)
 
 
 def stand_in(latents):
-    """The Latents of --latents=TOKENSxCHANNELS; None where it is empty. Raises UserError."""
+    """The Latents of --latents=TOKENSxCHANNELS, None if that is empty. Raises UserError."""
     if not latents:
         return None
     match = re.fullmatch(r"(\d+)x(\d+)", latents)

@@ -1,22 +1,21 @@
-"""How all benchmarks measure: in turns, beside plain products, and told with the circumstances."""
+"""Timing for all benchmarks: runs in turns, plain products beside them, and the circumstances."""
 
 import dataclasses
 import datetime
 import importlib.metadata
 import io
-import os
 import platform
 import re
 import shlex
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from jaxvid import files
 from jaxvid.errors import UserError
+from jaxvid.parallel.devices import device_name
 
 SECONDS = 15.0  # of measuring, start-up and compilation aside
 FEWEST = 5  # repetitions, however long they take
@@ -24,7 +23,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "numpy", "grain", "av")
 
 
 def use(platform):
-    """Runs all that follows on the devices of a platform: cpu, gpu (or cuda, rocm) or tpu.
+    """Select the platform of all later computation: cpu, gpu (or cuda, rocm) or tpu.
 
     To be called before JAX has looked for devices. UserError where it finds none of that platform.
     """
@@ -60,7 +59,7 @@ class Product:
 
 
 def products(width, dtype):
-    """(a large square product, one like those of an MLP of this width), compiled and run once."""
+    """(a large square product, one like those of an MLP of this width), compiled."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
     shapes = (size, size, size), (size, width, 4 * width)
 
@@ -74,7 +73,7 @@ def products(width, dtype):
 
 
 def circumstances():
-    """What a figure means nothing without: device, date, command and versions."""
+    """The circumstances of a figure: device, date, command and versions."""
     return {
         "device": device_name(),
         "devices": jax.device_count(),
@@ -83,24 +82,6 @@ def circumstances():
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
     }
-
-
-def device_name():
-    """What the first device is, in words."""
-    device = jax.devices()[0]
-    return _cpu() if device.platform == "cpu" else device.device_kind
-
-
-def _cpu():
-    """Model and usable cores of the processor, as far as the system tells."""
-    cores = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):  # not on a Mac
-        cores = len(os.sched_getaffinity(0))
-    try:
-        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        model = None
-    return f"{model[1] if model else platform.machine()} ({cores} cores)"
 
 
 def plot(figures, path):

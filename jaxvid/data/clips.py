@@ -1,4 +1,4 @@
-"""A directory of clips: its files, their classes and splits, and what decoding them shows."""
+"""A directory of clips: its files, their classes and splits, and the results of decoding them."""
 
 import concurrent.futures
 import dataclasses
@@ -8,19 +8,21 @@ import os
 import pathlib
 import re
 
+import numpy as np
 from absl import logging
 
-from jaxvid import files
+from jaxvid import checks, files
 from jaxvid.data import video
+from jaxvid.data.transforms import Window
 from jaxvid.errors import UserError
 
 VALIDATION_SHARE = 0.1
 
 
-def find(root, field="data.path"):
-    """Names of the video files below a directory, relative to it and sorted.
+def find(root: str, field: str = "path") -> list[str]:
+    """Names of the video files below a directory, relative to it and sorted; no hidden files.
 
-    Raises UserError where there is no directory or no video in it; hidden files are left out.
+    Raises UserError, which names `field`, if there is no directory or no video in it.
     """
     if not root or not os.path.isdir(root):
         raise UserError(f"{field}={str(root)!r}: no such directory; name a directory of videos")
@@ -31,25 +33,27 @@ def find(root, field="data.path"):
             if name.lower().endswith(video.SUFFIXES) and not name.startswith("."):
                 names.append(pathlib.Path(folder, name).relative_to(root).as_posix())
     if not names:
-        raise UserError(f"{field}={str(root)!r}: holds no {' '.join(video.SUFFIXES)} file")
+        raise UserError(
+            f"{field}={str(root)!r}: holds no {' '.join(video.SUFFIXES)} file; add some"
+        )
     return sorted(names)
 
 
-def class_of(name):
-    """The class of a clip is the first directory of its name; "" if it lies in none."""
+def class_of(name: str) -> str:
+    """The class of a clip: the first directory of its name, or "" if there is none."""
     return name.split("/")[0] if "/" in name else ""
 
 
-def classes_of(names):
-    """The classes of a set of clips in order of their labels; none where there is but one."""
+def classes_of(names) -> list[str]:
+    """The classes of a set of clips in order of their labels; [] if there is only one class."""
     classes = sorted(set(map(class_of, names)))
     return classes if len(classes) > 1 else []
 
 
-def scenes_of(names):
-    """Clips by scene, [[name, ...], ...], in an order that hashes decide.
+def scenes_of(names) -> list[list[str]]:
+    """The clips of each scene. Hashes of the names decide the order of the scenes.
 
-    Clips whose names differ only in a final _c<number> (UCF-101) show one scene.
+    Clips whose names differ only in a final _c<number> (UCF-101) show the same scene.
     """
     scenes = {}
     for name in sorted(names):
@@ -57,68 +61,72 @@ def scenes_of(names):
     return [scenes[key] for key in sorted(scenes, key=lambda key: _hash(os.fsencode(key)))]
 
 
-def held_out(scenes):
-    """How many of the first scenes are for validation: a tenth, and at least one of several."""
+def held_out(scenes: int) -> int:
+    """The number of scenes for validation: a tenth, at least one if there are several."""
     return round(VALIDATION_SHARE * scenes) or min(1, scenes - 1)
 
 
 class Splits:
-    """Which clips are for validation, told of those that give anything, one after another.
+    """Assigns clips to "train" or "validation", one after another.
 
-    The first scenes that do are held out, whole. So two sets of one directory at one rate hold out
-    the same clips where their clips are of one length, and `split_of`, of all files that can be
-    read, holds out no other. A set of shorter clips may train on what one of longer ones holds out.
+    The first scenes with a usable clip are held out, as a whole. So two sets of one directory with
+    the same rate and clip length hold out the same clips, and `split_of` all readable files holds
+    out no others. With shorter clips more files are usable, so such a set may train on a clip that
+    a set of longer clips holds out.
 
-    order: in which to tell of the names. count: how many scenes are to be held out.
+    order: the names in the order for `assign`. count: the number of scenes to hold out.
     """
+
+    order: list[str]
+    count: int
 
     def __init__(self, names):
         scenes = scenes_of(names)
         self.order = [name for scene in scenes for name in scene]
         self.count = held_out(len(scenes))
-        self._scene_of = {name: place for place, scene in enumerate(scenes) for name in scene}
+        self._scene_of = {name: number for number, scene in enumerate(scenes) for name in scene}
         self._held_out = set()
 
-    def take(self, name):
-        """ "train" or "validation" for the next clip in order that gives something, or the same."""
+    def assign(self, name: str) -> str:
+        """The split of the next usable clip in `order`, or of the last one again."""
         if len(self._held_out) < self.count:
             self._held_out.add(self._scene_of[name])
         return "validation" if self._scene_of[name] in self._held_out else "train"
 
 
-def split_of(names):
-    """{name: "train" or "validation"}; a scene stays whole and a new one moves few others."""
+def split_of(names) -> dict[str, str]:
+    """{name: "train" or "validation"}. A scene has one split; a new scene changes few others."""
     splits = Splits(names)
-    return {name: splits.take(name) for name in splits.order}
+    return {name: splits.assign(name) for name in splits.order}
 
 
 def _hash(data):
     return hashlib.sha256(data).hexdigest()
 
 
-def printable(name):
-    """A file name for a terminal: bytes that are not UTF-8, which it may have, as \\xNN."""
+def printable(name: str) -> str:
+    """A file name for a terminal. Bytes that are not UTF-8 become \\xNN."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-def report(skipped, total):
-    """One line that counts the files left out and names them, the first eight with the reason."""
+def report(skipped: list[tuple[str, str]], total: int) -> str:
+    """One line with the number of skipped files, and the names and reasons of the first eight."""
     shown = "; ".join(f"{printable(name)} {reason}" for name, reason in skipped[:8])
     more = f"; and {len(skipped) - 8} more" if len(skipped) > 8 else ""
     return f"skipped {len(skipped)} of {total} files: {shown}{more}"
 
 
-def index(root, names):
-    """Decode every clip once -> ({name: video.Info}, [(name, reason)] of those that cannot be).
+def index(root: str, names: list[str]) -> tuple[dict[str, video.Info], list[tuple[str, str]]]:
+    """Decode every clip once -> (the Info of each readable clip, [(name, reason)] of the others).
 
-    The outcome is kept in the user's cache directory, so that only new and changed files are
-    decoded again.
+    The results are kept in the user's cache directory; only new and changed files are decoded
+    again.
     """
     cache = _cache_file(root)
     known, stamps = _load(cache), {name: _stamp(root, name) for name in names}
     fresh = [name for name in names if known.get(name, [None])[0] != stamps[name]]
     if fresh:
-        logging.info("looking through %d new or changed videos in %s", len(fresh), root)
+        logging.info("decoding %d new or changed videos in %s", len(fresh), root)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             for name, outcome in zip(fresh, pool.map(lambda name: _probe(root, name), fresh)):
                 known[name] = [stamps[name], outcome]
@@ -129,7 +137,7 @@ def index(root, names):
 
 
 def _stamp(root, name):
-    """What changes when the file does."""
+    """A value that changes with the file."""
     try:
         stat = os.stat(os.path.join(root, name))
     except OSError as error:
@@ -138,7 +146,7 @@ def _stamp(root, name):
 
 
 def _probe(root, name):
-    """video.Info as a dict, or the reason why there is none."""
+    """The video.Info as a dict, or the reason, a str, for which there is none."""
     try:
         with open(os.path.join(root, name), "rb") as file:
             return dataclasses.asdict(video.probe(file))
@@ -155,7 +163,7 @@ def _cache_file(root):
 
 
 def _load(cache):
-    """{name: [stamp, Info as a dict, or a reason]}; a cache that cannot be read is an empty one."""
+    """{name: [stamp, Info as a dict or a reason]}; {} if the cache cannot be read."""
     try:
         return json.loads(cache.read_text())
     except (OSError, ValueError):
@@ -163,9 +171,58 @@ def _load(cache):
 
 
 def _save(cache, known):
-    """Write in one stroke; without a writable home the next start decodes again, no more."""
+    """Write the cache atomically. If the disk is not writable, the next start decodes again."""
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         files.write(cache, json.dumps(known))
     except OSError as error:
-        logging.warning("the index of videos is not kept: %s", error)
+        logging.warning("the index of videos was not saved: %s", error)
+
+
+# Cutting videos into clips
+
+
+def check_cut(size: int, frames: int, fps: float) -> None:
+    """Raise UserError unless videos can be cut into clips of these."""
+    checks.at_least("size", size, 1)
+    checks.at_least("frames", frames, 1)
+    checks.require(0 <= fps <= 1000, "fps", fps, "must lie in [0, 1000]; 0 keeps the source's rate")
+
+
+def walk(root: str, name: str, recipe, use=lambda picture_HWC: None) -> int | str:
+    """Call `use` with each picture of a video -> their number, or the reason not to use the video.
+
+    recipe: has size, frames and fps. A video with fewer frames, or that cannot be decoded to its
+    end, is not used.
+    """
+    frames = 0
+    try:
+        with open(os.path.join(root, name), "rb") as file:
+            for picture_HWC in video.resample(file, recipe.size, recipe.fps):
+                use(picture_HWC)
+                frames += 1
+    except video.VideoError as error:
+        return str(error)
+    except OSError as error:
+        return f"cannot be opened ({error.strerror})"
+    except MemoryError:
+        return "needs too much memory"
+    if frames < recipe.frames:
+        at = f" at {recipe.fps:g} per second" if recipe.fps else ""
+        return f"has {frames} frames{at}, {recipe.frames} are needed"
+    return frames
+
+
+def cut(root: str, recipe, name: str) -> list[bytes] | str:
+    """The chunks of a video, `recipe.frames` frames each, or the reason not to use it."""
+    window = Window(recipe.frames, recipe.size)
+    chunks, pictures = [], []
+
+    def use(picture_HWC):
+        pictures.append(picture_HWC)
+        if len(pictures) == recipe.frames:
+            chunks.append(video.encode_chunk(window.augment(np.stack(pictures), None)))
+            pictures.clear()
+
+    outcome = walk(root, name, recipe, use)
+    return outcome if isinstance(outcome, str) else chunks

@@ -1,22 +1,23 @@
-"""A directory of video files, decoded as they are asked for."""
+"""A directory of video files, decoded on demand."""
 
 import os
 
 from absl import logging
 
-from jaxvid.data import clips, video
+from jaxvid.data import clips, source, video
 from jaxvid.data.transforms import Window, cover
 from jaxvid.errors import UserError
 
 KEPT_BYTES = 2**29  # of decoded frames in each process
 
 
-class Source:
-    """Random windows of the videos below config.path; see `jaxvid.data.make_source`.
+class Source(source.Source):
+    """Windows of the videos below config.path.
 
-    Classes are the directories just below it. Files that cannot be decoded, or are shorter than the
-    window, are left out at the start, counted and named: in `skipped` and in one warning. A split
-    whose frames, scaled, fit into KEPT_BYTES is decoded clip by clip as it is first read, and kept.
+    The directories directly below it are the classes. Files that cannot be decoded, or are shorter
+    than the window, are left out at the start, counted and named: in `skipped` and in one warning.
+    If the scaled frames of a split fit into KEPT_BYTES, a clip is decoded at its first read and
+    kept.
     """
 
     def __init__(self, config, split):
@@ -37,17 +38,17 @@ class Source:
         ]
         if len(self.skipped) == len(names):
             raise UserError(
-                f"data.path={self._root!r}: {clips.report(self.skipped, len(names))}; "
-                "give readable videos or a shorter window (data.frames, data.stride)"
+                f"path={self._root!r}: {clips.report(self.skipped, len(names))}; "
+                "give readable videos or a shorter window (frames, stride)"
             )
         if self.skipped:
-            logging.warning("data.path=%s: %s", self._root, clips.report(self.skipped, len(names)))
+            logging.warning("%s: %s", self._root, clips.report(self.skipped, len(names)))
         self._kept = {} if self._bytes() <= KEPT_BYTES else None
         self.num_classes = len(self._classes)
         self.captions = bool(self._classes)
 
     def _bytes(self):
-        """Size of all frames of the split, scaled."""
+        """Bytes of all frames of the split after scaling."""
         infos = [info for _, info in self._clips]
         sides = [cover(info.height, info.width, self._window.size) for info in infos]
         return sum(3 * info.frames * H * W for info, (H, W) in zip(infos, sides))
@@ -58,11 +59,8 @@ class Source:
     def name(self, index):
         return self._clips[index][0]
 
-    def __getitem__(self, index):
-        return self.read(index)
-
     def read(self, index, rng=None):
-        """A window of clip `index`: where `rng` puts it, the middle without one."""
+        """A window of clip `index`: its start drawn with `rng`, or the middle without."""
         name, info = self._clips[index]
         start = self._window.start(info.frames, rng)
         window = slice(start, start + self._window.span, self._window.stride)

@@ -1,9 +1,9 @@
-"""Sprites: an embedded video set that needs no download and knows the truth about every clip.
+"""Sprites: a generated video set that needs no download, with exact captions.
 
 One to three coloured shapes move over a ground, turn, bounce off the walls and pass behind each
-other. A clip is a pure function of (split, index) and lives in the unit square: `size` only sets
-how finely it is looked at, and a longer clip continues a shorter one. `describe` reads the caption
-back from pixels alone, so that samples can be scored against their text without a network.
+other. A clip is a pure function of (split, index), defined in the unit square: `size` is only the
+resolution of its rendering, and a longer clip continues a shorter one. `describe` reads the caption
+back from pixels alone, so samples can be scored against their text without a network.
 """
 
 import dataclasses
@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxvid.data import transforms
+from jaxvid import checks
+from jaxvid.data import source, transforms
 from jaxvid.errors import UserError
 
-# Saturated hues 60 degrees apart: the oracle tells them from any near-grey ground by hue alone.
+# Saturated hues 60 degrees apart: `describe` separates them from any near-grey ground by hue.
 COLOURS = {
     "red": (0.90, 0.15, 0.15),
     "yellow": (0.90, 0.90, 0.15),
@@ -25,17 +26,15 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
-# Range of the radius of the disc of equal area, in units of the picture's side.
+# Range of the radius of the disc of equal area, in units of the picture's side length.
 SIZES = {"large": (0.165, 0.180), "": (0.125, 0.135), "small": (0.090, 0.100)}
 NUM_CLASSES = len(SHAPES) * len(COLOURS)
 VALIDATION_CLIPS = 1024
-FREE_RUN = 6.0  # frames for which a sprite keeps its direction before its first bounce
-
-SPLITS = ("train", "validation")
+FREE_RUN = 6.0  # frames before the first bounce of a sprite
 
 
 class Attributes(NamedTuple):
-    """What a caption says of one sprite; `direction` is the way it sets out, "" if it stays."""
+    """The words for one sprite in a caption; `direction` is that of its start, "" if it stays."""
 
     size: str
     colour: str
@@ -48,18 +47,18 @@ class Attributes(NamedTuple):
 
 
 class Description(NamedTuple):
-    """Sprites in order of size, the largest first, and the caption that names them."""
+    """The sprites in order of size, largest first, and their caption."""
 
     caption: str
     sprites: tuple[Attributes, ...]
 
 
-def caption(sprites):
+def caption(sprites) -> str:
     """Attributes, in order -> "a red square moves left, a small blue circle moves up"."""
     return ", ".join(str(sprite) for sprite in sprites)
 
 
-def label(sprite):
+def label(sprite: Attributes) -> int:
     """Class in [0, NUM_CLASSES) of a sprite: its shape and its colour."""
     return SHAPES.index(sprite.shape) * len(COLOURS) + list(COLOURS).index(sprite.colour)
 
@@ -77,7 +76,7 @@ class Sprite:
 
     @property
     def reach(self):
-        """Radius of the circumscribed circle, which the walls stop."""
+        """Radius of the circumscribed circle, which bounces off the walls."""
         return REACH[self.attributes.shape] * self.radius
 
     def centre(self, time_T):
@@ -89,7 +88,7 @@ class Sprite:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Sprites in order of size, their order of painting, and the ground's random numbers."""
+    """Sprites in order of size, the order of painting, and the random numbers of the ground."""
 
     sprites: tuple[Sprite, ...]
     painting: tuple[int, ...]
@@ -102,9 +101,9 @@ class Scene:
         return Description(caption(sprites), sprites)
 
 
-def scene(index, split="train"):
-    """The scene of clip `index` of a split; the splits share no random stream."""
-    rng = np.random.default_rng((SPLITS.index(split), index))
+def scene(index: int, split: str = "train") -> Scene:
+    """The scene of clip `index` of a split. Each split has a random stream of its own."""
+    rng = np.random.default_rng((source.SPLITS.index(split), index))
     count = int(rng.integers(1, 4))
     sizes = [list(SIZES)[i] for i in sorted(rng.permutation(len(SIZES))[:count])]
     colours = rng.permutation(len(COLOURS))[:count]
@@ -126,7 +125,7 @@ def _sprite(rng, size, colour, shape):
     tilt = rng.uniform(-0.2, 0.2)
     heading = np.array(DIRECTIONS[direction])
     velocity = speed * (np.cos(tilt) * heading + np.sin(tilt) * heading[::-1])
-    # Room for a free run ahead of it along its direction, anywhere across.
+    # Along its direction there is room for the free run; across, any position.
     run = min(FREE_RUN * speed, span)
     along = rng.uniform(0.0, span - run)
     across = rng.uniform(0.0, span)
@@ -140,7 +139,7 @@ def _sprite(rng, size, colour, shape):
 
 
 def _waves(rng):
-    """Four gratings, grey but for a hint of tint: chroma is the sprites' alone."""
+    """Four nearly grey gratings: only sprites have much chroma."""
     count = 4
     frequency = rng.uniform(-6.0, 6.0, (count, 2))
     phase = rng.uniform(0.0, 2 * np.pi, (count, 1))
@@ -148,7 +147,7 @@ def _waves(rng):
     return np.concatenate([frequency, phase, amplitude], axis=1)
 
 
-# Each shape has the area of the unit disc. `scale` below is its half side, inradius or arm.
+# Half side, inradius and arm of the shapes whose area is that of the unit disc.
 _SQUARE = np.sqrt(np.pi) / 2
 _TRIANGLE = np.sqrt(np.pi / np.sqrt(27))
 _ARM = 0.28  # half width of the cross's arms in units of their length
@@ -162,7 +161,7 @@ REACH = {
 
 
 def _distance(shape, x, y, radius):
-    """Signed distance to the shape's edge, negative inside (exact but near outer corners)."""
+    """Signed distance to the edge of the shape, negative inside (inexact near outer corners)."""
     if shape == "circle":
         return np.sqrt(x * x + y * y) - radius
     if shape == "triangle":
@@ -176,7 +175,7 @@ def _distance(shape, x, y, radius):
 
 
 def _coverage(sprite, time_T, size):
-    """Fraction [T, H, W] of each pixel that the sprite covers, from distances at pixel centres."""
+    """Fraction [T, H, W] of each pixel covered by the sprite, from distances at pixel centres."""
     centre_T2 = sprite.centre(time_T)
     pixel = (np.arange(size) + 0.5) / size
     x_TW = (pixel - centre_T2[:, :1]).astype(np.float32)
@@ -191,7 +190,7 @@ def _coverage(sprite, time_T, size):
 
 
 def _ground(view, size, difficulty):
-    """Ground [H, W, 3] in [0, 1]: one grey, to which `difficulty` adds the gratings."""
+    """Ground [H, W, 3] in [0, 1]: one grey plus `difficulty` times the gratings."""
     pixel = (np.arange(size) + 0.5) / size
     ground_HWC = np.full((size, size, 3), view.grey, np.float32)
     if difficulty > 0:
@@ -201,7 +200,9 @@ def _ground(view, size, difficulty):
     return np.clip(ground_HWC, 0.0, 1.0)
 
 
-def render(view, frames, size, *, stride=1, difficulty=0.0):
+def render(
+    view: Scene, frames: int, size: int, *, stride: int = 1, difficulty: float = 0.0
+) -> np.ndarray:
     """Scene -> video uint8 [T, H, W, 3]; `stride` is the time between frames."""
     time_T = np.arange(frames, dtype=np.float64) * stride
     video_CTHW = np.empty((3, frames, size, size), np.float32)
@@ -216,8 +217,8 @@ def render(view, frames, size, *, stride=1, difficulty=0.0):
     return video_THWC
 
 
-class Source:
-    """Sprite clips of one split; see `jaxvid.data.make_source`."""
+class Source(source.Source):
+    """Sprite clips of one split."""
 
     num_classes = NUM_CLASSES
     captions = True
@@ -225,12 +226,11 @@ class Source:
     def __init__(self, config, split):
         if config.flip:
             raise UserError(
-                "data.flip=True: a mirrored sprite would belie its caption; set data.flip=False"
+                "flip=True: captions would be wrong for mirrored sprites; use flip=False"
             )
-        if not 0.0 <= config.difficulty <= 1.0:
-            raise UserError(f"data.difficulty={config.difficulty}: must lie in [0, 1]")
+        checks.between("difficulty", config.difficulty, 0, 1)
         self._split = split
-        self._config = transforms.Window.of(config)
+        self._window = transforms.Window.of(config)
         self._difficulty = float(config.difficulty)
         self._count = config.num_clips if split == "train" else VALIDATION_CLIPS
 
@@ -240,13 +240,10 @@ class Source:
     def name(self, index):
         return f"sprites-{self._split}-{index}"
 
-    def __getitem__(self, index):
-        return self.read(index)
-
     def read(self, index, rng=None):
-        """Clip `index`, always the same: `rng` has nothing to choose here."""
+        """Clip `index`, always the same: the rng is not used."""
         del rng
-        view, window = scene(index, self._split), self._config
+        view, window = scene(index, self._split), self._window
         video_THWC = render(
             view, window.frames, window.size, stride=window.stride, difficulty=self._difficulty
         )
@@ -259,11 +256,12 @@ class Source:
         }
 
 
-def describe(video_THWC):
-    """Read size, colour, shape and direction back from uint8 [T, H, W, 3] -> Description.
+def describe(video_THWC: np.ndarray) -> Description:
+    """Read size, colour, shape and direction back from uint8 [T, H, W, 3].
 
-    Colour is a hue, shape a set of moments that no rotation changes, direction the displacement
-    before the first turn. Works from about 32 pixels on; hidden frames are left out.
+    The colour is found by hue, the shape by rotation-invariant moments, the direction by the
+    displacement before the first bounce. Frames need about 32 pixels a side or more; frames in
+    which a sprite is hidden do not count for it.
     """
     chroma_THW = _chroma(np.asarray(video_THWC, np.float32) / 255.0)
     hues = {name: _chroma(np.array(rgb, np.float32)) for name, rgb in COLOURS.items()}
@@ -271,7 +269,7 @@ def describe(video_THWC):
     alignment_VTHW = (chroma_THW * np.conj(reference_V)[:, None, None, None]).real
     alignment_VTHW /= np.abs(reference_V)[:, None, None, None] ** 2
     nearest_THW = np.argmax(alignment_VTHW, axis=0)
-    # Steeper edges: neither noise on the ground nor a blur of the edge moves the half-way line.
+    # Steeper edges: noise on the ground or a blurred edge does not move the half-way line.
     cover_VTHW = np.clip(2.0 * alignment_VTHW - 0.5, 0.0, 1.0)
     cover_VTHW *= nearest_THW == np.arange(len(COLOURS))[:, None, None, None]
     found = [_read_sprite(cover_VTHW[i], colour) for i, colour in enumerate(COLOURS)]
@@ -282,37 +280,37 @@ def describe(video_THWC):
 
 
 def _chroma(rgb):
-    """Colour without its grey part, as one complex number whose angle is the hue."""
+    """Colour without its grey part, as a complex number; its angle is the hue."""
     thirds = np.exp(2j * np.pi * np.arange(3) / 3).astype(np.complex64)
     return rgb @ thirds
 
 
 def _read_sprite(cover_THW, colour):
-    """Coverage of one colour -> (radius, Attributes), or None where there is no such sprite."""
+    """Coverage of one colour -> (radius, Attributes), or None if there is no such sprite."""
     radius = _radius(cover_THW)
     if radius < 0.8 * min(low for low, _ in SIZES.values()):
         return None
-    cover_THW = cover_THW * (np.abs(_centred(cover_THW)[0]) < 2.0 * radius)  # no stray pixels
+    cover_THW = cover_THW * (np.abs(_centred(cover_THW)[0]) < 2.0 * radius)  # without stray pixels
     radius = _radius(cover_THW)
     size = min(SIZES, key=lambda name: abs(np.mean(SIZES[name]) - radius))
     area_T, full = cover_THW.mean((1, 2)), np.pi * radius**2
-    shown_T = np.flatnonzero(area_T > 0.5 * full)  # what is half hidden still tells the way
+    shown_T = np.flatnonzero(area_T > 0.5 * full)  # half is enough for the direction
     cover_THW, clear_T = cover_THW[shown_T], area_T[shown_T] > 0.96 * full
     z_THW, centre_T2 = _centred(cover_THW)
     moments = np.median(_moments(cover_THW[clear_T], z_THW[clear_T]), axis=0)
-    if moments[2] > 2.0:  # scattered pixels, no shape
+    if moments[2] > 2.0:  # scattered pixels, not a shape
         return None
     shape = min(SHAPES, key=lambda name: np.abs(moments - _PROTOTYPES[name]).sum())
     return radius, Attributes(size, colour, shape, _read_direction(shown_T, centre_T2))
 
 
 def _radius(cover_THW):
-    """Radius of the disc of equal area, in the frames where least is hidden."""
+    """Radius of the disc of equal area, from the frames with the most coverage."""
     return float(np.sqrt(np.quantile(cover_THW.mean((1, 2)), 0.9) / np.pi))
 
 
 def _centred(cover_THW):
-    """Pixel positions from the centroid as complex [T, H, W], and the centroids [T, 2]."""
+    """Pixel positions relative to the centroid, complex [T, H, W], and the centroids [T, 2]."""
     H, W = cover_THW.shape[1:]
     x_W, y_H = (np.arange(W) + 0.5) / W, (np.arange(H) + 0.5) / H
     mass_T = cover_THW.sum((1, 2)) + 1e-9
@@ -331,7 +329,7 @@ _PROTOTYPES = {
 
 
 def _moments(cover_THW, z_THW):
-    """Moments [T, 3] that neither rotation, place nor scale change.
+    """Moments [T, 3] invariant to rotation, position and scale.
 
     |sum w z^n| / sum w |z|^n for n = 3, 4, and 2 pi sum w |z|^2 / (sum w)^2 (1 for a disc).
     """
@@ -345,7 +343,7 @@ def _moments(cover_THW, z_THW):
 
 
 def _read_direction(frame_T, centre_T2):
-    """The way a track [T, 2] sets out: its displacement within the free run; "" if it stays."""
+    """The first direction of a track [T, 2], from its free run; "" if it stays."""
     early = np.searchsorted(frame_T, frame_T[0] + FREE_RUN, side="right")
     run = centre_T2[: max(early, 2)][-1] - centre_T2[0]
     axis = int(np.argmax(np.abs(run)))

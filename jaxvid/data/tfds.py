@@ -1,7 +1,7 @@
-"""Any set of TensorFlow Datasets with video in it, read through `as_data_source`.
+"""A set of TensorFlow Datasets that contains video, read through `as_data_source`.
 
-`data.path` is the directory of a built version (it holds dataset_info.json) or the name of a set
-in tfds's own data directory. The video is encoded bytes, decoded here, or frames [T, H, W, 1 or 3].
+`path` is the directory of a built version (with its dataset_info.json) or the name of a set in the
+data directory of tfds. The video is encoded bytes, decoded here, or frames [T, H, W, 1 or 3].
 """
 
 import io
@@ -9,15 +9,15 @@ import os
 
 import numpy as np
 
-from jaxvid.data import video
+from jaxvid.data import source, video
 from jaxvid.data.transforms import Window
 from jaxvid.errors import UserError
 
 
-class Source:
-    """Windows of the examples of a tfds split; see `jaxvid.data.make_source`.
+class Source(source.Source):
+    """Windows of the examples of a tfds split.
 
-    Validation is the split of that name, else test, else the last tenth of train.
+    The validation split is "validation", or else "test", or else the last tenth of "train".
     """
 
     def __init__(self, config, split):
@@ -29,7 +29,7 @@ class Source:
             self._examples = builder.as_data_source(_split(builder.info.splits, split))
         except (ValueError, NotImplementedError, ImportError) as error:
             raise UserError(
-                f"data.path={config.path!r}: cannot be read without TensorFlow "
+                f"path={config.path!r}: cannot be read without TensorFlow "
                 f"({_first_line(error)}); build it with file_format='array_record'"
             ) from error
         self._classes = list(getattr(features.get("label"), "names", None) or [])
@@ -45,11 +45,8 @@ class Source:
     def _name(self, index, example):
         return _text(example.get("name", f"example {index}"))
 
-    def __getitem__(self, index):
-        return self.read(index)
-
     def read(self, index, rng=None):
-        """A window of example `index`: where `rng` puts it, the middle without one."""
+        """A window of example `index`: its start drawn with `rng`, or the middle without."""
         example = self._examples[index]
         try:
             video_THWC = self._frames(example, rng)
@@ -65,7 +62,7 @@ class Source:
         }
 
     def _frames(self, example, rng):
-        """The window's frames, shorter side of the window's size."""
+        """The frames of the window, scaled so that the shorter side has its size."""
         stored = example[self._video]
         if isinstance(stored, bytes):
             file = io.BytesIO(stored)
@@ -83,25 +80,25 @@ class Source:
 
 
 def _builder(path):
-    import tensorflow_datasets as tfds  # slow to import, and only this source needs it
+    import tensorflow_datasets as tfds  # slow to import; only this source needs it
 
     if os.path.isfile(os.path.join(path, "dataset_info.json")):
         return tfds.builder_from_directory(path)
     if not path or os.path.exists(path):
         raise UserError(
-            f"data.path={path!r}: holds no dataset_info.json; name the directory of a version, "
-            "like DIR/video_folder/1.0.0, or a set of tfds"
+            f"path={path!r}: holds no dataset_info.json; name the directory of a version, "
+            "such as DIR/video_folder/1.0.0, or a set of tfds"
         )
     try:
         return tfds.builder(path)
     except (tfds.core.DatasetNotFoundError, ValueError, ImportError) as error:
         raise UserError(
-            f"data.path={path!r}: no such directory, nor a tfds set ({_first_line(error)})"
+            f"path={path!r}: no such directory, and no such tfds set ({_first_line(error)})"
         ) from error
 
 
 def _split(splits, split):
-    """The tfds split, or part of one, that stands for "train" or "validation"."""
+    """The tfds split, or part of one, to use as "train" or "validation"."""
     for name in ("validation", "test"):
         if name in splits:
             return name if split == "validation" else "train"
@@ -109,18 +106,20 @@ def _split(splits, split):
 
 
 def _video_feature(path, features):
-    """The name of the feature that holds the frames."""
+    """The name of the feature with the frames."""
     if "video" in features:
         return "video"
     shapes = {name: feature.shape for name, feature in features.items()}
     candidates = [name for name, s in shapes.items() if isinstance(s, tuple) and len(s) == 4]
     if not candidates:
-        raise UserError(f"data.path={path!r}: no video among its features {sorted(features)}")
+        raise UserError(
+            f"path={path!r}: no video among its features {sorted(features)}; name another set"
+        )
     return candidates[0]
 
 
 def _info(example):
-    """What our own builder has stored of a file, or None for sets by others."""
+    """The Info that our builder stores with a file; None for sets of other builders."""
     if "step" not in example:
         return None
     return video.Info(

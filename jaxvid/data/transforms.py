@@ -1,15 +1,15 @@
-"""What happens to a clip between its source and the batch: window, resize, crop, flip, range."""
+"""Transforms of a clip between its source and the batch: window, crop, flip, resize and range."""
 
 import dataclasses
 
 import numpy as np
 
-from jaxvid.errors import UserError
+from jaxvid import checks
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """The clip a model asks for: `frames` frames, `stride` apart, `size` pixels square."""
+    """A clip of `frames` frames, `stride` source frames apart, `size` pixels square."""
 
     frames: int
     size: int
@@ -18,27 +18,28 @@ class Window:
     flip: bool = False
 
     @classmethod
-    def of(cls, config):
-        """The window of a data config; raises UserError where the config asks nonsense."""
+    def of(cls, config) -> "Window":
+        """The window of config.data; raises UserError for values outside their bounds."""
         for field in ("frames", "size", "stride"):
-            if config[field] < 1:
-                raise UserError(f"data.{field}={config[field]}: must be at least 1")
-        if config.crop not in ("random", "center"):
-            raise UserError(f"data.crop={config.crop!r}: choose random or center")
+            checks.at_least(field, config[field], 1)
+        checks.choose("crop", config.crop, ("random", "center"))
         return cls(config.frames, config.size, config.stride, config.crop == "random", config.flip)
 
     @property
-    def span(self):
-        """Number of consecutive source frames that the window lies over."""
+    def span(self) -> int:
+        """Number of consecutive source frames that the window covers."""
         return (self.frames - 1) * self.stride + 1
 
-    def start(self, available, rng):
-        """First frame: uniform with an rng, centred without one."""
+    def start(self, available: int, rng: np.random.Generator | None) -> int:
+        """The first source frame: uniform with an rng, centred without."""
         last = available - self.span
         return last // 2 if rng is None else int(rng.integers(last + 1))
 
-    def augment(self, video_THWC, rng):
-        """Crop to a square of `size` and perhaps mirror; without an rng the centre, unmirrored."""
+    def augment(self, video_THWC, rng: np.random.Generator | None):
+        """Crop to a square of `size` and, with `flip`, mirror half of the clips.
+
+        Without an rng: the central square, not mirrored.
+        """
         H, W = video_THWC.shape[1:3]
         top, left = H - self.size, W - self.size
         if self.random_crop and rng is not None:
@@ -52,15 +53,15 @@ class Window:
 
 
 def mirror(video_THWC):
-    """Left to right. Copied channel by channel: five times as fast as numpy's own copy."""
+    """Left to right. The copy by channel is five times as fast as numpy's copy of the whole."""
     mirrored_THWC = np.empty_like(video_THWC, order="C")
     for channel in range(video_THWC.shape[-1]):
         mirrored_THWC[..., channel] = video_THWC[:, :, ::-1, channel]
     return mirrored_THWC
 
 
-def cover(height, width, size):
-    """Height and width of the picture scaled so that its shorter side is `size`."""
+def cover(height: int, width: int, size: int) -> tuple[int, int]:
+    """(height, width) of a picture after scaling its shorter side to `size`."""
     short = min(height, width)
     return max(size, round(height * size / short)), max(size, round(width * size / short))
 

@@ -1,14 +1,15 @@
-"""Video files in and out, through PyAV alone: no ffmpeg binary, no paths or URLs for the decoder.
+"""Reading and writing of video files with PyAV: no ffmpeg binary, no paths or URLs for the decoder.
 
-Reading trusts nothing: FFmpeg sees an open binary file (so no protocol can be reached), only the
-listed containers, one thread, and pictures and clips below fixed sizes. One scaler serves all
-frames of a read: it is three times as fast as `frame.to_ndarray(format="rgb24")` for each.
+Reading is safe for files from anywhere: FFmpeg gets an open binary file (so it can use no network
+protocol), only the listed containers, one thread, and limits on the size of pictures and clips. One
+scaler serves all frames of a read, three times as fast as `frame.to_ndarray(format="rgb24")`.
 """
 
 import contextlib
 import dataclasses
 import io
 import zlib
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import av
@@ -26,20 +27,20 @@ MAX_PIXELS = 2**25  # in one picture: 8192 x 4096
 MAX_FRAMES = 2**20  # in one file
 MAX_BYTES = 2**32  # of pixels in one read
 
-# PyAV before 19 raises UnicodeDecodeError for tags that are not UTF-8, unless told otherwise.
+# PyAV before 19 raises UnicodeDecodeError for tags that are not UTF-8 without this option.
 _TOLERANT = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 class VideoError(ValueError):
-    """A video that cannot be read; the message says why in one line."""
+    """A video that cannot be read; the message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """What decoding a whole file once has shown.
+    """The properties of a file, found by decoding all of it.
 
-    Frame n is shown at start + n * step in units of the stream. The step is 0 where times are not
-    that even or a seek shows other pictures than a scan: such a file is read from its beginning.
+    Frame n is shown at start + n * step in units of the stream. The step is 0 if the times are not
+    even or if a seek gives other pictures than a scan; such a file is read from its beginning.
     """
 
     frames: int
@@ -49,14 +50,14 @@ class Info:
     start: int = 0
     step: float = 0.0
 
-    def number(self, frame):
-        """A frame's number by its time; -1, which nobody asks for, where a seek has lost it."""
+    def number(self, frame: av.VideoFrame) -> int:
+        """The number of a frame by its time; -1 if a seek has lost its time."""
         return -1 if frame.pts is None else round((frame.pts - self.start) / self.step)
 
 
 @contextlib.contextmanager
 def _opened(file):
-    """Binary file -> (container, video stream); whatever goes wrong inside is a VideoError."""
+    """Binary file -> (container, video stream); errors inside become VideoError."""
     options = {"format_whitelist": CONTAINERS}
     try:
         file.seek(0)
@@ -71,19 +72,19 @@ def _opened(file):
                 raise VideoError(f"has pictures of more than {MAX_PIXELS} pixels")
             stream.thread_type = "NONE"  # frame threads can deadlock when a read ends early
             stream.codec_context.thread_count = 1
-            # The decoder checks again, for pictures may change their size on the way.
+            # The decoder checks again, because pictures may change their size within a stream.
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
             yield container, stream
     except VideoError:
         raise
-    # A broken file also sends Python's file object to impossible places.
+    # A broken file can also make FFmpeg seek to impossible positions of the Python file object.
     except (av.FFmpegError, OSError, ValueError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise VideoError(f"cannot be decoded ({reason})") from error
 
 
 def _decode(container, stream):
-    """Frames in order of showing; runaway files are refused."""
+    """Frames in the order of presentation; VideoError after MAX_FRAMES."""
     for number, frame in enumerate(container.decode(stream)):
         if number >= MAX_FRAMES:
             raise VideoError(f"has more than {MAX_FRAMES} frames")
@@ -95,18 +96,18 @@ def _rate(stream):
 
 
 def _is_untimed(container):
-    """AVI stores no times; those FFmpeg makes up are out of order where there are B-frames."""
+    """AVI stores no times, and the ones FFmpeg makes up are out of order with B-frames."""
     return container.format.name == "avi"
 
 
-def probe(file):
-    """Binary file -> Info, by decoding all of it; VideoError if that fails or finds no frame."""
+def probe(file) -> Info:
+    """Decode all of a binary file. Raises VideoError if that fails or gives no frame."""
     with _opened(file) as (container, stream):
         times, prints = [], {}
         for number, frame in enumerate(_decode(container, stream)):
             times.append(frame.pts)
             prints = {} if frame.key_frame else prints
-            if len(prints) < 4:  # of the last keyframe and three frames after it
+            if len(prints) < 4:  # the last keyframe and the three frames after it
                 prints[number] = _fingerprint(frame)
         if not times:
             raise VideoError("has no frames")
@@ -121,10 +122,10 @@ def _fingerprint(frame):
 
 
 def _seek_shows(file, info, prints):
-    """Whether a seek in the file, newly opened, shows what the scan has seen: {number: print}.
+    """Whether a seek in the file, opened again, gives the {number: fingerprint} of the scan.
 
-    Not always so: x264 names itself in the first packet only, and without that name FFmpeg decodes
-    some of its 4:4:4 streams to rubbish.
+    Some files fail: x264 names itself in the first packet only, and without that name FFmpeg
+    decodes some of its 4:4:4 streams wrongly.
     """
     last, shown = max(prints), {}
     with _opened(file) as (container, stream):
@@ -137,7 +138,7 @@ def _seek_shows(file, info, prints):
 
 
 def _even_times(times):
-    """(start, step) if times are even to within a quarter step, else a step of 0."""
+    """(start, step) if the times are even to within a quarter of a step, otherwise (0, 0.0)."""
     if None in times or len(times) < 2:
         return 0, 0.0
     step = (times[-1] - times[0]) / (len(times) - 1)
@@ -148,9 +149,9 @@ def _even_times(times):
 
 
 class _Scaler:
-    """Frames -> uint8 [H, W, 3] upright, square pixels, shorter side `size`.
+    """Frames -> uint8 [H, W, 3], upright, with square pixels and a shorter side of `size`.
 
-    The first frame fixes the shape, should a stream change it on the way.
+    The first frame fixes the shape, even if a later frame has another.
     """
 
     def __init__(self, size, pixel=1.0):
@@ -177,7 +178,7 @@ def _pixel_shape(stream):
 
 
 def _from_frame(container, stream, first, info):
-    """(number, frame) pairs that begin at or before frame `first`: by a seek, else by a scan."""
+    """(number, frame) pairs from frame `first` or before: after a seek, or a scan if that fails."""
     if info.step and first:
         container.seek(round(info.start + first * info.step), stream=stream)
         frames = _decode(container, stream)
@@ -191,10 +192,10 @@ def _from_frame(container, stream, first, info):
     yield from enumerate(_decode(container, stream))
 
 
-def read(file, numbers, size, info):
-    """Frames `numbers` (ascending) of a binary file -> uint8 [T, H, W, 3], shorter side `size`.
+def read(file, numbers: Sequence[int], size: int, info: Info) -> np.ndarray:
+    """Frames `numbers` (ascending) of a binary file: uint8 [T, H, W, 3], shorter side `size`.
 
-    Raises VideoError rather than return a clip with a frame missing.
+    Raises VideoError if a frame is missing.
     """
     with _opened(file) as (container, stream):
         scale, taken = _Scaler(size, _pixel_shape(stream)), 0
@@ -219,10 +220,11 @@ def _allocate(frames, shape):
     return np.empty((frames, *shape), np.uint8)
 
 
-def resample(file, size, fps):
-    """Binary file -> the pictures uint8 [H, W, 3] that show at 0, 1 / fps, 2 / fps ... seconds.
+def resample(file, size: int, fps: float) -> Iterator[np.ndarray]:
+    """Yield the pictures that a binary file shows at 0, 1 / fps, 2 / fps ... seconds.
 
-    Shorter side `size`; time runs from the first frame to the last. With an fps of 0, every frame.
+    uint8 [H, W, 3], shorter side `size`; the time starts at the first frame and ends at the last.
+    An fps of 0 yields every frame.
     """
     with _opened(file) as (container, stream):
         scale, due, held = _Scaler(size, _pixel_shape(stream)), 0, None
@@ -234,14 +236,14 @@ def resample(file, size, fps):
                 yield scale(held)
                 due += 1
                 if due > MAX_FRAMES:
-                    raise VideoError("has times that run away")
+                    raise VideoError("has frame times that are too far apart")
             held = frame
         while held is not None and due / fps <= time + 1e-6:
             yield scale(held)
             due += 1
 
 
-def resize(video_THWC, size):
+def resize(video_THWC: np.ndarray, size: int) -> np.ndarray:
     """uint8 [T, H, W, 3] -> the same frames with a shorter side of `size`."""
     scale = _Scaler(size)
     pictures = (av.VideoFrame.from_ndarray(p, format="rgb24") for p in video_THWC)
@@ -249,7 +251,7 @@ def resize(video_THWC, size):
 
 
 def _timed(container, stream):
-    """(seconds since the first frame, frame) pairs; where there are no times, by the frame rate."""
+    """(seconds since the first frame, frame) pairs; without times, by the frame rate."""
     untimed, start = _is_untimed(container), None
     for number, frame in enumerate(_decode(container, stream)):
         untimed = untimed or frame.time is None
@@ -257,8 +259,11 @@ def _timed(container, stream):
         yield (number / _rate(stream) if untimed else frame.time - start), frame
 
 
-def read_clip(path, frames, size):
-    """The first `frames` frames of a file, cropped to a square: uint8 [T, size, size, 3]."""
+def read_clip(path: str, frames: int, size: int) -> np.ndarray:
+    """The first `frames` frames of a file, cropped to a square: uint8 [T, size, size, 3].
+
+    Raises UserError.
+    """
     try:
         with open(path, "rb") as file:
             video_THWC = read(file, range(frames), size, probe(file))
@@ -269,7 +274,7 @@ def read_clip(path, frames, size):
     return transforms.Window(frames, size).augment(video_THWC, None)
 
 
-def encode_chunk(video_THWC):
+def encode_chunk(video_THWC: np.ndarray) -> bytes:
     """uint8 [T, H, W, 3], even H and W -> one group of pictures as raw H.264 (crf 18) bytes."""
     writer = ChunkWriter(*video_THWC.shape[:3])
     writer.write(video_THWC)
@@ -277,36 +282,36 @@ def encode_chunk(video_THWC):
 
 
 class ChunkWriter:
-    """One group of `frames` pictures as raw H.264, from as many pieces as one likes.
+    """Encodes one group of `frames` pictures as raw H.264, given in one or more pieces.
 
-    lossless: exactly the pixels that went in, at many times the bytes; sides need not be even.
+    lossless: keeps the exact pixels, in many times the bytes; sides need not be even.
     """
 
     def __init__(self, frames, height, width, lossless=False):
         codec = av.CodecContext.create("libx264rgb" if lossless else "libx264", "w")
         codec.width, codec.height = width, height
         codec.pix_fmt = "rgb24" if lossless else "yuv420p"
-        codec.time_base, codec.framerate = Fraction(1, 25), Fraction(25)  # carried nowhere
-        # fastdecode: no deblocking filter and no arithmetic coding, half the time to read a chunk.
+        codec.time_base, codec.framerate = Fraction(1, 25), Fraction(25)  # not stored
+        # fastdecode: no deblocking filter and no arithmetic coding halve the time to read a chunk.
         quality = {"qp": "0"} if lossless else {"crf": "18", "tune": "fastdecode"}
         codec.options = {"g": str(frames), "threads": "1", **quality}
         self._codec, self._packets, self._number = codec, [], 0
 
-    def write(self, video_THWC):
-        """The next frames, uint8 [t, H, W, 3]."""
+    def write(self, video_THWC: np.ndarray) -> None:
+        """Encode the next frames, uint8 [t, H, W, 3]."""
         for picture_HWC in np.ascontiguousarray(video_THWC):
             frame = av.VideoFrame.from_ndarray(picture_HWC, format="rgb24")
             frame.pts = self._number
             self._packets += map(bytes, self._codec.encode(frame))
             self._number += 1
 
-    def finish(self):
-        """The bytes."""
+    def finish(self) -> bytes:
+        """The bytes of the whole group."""
         return b"".join([*self._packets, *map(bytes, self._codec.encode(None))])
 
 
-def decode_chunk(data, numbers, size):
-    """Frames `numbers` (ascending) of `encode_chunk`'s bytes -> uint8 [T, size, size, 3]."""
+def decode_chunk(data: bytes, numbers: Sequence[int], size: int) -> np.ndarray:
+    """Frames `numbers` (ascending) of a chunk: uint8 [T, size, size, 3]. Raises VideoError."""
     codec = av.CodecContext.create("h264", "r")
     codec.thread_type, codec.thread_count = "NONE", 1
     codec.options = {"max_pixels": str(MAX_PIXELS)}
@@ -333,8 +338,8 @@ def _chunk_frames(codec, data):
         yield from codec.decode(packet)
 
 
-def write_mp4(path, video_THWC, fps):
-    """uint8 [T, H, W, 3] -> an H.264 mp4 that every browser plays; odd sides grow by a pixel."""
+def write_mp4(path, video_THWC: np.ndarray, fps: float) -> None:
+    """uint8 [T, H, W, 3] -> an H.264 mp4 that every browser plays; odd sides get one more pixel."""
     H, W = video_THWC.shape[1:3]
     even_THWC = np.pad(video_THWC, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), mode="edge")
     buffer = io.BytesIO()
@@ -350,7 +355,7 @@ def write_mp4(path, video_THWC, fps):
     files.write(path, buffer.getvalue())
 
 
-def gif_bytes(video_THWC, fps):
+def gif_bytes(video_THWC: np.ndarray, fps: float) -> bytes:
     """uint8 [T, H, W, 3] -> an endlessly looping GIF."""
     first, *rest = [Image.fromarray(picture_HWC) for picture_HWC in video_THWC]
     buffer = io.BytesIO()
@@ -358,13 +363,13 @@ def gif_bytes(video_THWC, fps):
     return buffer.getvalue()
 
 
-def write_gif(path, video_THWC, fps):
+def write_gif(path, video_THWC: np.ndarray, fps: float) -> None:
     """uint8 [T, H, W, 3] -> a looping GIF file."""
     files.write(path, gif_bytes(video_THWC, fps))
 
 
-def contact_sheet(video_BTHWC, columns=16):
-    """uint8 [B, T, H, W, 3] -> PNG bytes: a row for each clip, at most `columns` frames across."""
+def contact_sheet(video_BTHWC: np.ndarray, columns: int = 16) -> bytes:
+    """uint8 [B, T, H, W, 3] -> PNG bytes: a row per clip, with `columns` frames of it at most."""
     T = video_BTHWC.shape[1]
     shown = np.linspace(0, T - 1, min(T, columns)).round().astype(int)
     line = ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0))  # a black line below and right of each frame

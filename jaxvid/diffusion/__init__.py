@@ -1,1 +1,1 @@
-"""Diffusion arithmetic without networks: noise schedules, timesteps per frame, frame schedulers."""
+"""Diffusion without networks: noise, timesteps per frame, frame schedules, samplers, guidance."""

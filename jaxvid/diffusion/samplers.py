@@ -1,30 +1,39 @@
-"""Samplers: walk every frame from noise to data as a frame schedule says, in one `lax.scan`.
+"""Samplers: take every frame from noise to data by a frame schedule, in one `lax.scan`.
 
-A network is `predict(x_BTNC, t_BT, state) -> (prediction_BTNC, state)`. The two verbs of a stream
-are both this call: to denoise is to keep the prediction and drop the new state, to commit is the
-opposite. Only finished frames are ever committed, at the timestep of clean data, and then never
-evaluated again.
+A network is `predict(x_BTNC, t_BT, state) -> (prediction_BTNC, state)`. Denoising keeps the
+prediction and drops the new state; committing keeps the new state and drops the prediction. Only
+finished frames are committed, once, at the timestep of clean data, and never evaluated again.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvid.diffusion.schedulers import FrameSchedule
-from jaxvid.diffusion.schedules import NoiseSchedule
+from jaxvid.diffusion.frame_schedules import FrameSchedule
+from jaxvid.diffusion.noise import NoiseSchedule
 
 
 class Solver(NamedTuple):
-    """How a frame takes one step: DDIM, which is Euler on the flow schedule. Static under jit."""
+    """One step of a frame: DDIM, which is Euler on the flow schedule. Static under jit."""
 
     noise: NoiseSchedule
     prediction: str
     eta: float = 0.0
 
-    def step(self, predict, x_BTNC, t_T, next_T, state, rng, frame_T):
-        """x after every frame i moved from timestep t_T[i] to next_T[i], reading the state."""
+    def step(
+        self,
+        predict: Callable,
+        x_BTNC: jax.Array,
+        t_T: jax.Array,
+        next_T: jax.Array,
+        state: Any,
+        rng: jax.Array,
+        frame_T: jax.Array,
+    ) -> jax.Array:
+        """x_BTNC after every frame moved from its timestep t_T to next_T, reading the state."""
         B = x_BTNC.shape[0]
         t_BT, next_BT = (jnp.broadcast_to(t, (B, len(t))) for t in (t_T, next_T))
         prediction_BTNC, _ = predict(x_BTNC, t_BT, state)
@@ -33,8 +42,13 @@ class Solver(NamedTuple):
         return self.noise.step(x0, eps, t_BT, next_BT, self.eta, fresh)
 
 
-def frame_noise(rng, frame_T, t_T, shape_BTNC):
-    """Standard normal noise of each frame's index and timestep alone, however the stream is cut."""
+def frame_noise(
+    rng: jax.Array, frame_T: jax.Array, t_T: jax.Array, shape_BTNC: tuple[int, ...]
+) -> jax.Array:
+    """Standard normal noise x_BTNC that depends on a frame's index and timestep alone.
+
+    So it is the same however the stream is cut.
+    """
     B, _, N, C = shape_BTNC
 
     def one(frame, t):
@@ -44,10 +58,10 @@ def frame_noise(rng, frame_T, t_T, shape_BTNC):
 
 
 class Plan(NamedTuple):
-    """A frame schedule as the rows of a scan, int32 [K] each; the sizes that occur are static.
+    """A frame schedule as the rows of a scan, int32 [I] each; the sizes that occur are static.
 
-    Row k steps frames first .. first + widths[width] - 1 and then commits the commits[commit]
-    frames from `done` on.
+    A row steps the frames first .. first + widths[width] - 1 and then commits commits[commit]
+    frames, the first of them `done`.
     """
 
     start_F: np.ndarray
@@ -57,18 +71,18 @@ class Plan(NamedTuple):
 
 
 def plan(schedule: FrameSchedule) -> Plan:
-    """The plan of a schedule. Its widths and commits begin with 0, the row that does nothing."""
-    first_K, stop_K = schedule.active_K2.T
-    finished_K = (schedule.index == schedule.sample_steps).sum(axis=1)
-    commit_K = np.diff(finished_K, prepend=0)
-    widths = np.unique([0, *(stop_K - first_K)])
-    commits = np.unique([0, *commit_K])
+    """The plan of a schedule. `widths` and `commits` begin with 0, for rows that do nothing."""
+    first_I, stop_I = schedule.active_I2.T
+    finished_I = (schedule.index_IF == schedule.sample_steps).sum(axis=1)
+    commit_I = np.diff(finished_I, prepend=0)
+    widths = np.unique([0, *(stop_I - first_I)])
+    commits = np.unique([0, *commit_I])
     rows = dict(
         iteration=np.arange(schedule.iterations),
-        first=first_K,
-        width=np.searchsorted(widths, stop_K - first_K),
-        done=finished_K - commit_K,
-        commit=np.searchsorted(commits, commit_K),
+        first=first_I,
+        width=np.searchsorted(widths, stop_I - first_I),
+        done=finished_I - commit_I,
+        commit=np.searchsorted(commits, commit_I),
     )
     return Plan(
         np.asarray(schedule.start_F, np.int32),
@@ -78,10 +92,11 @@ def plan(schedule: FrameSchedule) -> Plan:
     )
 
 
-def pieces(plan: Plan):
-    """Cut the rows after every commit -> (rows of one length, slice of the frames it finishes), ...
+def split_after_commits(plan: Plan) -> Iterator[tuple[dict[str, np.ndarray], slice]]:
+    """Cut the rows after every commit; yield (rows, slice of the frames that they finish).
 
-    Pieces are padded in front with rows that do nothing, so one compiled program serves them all.
+    All pieces have the same length, padded in front with rows that do nothing, so one compiled
+    program serves them all.
     """
     ends = np.flatnonzero(plan.rows["commit"]) + 1
     cuts = [slice(a, b) for a, b in zip([0, *ends[:-1]], ends)]
@@ -93,11 +108,23 @@ def pieces(plan: Plan):
         yield rows, slice(done, done + plan.commits[rows["commit"][-1]])
 
 
-def advance(predict, x_BFNC, state, rows, rng, *, solver, plan, levels, given=0):
-    """Run rows of a plan on x_BFNC, which `given` frames precede in the state -> (x_BFNC, state).
+def advance(
+    predict: Callable,
+    x_BFNC: jax.Array,
+    state: Any,
+    rows: dict[str, jax.Array],
+    rng: jax.Array,
+    *,
+    solver: Solver,
+    plan: Plan,
+    levels: jax.Array,
+    given: int = 0,
+) -> tuple[jax.Array, Any]:
+    """Run rows of a plan on the frames x_BFNC -> (x_BFNC, state).
 
-    Only the frames that a row steps are evaluated, whatever else the buffer holds: the sizes that
-    occur are the branches of a `lax.switch`, so a clip costs exactly `FrameSchedule.evaluations`.
+    `given` earlier frames are in the state already. A row evaluates only the frames that it steps:
+    the sizes that occur are the branches of a `lax.switch`, so a clip costs exactly
+    `FrameSchedule.evaluations`.
     """
     levels, start_F = jnp.asarray(levels), jnp.asarray(plan.start_F)
     B = x_BFNC.shape[0]
@@ -133,48 +160,57 @@ def _switch(index, branch, sizes, *operands):
     return jax.lax.switch(index, branches, *operands)
 
 
-def cached(predict, x_BFNC, state, rng, *, solver, schedule, given=0):
+def sample_cached(
+    predict: Callable,
+    x_BFNC: jax.Array,
+    state: Any,
+    rng: jax.Array,
+    *,
+    solver: Solver,
+    schedule: FrameSchedule,
+    given: int = 0,
+) -> tuple[jax.Array, Any]:
     """Sample with an exact cache -> (clean x_BFNC, state that has read every frame).
 
     x_BFNC: noise. state: the stream before frame 0, with `given` earlier frames committed.
     """
-    levels = solver.noise.levels(schedule.sample_steps)
     steps = plan(schedule)
-    return advance(
-        predict,
-        x_BFNC,
-        state,
-        steps.rows,
-        rng,
-        solver=solver,
-        plan=steps,
-        levels=levels,
-        given=given,
-    )
+    options = dict(solver=solver, plan=steps, levels=solver.noise.levels(schedule.sample_steps))
+    return advance(predict, x_BFNC, state, steps.rows, rng, given=given, **options)
 
 
-def uncached(predict, x_BFNC, state, rng, *, solver, schedule, given_BPNC, window=None):
+def sample_uncached(
+    predict: Callable,
+    x_BFNC: jax.Array,
+    state: Any,
+    rng: jax.Array,
+    *,
+    solver: Solver,
+    schedule: FrameSchedule,
+    given_BPNC: jax.Array,
+    window: int | None = None,
+) -> jax.Array:
     """Sample by running whole windows through the network in every iteration -> clean x_BFNC.
 
-    window None: all frames every time, the reference that `cached` must equal. window W: only the
-    moved window of W frames, positions counted from its start, as the released AR-Diffusion code
-    does for long videos (its `valid_interval`). state: the stream before any frame. given_BPNC:
-    clean first frames. Waiting frames are told the last timestep, finished ones that of clean
-    data; both are left untouched.
+    window: None runs all frames every time, the reference that `sample_cached` must equal. A number
+    runs a moved window of that many frames, positions counted from its start, as the released
+    AR-Diffusion code does for long videos (its `valid_interval`). state: the stream before any
+    frame. given_BPNC: clean first frames. The network gets the last timestep for frames that have
+    not started and the timestep of clean data for finished frames; both stay as they are.
     """
-    N, P = schedule.sample_steps, given_BPNC.shape[1]
-    levels = solver.noise.levels(N)
+    steps, P = schedule.sample_steps, given_BPNC.shape[1]
+    levels = solver.noise.levels(steps)
     total = P + schedule.frames
     width = min(window or total, total)
-    stop_K = np.clip(P + schedule.active_K2[:, 1], width, total)
-    before_KF = np.vstack([np.zeros_like(schedule.index[:1]), schedule.index[:-1]])
-    idle = (before_KF == 0) & ~schedule.update
-    told_KF = np.where(idle, solver.noise.num_steps - 1, levels[before_KF])
+    stop_I = np.clip(P + schedule.active_I2[:, 1], width, total)
+    before_IF = np.vstack([np.zeros_like(schedule.index_IF[:1]), schedule.index_IF[:-1]])
+    waiting_IF = (before_IF == 0) & ~schedule.update_IF
+    t_IF = np.where(waiting_IF, solver.noise.num_steps - 1, levels[before_IF])
     rows = dict(
-        first=(stop_K - width).astype(np.int32),
-        told=np.pad(told_KF, ((0, 0), (P, 0)), constant_values=levels[N]).astype(np.int32),
-        next=np.pad(levels[schedule.index], ((0, 0), (P, 0))).astype(np.int32),
-        update=np.pad(schedule.update, ((0, 0), (P, 0))),
+        first=(stop_I - width).astype(np.int32),
+        t=np.pad(t_IF, ((0, 0), (P, 0)), constant_values=levels[steps]).astype(np.int32),
+        next=np.pad(levels[schedule.index_IF], ((0, 0), (P, 0))).astype(np.int32),
+        update=np.pad(schedule.update_IF, ((0, 0), (P, 0))),
     )
 
     def iteration(x_BFNC, row):
@@ -183,7 +219,7 @@ def uncached(predict, x_BFNC, state, rng, *, solver, schedule, given_BPNC, windo
 
         old = part(x_BFNC, 1)
         frame_T = row["first"] + jnp.arange(width)
-        new = solver.step(predict, old, part(row["told"]), part(row["next"]), state, rng, frame_T)
+        new = solver.step(predict, old, part(row["t"]), part(row["next"]), state, rng, frame_T)
         new = jnp.where(part(row["update"])[:, None, None], new, old)
         return jax.lax.dynamic_update_slice_in_dim(x_BFNC, new, row["first"], axis=1), None
 

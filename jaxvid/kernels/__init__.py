@@ -1,1 +1,1 @@
-"""Compute kernels, one folder per operation: jax and pallas, and to split them jaxvid.parallel."""
+"""Compute kernels, one folder per operation. `dispatch`, `chunks` and `pallas_tpu` are shared."""

@@ -1,1 +1,1 @@
-"""The small parts that models and mixers are made of."""
+"""Small layers and functions shared by models and mixers."""

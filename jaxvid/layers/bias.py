@@ -1,4 +1,4 @@
-"""Attention whose scores carry a bias, and the biases that say where things are."""
+"""Attention with a bias on its scores, and the biases that encode positions."""
 
 from typing import Any
 
@@ -9,19 +9,25 @@ import numpy as np
 
 from jaxvid.layers.linear import Linear
 
-MASKED = -1e30  # in the place of -inf, which makes NaN of a row without keys
+MASKED = -1e30  # instead of -inf, which gives NaN in a row without keys
 COSINE_SCALE = 8.0  # of the scores of unit queries and keys
 
 
-def attend(q_BLAK, k_BMAK, v_BMAK, bias_ALM=None, scale=None):
+def attend(
+    q_BLAK: jax.Array,
+    k_BMAK: jax.Array,
+    v_BMAK: jax.Array,
+    bias_ALM: jax.Array | None = None,
+    scale: float | None = None,
+) -> jax.Array:
     """softmax(scale q k^T + bias) v -> y_BLAK in the dtype of v; float32 softmax.
 
-    One matrix of scores for all, for the short sequences of one frame or one location. More
-    leading axes than B are allowed, and the bias broadcasts against scores [..., A, L, M]. scale:
-    K^-1/2 unless given.
+    The scores form one matrix, for the short sequences of one frame or one location. There may be
+    more leading axes than B; the bias broadcasts against scores [..., A, L, M]. scale: K^-1/2 by
+    default.
     """
     scale = q_BLAK.shape[-1] ** -0.5 if scale is None else scale
-    # Products of whole matrices: XLA on CPU takes twice as long over heads amid the axes.
+    # Heads come first: XLA on CPU takes twice as long over heads between the matrix axes.
     q_BALK, k_BAMK, v_BAMK = (x.swapaxes(-2, -3) for x in (q_BLAK, k_BMAK, v_BMAK))
     score_BALM = scale * jnp.einsum(
         "...LK,...MK->...LM", q_BALK, k_BAMK, preferred_element_type=jnp.float32
@@ -43,11 +49,11 @@ class CosineNorm(nn.Module):
         return (scale_K * x).astype(self.dtype)
 
 
-def alibi_slopes(heads):
+def alibi_slopes(heads: int) -> np.ndarray:
     """Slopes of the linear bias -slope |i - j| of each head, numpy [A] (Press et al. 2022).
 
-    A power of two has 2^(-8 (k + 1) / heads). Other numbers take the slopes of the next lower
-    power, then every second one of twice that power.
+    Head k of a power of two has 2^(-8 (k + 1) / heads). Other numbers of heads take the slopes of
+    the next lower power, then every second slope of twice that power.
     """
     power = 2 ** int(np.log2(heads))
 
@@ -60,8 +66,8 @@ def alibi_slopes(heads):
 class ContinuousBias(nn.Module):
     """Bias of every pair of cells of an (H, W) grid from their offset -> [A, N, N] float32.
 
-    An MLP of sign(d) log(1 + |d|), so that one set of weights serves every grid (Swin v2, Liu et
-    al. 2022).
+    An MLP of sign(d) log(1 + |d|), so one set of weights serves every grid (Swin v2, Liu et al.
+    2022). width: of the hidden layers.
     """
 
     heads: int
@@ -69,8 +75,8 @@ class ContinuousBias(nn.Module):
 
     @nn.compact
     def __call__(self, grid):
-        offset_RX, index_NN = _offsets(grid)
-        x = jnp.asarray(np.sign(offset_RX) * np.log1p(np.abs(offset_RX)), jnp.float32)
+        offset_R2, index_NN = _relative_offsets(grid)
+        x = jnp.asarray(np.sign(offset_R2) * np.log1p(np.abs(offset_R2)), jnp.float32)
         for name in ("in", "hidden"):
             x = nn.leaky_relu(Linear(self.width, name=name)(x), 0.1)
         bias_RA = Linear(self.heads, name="out")(x)
@@ -89,22 +95,22 @@ class TableBias(nn.Module):
     @nn.compact
     def __call__(self, grid):
         side = 2 * self.window - 1
-        table_VA = self.param(
+        table_RA = self.param(
             "table", nn.initializers.truncated_normal(0.02), (side * side, self.heads)
         )
-        offset_RX, index_NN = _offsets(grid)
-        row_R, column_R = (offset_RX + self.window - 1).T
-        return table_VA[row_R * side + column_R].T[:, index_NN]
+        offset_R2, index_NN = _relative_offsets(grid)
+        row_R, column_R = (offset_R2 + self.window - 1).T
+        return table_RA[row_R * side + column_R].T[:, index_NN]
 
 
 class DistanceBias(nn.Module):
-    """-slope distance, of cells of a frame and of tokens that float above it -> [A, N, N] float32.
+    """-slope distance, for the cells of a frame and tokens at free positions -> [A, N, N] float32.
 
-    grid: (H, W) cells, N = H W + tokens. Learned are the slopes, one for each head, and the places
-    of the tokens, `place` [tokens, 2] in heights and widths of the frame. At first the tokens are
-    spread evenly (a Fibonacci lattice) and the slopes lie between SLOPES, by one spacing of the
-    tokens. So every token starts out reading what is around its place, and every cell the tokens
-    around it, which training is free to undo by flatter slopes.
+    grid: (H, W) cells, N = H W + tokens. The slope of each head and the position of each token
+    (`place` [tokens, 2], in heights and widths of the frame) are learned. The unit of distance is
+    the spacing of the tokens. Tokens start evenly spread (a Fibonacci lattice) and slopes between
+    the two SLOPES. So each token first reads the cells around it and each cell the tokens around
+    it; training can undo this by flatter slopes.
     """
 
     heads: int
@@ -114,34 +120,34 @@ class DistanceBias(nn.Module):
 
     @nn.compact
     def __call__(self, grid):
-        place_M2 = self.param("place", lambda _: jnp.asarray(_spread(self.tokens)))
+        token_M2 = self.param("place", lambda _: jnp.asarray(_fibonacci_lattice(self.tokens)))
         log_slope_A = self.param(
             "log_slope", lambda _: jnp.log(jnp.geomspace(*self.SLOPES, self.heads))
         )
         H, W = grid
         cell_N2 = (np.mgrid[:H, :W].reshape(2, -1).T + 0.5) / grid
-        place_N2 = jnp.concatenate([jnp.asarray(cell_N2, jnp.float32), place_M2])
-        # In cells, of which every token has H W / tokens.
-        apart_NN2 = (place_N2[:, None] - place_N2) * np.array(grid, np.float32)
-        squared_NN = jnp.square(apart_NN2).sum(-1) * (self.tokens / (H * W))
-        # The root has no gradient at 0, where a token meets itself.
+        position_N2 = jnp.concatenate([jnp.asarray(cell_N2, jnp.float32), token_M2])
+        # In units of a cell; a token has H W / tokens cells.
+        offset_NN2 = (position_N2[:, None] - position_N2) * np.array(grid, np.float32)
+        squared_NN = jnp.square(offset_NN2).sum(-1) * (self.tokens / (H * W))
+        # The root has no gradient at 0, the distance of a token to itself.
         distance_NN = jnp.sqrt(jnp.maximum(squared_NN, 1e-12))
         return -jnp.exp(log_slope_A)[:, None, None] * distance_NN
 
 
-def _spread(count):
-    """Places in the unit square, evenly spread for any count, float32 [count, 2]."""
+def _fibonacci_lattice(count):
+    """Evenly spread points of the unit square, for any count, float32 [count, 2]."""
     index_M = np.arange(count)
     golden = (5**0.5 - 1) / 2
     row_M, column_M = (index_M + 0.5) / count, (index_M * golden + 0.5) % 1
     return np.stack([row_M, column_M], axis=1).astype(np.float32)
 
 
-def _offsets(grid):
-    """Offsets (dy, dx) that occur in a grid, int [R, 2], and which of them each pair has [N, N]."""
+def _relative_offsets(grid):
+    """The R offsets (dy, dx) of a grid, int [R, 2], and the index of each pair's offset [N, N]."""
     height, width = grid
-    offset_RX = np.stack(np.mgrid[1 - height : height, 1 - width : width], -1).reshape(-1, 2)
+    offset_R2 = np.stack(np.mgrid[1 - height : height, 1 - width : width], -1).reshape(-1, 2)
     row_N, column_N = (axis.reshape(-1) for axis in np.mgrid[:height, :width])
     down_NN = row_N[:, None] - row_N + height - 1
     right_NN = column_N[:, None] - column_N + width - 1
-    return offset_RX, down_NN * (2 * width - 1) + right_NN
+    return offset_R2, down_NN * (2 * width - 1) + right_NN

@@ -1,10 +1,11 @@
 """Positions and timesteps: rotary angles over (t, h, w), fixed sin-cos grids, timestep features."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def sinusoid(position, width, base=10_000.0):
+def sinusoid(position, width: int, base: float = 10_000.0) -> jax.Array:
     """[cos | sin] features of `position`, any shape -> [..., width] float32.
 
     Frequencies base^(-i / (width / 2)), as in DiT (Peebles and Xie 2023); `width` is even.
@@ -15,7 +16,7 @@ def sinusoid(position, width, base=10_000.0):
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
-def grid_sincos(grid, width):
+def grid_sincos(grid: tuple[int, int], width: int) -> jax.Array:
     """Fixed sin-cos embedding of a frame's (H, W) tokens -> [N, width] float32, half per axis."""
     height, columns = grid
     h_N, w_N = (axis.reshape(-1) for axis in np.mgrid[:height, :columns])
@@ -24,12 +25,12 @@ def grid_sincos(grid, width):
     return jnp.pad(embedding_ND, ((0, 0), (0, width - 2 * half)))
 
 
-def rotary_angles(frame_T, grid, width, base=10_000.0):
-    """Angles of 3-D rotary embedding -> [T, N, width // 2] float32, in numpy if `frame_T` is.
+def rotary_angles(frame_T, grid: tuple[int, int], width: int, base: float = 10_000.0):
+    """Angles of 3-D rotary embedding -> [T, N, width // 2] float32, numpy if `frame_T` is numpy.
 
-    frame_T: absolute frame indices, so nothing bounds the length of a stream. grid: (H, W) of a
-    frame's tokens. The half-width is shared evenly by time and by those axes of the grid longer
-    than one; time takes the remainder (Su et al. 2021, one band per axis).
+    frame_T: absolute frame indices, so the length of a stream is unbounded. grid: (H, W) of a
+    frame's tokens. Time and the axes of the grid longer than one share the half-width evenly, one
+    band per axis; time gets the remainder (Su et al. 2021).
     """
     xp = np if isinstance(frame_T, np.ndarray) else jnp
     height, columns = grid
@@ -48,11 +49,11 @@ def rotary_angles(frame_T, grid, width, base=10_000.0):
     return xp.concatenate(bands, axis=-1)
 
 
-def rotate(x_BTNAK, angle_TNK):
+def rotate(x_BTNAK: jax.Array, angle_TNK) -> jax.Array:
     """Rotate the halves of the last axis by angles [T, N, K // 2]; computes in float32.
 
-    The sines of angles in numpy are constants of the program. XLA on CPU fuses others into every
-    use, where each element of x computes its own, forward and backward.
+    The sines of numpy angles are constants of the program. XLA on CPU fuses all other sines into
+    their users, where each element of x computes its own, forward and backward.
     """
     xp = np if isinstance(angle_TNK, np.ndarray) else jnp
     cos, sin = xp.cos(angle_TNK)[:, :, None], xp.sin(angle_TNK)[:, :, None]

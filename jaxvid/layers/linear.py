@@ -13,15 +13,9 @@ from jaxvid.parallel.sharding import frames_are_split
 class Linear(nn.Module):
     """x [..., D] -> x kernel + bias [..., features], float32 parameters, computed in `dtype`.
 
-    use_bias: False leaves the bias out.
-
-    The leading axes are merged, so that the layer is one product of two matrices: apart, the
-    kernel's gradient contracts several axes at once, for which XLA on CPU copies an operand. On a
-    mesh that splits frames they stay apart, or every device would get all frames.
-
-    transposed: the kernel is stored as [features, D] instead of [D, features]. It suits layers
-    that narrow: the kernel's gradient contracts the rows of its left operand, which XLA on CPU does
-    slowly, and less so the narrower that operand is.
+    use_bias: False leaves the bias out. transposed: the kernel is stored as [features, D] instead
+    of [D, features]. This suits layers with fewer outputs than inputs: the kernel's gradient
+    contracts the rows of its left operand, which XLA on CPU does faster the narrower it is.
     """
 
     features: int
@@ -39,6 +33,8 @@ class Linear(nn.Module):
 
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        # Leading axes are merged: XLA on CPU copies an operand of a gradient over several axes.
+        # On a mesh that splits frames they stay separate, else every device would get all frames.
         shape = x.shape[:-1] if frames_are_split() else (math.prod(x.shape[:-1]),)
         contracted = (len(shape),), (int(self.transposed),)
         rows = x.reshape(*shape, x.shape[-1])

@@ -1,24 +1,26 @@
 """Attention masks as functions of positions: allow(q_position, k_position) -> bool.
 
 A position is a frame index, so causality is by frame: all tokens of a frame see that whole frame
-and everything before it. Two values are special: `CONTEXT` marks prefix tokens, which lie before
-every frame, and `EMPTY` marks cache slots that hold nothing, which lie after every frame.
+and everything before it. Two values are special. `CONTEXT` marks prefix tokens, which precede every
+frame. `EMPTY` marks unused cache slots, which follow every frame.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 
-from jaxvid.errors import UserError
+from jaxvid import checks
 
 CONTEXT = -1
 EMPTY = np.iinfo(np.int32).max
 
 
-def causal(window=None, sinks=0):
+def causal(window: int | None = None, sinks: int = 0) -> Callable:
     """Frame-block causal mask: frame q sees frame k iff k <= q and k is recent or a sink.
 
-    window: frames that a query sees including its own, None = all of the past. sinks: the first
-    `sinks` frames stay visible for ever (attention sinks, Xiao et al. 2023). Context is always
-    seen. Raises UserError for a window below 1.
+    window: frames that a query sees, its own included; None = the whole past. sinks: the first
+    `sinks` frames always stay visible (attention sinks, Xiao et al. 2023), and so does the context.
+    Raises UserError for a window below 1.
     """
     check_window(window)
 
@@ -29,13 +31,14 @@ def causal(window=None, sinks=0):
     return allow
 
 
-def check_window(window, field="window"):
-    """Raise UserError, naming the field, for a window in which nothing would see even itself.
+def check_window(window: int | None):
+    """Raise UserError for a window below 1.
 
-    Scores that are masked all alike are none to softmax, which would then see the future.
+    A query would see not even itself. Softmax over equally masked scores is uniform, so the query
+    would see the future.
     """
-    if window is not None and not window >= 1:
-        raise UserError(f"{field}={window}: a window of nothing; use 1 or more")
+    if window is not None:
+        checks.at_least("window", window, 1)
 
 
 def full(q, k):

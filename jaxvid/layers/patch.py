@@ -1,29 +1,30 @@
 """Video <-> patches of pixels, plain or as Haar bands; exact inverses, no parameters."""
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from jaxvid.errors import UserError
+from jaxvid import checks
 
 
-def patchify(video_BTHWC, patch):
+def patchify(video_BTHWC: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
     """[B, T t, H h, W w, C] -> [B, T, H, W, C t h w] for patch = (t, h, w), channel by channel."""
     t, h, w = patch
     return rearrange(video_BTHWC, "b (T t) (H h) (W w) c -> b T H W (c t h w)", t=t, h=h, w=w)
 
 
-def unpatchify(x_BTHWD, patch):
+def unpatchify(x_BTHWD: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
     """The inverse of `patchify`."""
     t, h, w = patch
     return rearrange(x_BTHWD, "b T H W (c t h w) -> b (T t) (H h) (W w) c", t=t, h=h, w=w)
 
 
-def haar(video_BTHWC, patch):
-    """As `patchify`, but the numbers of a patch are Haar bands (Cosmos tokenizer, NVIDIA 2025).
+def haar(video_BTHWC: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
+    """`patchify` into Haar bands instead of pixels (Cosmos tokenizer, NVIDIA 2025).
 
-    While a side of the patch is longer than 1, pairs along it become low = (a + b) / 2 and
-    high = (a - b) / 2; bands come in the order LLL, LLH, .. HHH over (t, h, w), each with all
-    channels that went in. Sides of the patch are powers of two (UserError).
+    Each level turns pairs along every side of the patch longer than 1 into low = (a + b) / 2 and
+    high = (a - b) / 2. Bands come in the order LLL, LLH, .. HHH over (t, h, w), each with all
+    channels of the level before. Raises UserError unless the sides are powers of two.
     """
     x = video_BTHWC
     for axes in _levels(patch):
@@ -33,7 +34,7 @@ def haar(video_BTHWC, patch):
     return x
 
 
-def unhaar(x_BTHWD, patch):
+def unhaar(x_BTHWD: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
     """The inverse of `haar`."""
     x = x_BTHWD
     for axes in reversed(_levels(patch)):
@@ -45,9 +46,10 @@ def unhaar(x_BTHWD, patch):
 
 
 def _levels(patch):
-    """The axes of [B, T, H, W, C] that each level halves: all whose side is not yet spent."""
-    if any(side & (side - 1) for side in patch):
-        raise UserError(f"patch={patch}: Haar bands need powers of two; use patchify='linear'")
+    """The axes of [B, T, H, W, C] that each level halves."""
+    is_power = not any(side & (side - 1) for side in patch)
+    remedy = "Haar bands need powers of two; use patchify='linear'"
+    checks.require(is_power, "patch", patch, remedy)
     depth = max(patch).bit_length() - 1
     return [
         [axis for axis, side in enumerate(patch, start=1) if side > 2**level]

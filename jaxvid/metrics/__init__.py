@@ -1,1 +1,1 @@
-"""Numbers that say how good samples and reconstructions are."""
+"""Metrics of samples and reconstructions."""

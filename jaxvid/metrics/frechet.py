@@ -1,15 +1,17 @@
 """Distances between two sets of features: Frechet distance and polynomial MMD, in float64.
 
-numpy, on any features [N, D]: of an I3D they give FVD (Unterthiner et al. 2018), of an Inception
-network FID (Heusel et al. 2017). The Frechet distance of few samples is mostly bias, so a score
-comes with its `floor`, and only scores of equal N compare.
+numpy, on any features [N, D]: I3D features give FVD (Unterthiner et al. 2018), features of an
+Inception network FID (Heusel et al. 2017). The Frechet distance of few samples is mostly bias, so
+compare a score with its `floor`, and only with scores of equal N.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 
-from jaxvid.errors import UserError
+from jaxvid import checks
 
-FEWEST = 4  # samples that a floor needs: a covariance or an unbiased MMD wants two in each half
+MIN_SAMPLES = 4  # of a floor: a covariance or an unbiased MMD needs two in each half
 
 
 class Moments:
@@ -18,104 +20,114 @@ class Moments:
     def __init__(self):
         self.count, self.mean_D, self._scatter_DD = 0, 0.0, 0.0
 
-    def add(self, features_ND):
-        """Take in more features [n, D]."""
+    def add(self, features_ND: np.ndarray):
+        """Add features [n, D]."""
         x_ND = _checked(features_ND)
         count, mean_D = len(x_ND), x_ND.mean(0)
-        centred_ND, apart_D = x_ND - mean_D, mean_D - self.mean_D
+        centred_ND, shift_D = x_ND - mean_D, mean_D - self.mean_D
         total = self.count + count
-        between = self.count * count / total * np.outer(apart_D, apart_D)
+        between = self.count * count / total * np.outer(shift_D, shift_D)
         self._scatter_DD = self._scatter_DD + centred_ND.T @ centred_ND + between
-        self.mean_D = self.mean_D + count / total * apart_D
+        self.mean_D = self.mean_D + count / total * shift_D
         self.count = total
 
-    def covariance(self, ddof=1):
+    def covariance(self, ddof: int = 1) -> np.ndarray:
         """[D, D]; ddof=1 divides by N - 1, as StyleGAN-V does, ddof=0 by N, as cd-fvd does."""
-        if self.count <= ddof:
-            raise UserError(f"features: {self.count} samples have no covariance; give more")
+        checks.at_least("samples", self.count, 1 + ddof)
         return self._scatter_DD / (self.count - ddof)
 
 
-def moments(features_ND):
+def moments(features_ND: np.ndarray) -> Moments:
     """The `Moments` of one array of features."""
-    found = Moments()
-    found.add(features_ND)
-    return found
+    result = Moments()
+    result.add(features_ND)
+    return result
 
 
-def frechet(a, b, ddof=1):
+def frechet(a: np.ndarray | Moments, b: np.ndarray | Moments, ddof: int = 1) -> float:
     """Squared Frechet distance of the Gaussians with the moments of two sets (Dowson and Landau).
 
     |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^1/2). a, b: features [N, D] or `Moments`. The
-    trace of the root is the sum of the singular values of C_a^1/2 C_b^1/2, which has none of the
-    imaginary parts of a matrix root.
+    trace of the root is computed as the sum of the singular values of C_a^1/2 C_b^1/2, which are
+    real; a matrix root may have imaginary parts. UserError for one sample (`ddof` or fewer), and
+    for features of two widths.
     """
     a, b = (x if isinstance(x, Moments) else moments(x) for x in (a, b))
-    if np.shape(a.mean_D) != np.shape(b.mean_D):
-        raise UserError(
-            f"features: {np.size(a.mean_D)} and {np.size(b.mean_D)} wide; use those of one network"
-        )
+    widths = np.size(a.mean_D), np.size(b.mean_D)
+    remedy = "the two sets differ in width; use features of one network"
+    checks.require(widths[0] == widths[1], "features", widths, remedy)
     c_a, c_b = a.covariance(ddof), b.covariance(ddof)
     root = np.linalg.svd(_root(c_a) @ _root(c_b), compute_uv=False).sum()
-    apart = np.square(a.mean_D - b.mean_D).sum()
-    return float(max(apart + np.trace(c_a) + np.trace(c_b) - 2 * root, 0.0))
+    squared = np.square(a.mean_D - b.mean_D).sum()
+    return float(max(squared + np.trace(c_a) + np.trace(c_b) - 2 * root, 0.0))
 
 
-def mmd(a_ND, b_MD, *, degree=3, gamma=None, coef0=1.0, unbiased=True):
+def mmd(
+    a_ND: np.ndarray,
+    b_MD: np.ndarray,
+    *,
+    degree: int = 3,
+    gamma: float | None = None,
+    coef0: float = 1.0,
+    unbiased: bool = True,
+) -> float:
     """Squared maximum mean discrepancy under (gamma x y + coef0)^degree (Gretton et al. 2012).
 
-    gamma: 1 / D unless given. The defaults are those of KID (Binkowski et al. 2018); `jedi` is the
-    other in use. unbiased: the U-statistic, which may be negative; else the V-statistic.
+    gamma: 1 / D by default. The defaults give KID (Binkowski et al. 2018). unbiased: the
+    U-statistic, which may be negative and needs two samples of each (UserError); False gives the
+    V-statistic.
     """
     a, b = _checked(a_ND), _checked(b_MD)
     N, M = len(a), len(b)
-    if unbiased and min(N, M) < 2:
-        raise UserError("features: an unbiased estimate needs two samples of each; give more")
+    if unbiased:
+        checks.at_least("samples", min(N, M), 2)
     gamma = 1 / a.shape[1] if gamma is None else gamma
 
     def kernel(x, y):
         return (gamma * (x @ y.T) + coef0) ** degree
 
-    within = []
+    same_set = []
     for x in (a, b):
         k = kernel(x, x)
         n = len(x)
-        within.append((k.sum() - np.trace(k)) / (n * (n - 1)) if unbiased else k.mean())
-    return float(sum(within) - 2 * kernel(a, b).mean())
+        same_set.append((k.sum() - np.trace(k)) / (n * (n - 1)) if unbiased else k.mean())
+    return float(sum(same_set) - 2 * kernel(a, b).mean())
 
 
-def jedi(a_ND, b_MD):
-    """The MMD that JEDi reports (Luo et al. 2025): 100 times, degree 2, no offset, V-statistic."""
+def jedi(a_ND: np.ndarray, b_MD: np.ndarray) -> float:
+    """JEDi's MMD (Luo et al. 2025): 100 times the V-statistic of degree 2 without an offset."""
     return 100 * mmd(a_ND, b_MD, degree=2, coef0=0.0, unbiased=False)
 
 
-def floor(real_ND, distance, rng, repeats=4):
-    """(mean, std) of the distance between random halves of one set: what equality looks like.
+def floor(
+    real_ND: np.ndarray, distance: Callable, rng: np.random.Generator, repeats: int = 4
+) -> tuple[float, float]:
+    """(mean, std) of the distance between random halves of one set, the best possible score.
 
-    The halves have N / 2 samples, so the bias of this floor is that of N / 2. UserError for fewer
-    than FEWEST.
+    The halves have N / 2 samples, so this floor has the bias of N / 2 samples. UserError for fewer
+    than MIN_SAMPLES.
     """
     real_ND = _checked(real_ND)
-    if len(real_ND) < FEWEST:
-        raise UserError(f"features: {len(real_ND)} samples; a floor needs at least {FEWEST}")
+    checks.at_least("samples", len(real_ND), MIN_SAMPLES)
     half = len(real_ND) // 2
-    found = []
+    distances = []
     for _ in range(repeats):
         order = rng.permutation(len(real_ND))
-        found.append(distance(real_ND[order[:half]], real_ND[order[half : 2 * half]]))
-    return float(np.mean(found)), float(np.std(found))
+        distances.append(distance(real_ND[order[:half]], real_ND[order[half : 2 * half]]))
+    return float(np.mean(distances)), float(np.std(distances))
 
 
 def _checked(features_ND):
     x_ND = np.asarray(features_ND, np.float64)
-    if x_ND.ndim != 2 or not len(x_ND):
-        raise UserError(f"features: shape {x_ND.shape}; give one row for each sample")
-    if not np.isfinite(x_ND).all():
-        raise UserError("features: some are not finite; look for NaN in the videos")
+    is_table = x_ND.ndim == 2 and len(x_ND)
+    checks.require(is_table, "features", x_ND.shape, "give one row for each sample")
+    is_finite = np.isfinite(x_ND).all()
+    remedy = "some are not finite; look for NaN in the videos"
+    checks.require(is_finite, "features", x_ND.shape, remedy)
     return x_ND
 
 
 def _root(c_DD):
-    """The symmetric root of a covariance, whose eigenvalues are not below zero but for rounding."""
+    """The symmetric root of a covariance; rounding may make its eigenvalues negative."""
     value_D, vector_DD = np.linalg.eigh(c_DD)
     return (vector_DD * np.sqrt(np.maximum(value_D, 0))) @ vector_DD.T

@@ -1,23 +1,24 @@
-"""I3D (Carreira and Zisserman 2017), the network whose features FVD compares; weights by the user.
+"""I3D (Carreira and Zisserman 2017), the feature network of FVD. Users bring the weights.
 
-Inception v1 grown into time, trained on Kinetics-400. Features are its 400 logits, averaged over
-time, as Unterthiner et al. (2018) take them.
+Inception v1 inflated over time, trained on Kinetics-400. The features are its 400 logits, averaged
+over time (Unterthiner et al. 2018).
 """
 
 import re
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvid.errors import UserError
+from jaxvid import checks
 from jaxvid.weights import take
 
-SIZE, FEWEST_FRAMES, CLASSES = 224, 9, 400
+SIZE, MIN_FRAMES, CLASSES = 224, 9, 400
 BATCH_NORM_EPSILON = 1e-3
 
-# Channels of the branches: 1 x 1; 1 x 1 and 3 x 3 x 3; the same narrower; pooled and 1 x 1.
+# Channels of the branches: 1 x 1; 1 x 1 then 3 x 3 x 3; 1 x 1 then 3 x 3 x 3; pooling then 1 x 1.
 MIXED = {
     "3b": (64, 96, 128, 16, 32, 32),
     "3c": (128, 128, 192, 32, 96, 64),
@@ -31,10 +32,11 @@ MIXED = {
 }
 
 
-class Unit(nn.Module):
+class Unit3D(nn.Module):
     """Convolution, batch norm with fixed statistics and ReLU.
 
-    The norm is a scale and a shift by channel, which `convert` makes of its four vectors.
+    The norm is a scale and a shift per channel; `convert` computes them from its four vectors.
+    side: of the cubic kernel.
     """
 
     features: int
@@ -57,20 +59,20 @@ class Unit(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Four branches side by side; channels as of `MIXED`."""
+    """Four parallel branches of an Inception block; channels: a row of `MIXED`."""
 
     channels: tuple[int, ...]
 
     @nn.compact
     def __call__(self, x_BTHWC):
         c = self.channels
-        wide = Unit(c[1], name="b1a")(x_BTHWC)
-        narrow = Unit(c[3], name="b2a")(x_BTHWC)
+        b1a = Unit3D(c[1], name="b1a")(x_BTHWC)
+        b2a = Unit3D(c[3], name="b2a")(x_BTHWC)
         branches = [
-            Unit(c[0], name="b0")(x_BTHWC),
-            Unit(c[2], side=3, name="b1b")(wide),
-            Unit(c[4], side=3, name="b2b")(narrow),
-            Unit(c[5], name="b3b")(_pool(x_BTHWC, (3, 3, 3), (1, 1, 1))),
+            Unit3D(c[0], name="b0")(x_BTHWC),
+            Unit3D(c[2], side=3, name="b1b")(b1a),
+            Unit3D(c[4], side=3, name="b2b")(b2a),
+            Unit3D(c[5], name="b3b")(_pool(x_BTHWC, (3, 3, 3), (1, 1, 1))),
         ]
         return jnp.concatenate(branches, axis=-1)
 
@@ -80,10 +82,10 @@ class I3D(nn.Module):
 
     @nn.compact
     def __call__(self, video_BTHWC):
-        x = Unit(64, side=7, stride=2, name="1a")(video_BTHWC.astype(jnp.float32))
+        x = Unit3D(64, side=7, stride=2, name="1a")(video_BTHWC.astype(jnp.float32))
         x = _pool(x, (1, 3, 3), (1, 2, 2))
-        x = Unit(64, name="2b")(x)
-        x = Unit(192, side=3, name="2c")(x)
+        x = Unit3D(64, name="2b")(x)
+        x = Unit3D(192, side=3, name="2c")(x)
         x = _pool(x, (1, 3, 3), (1, 2, 2))
         for name, channels in MIXED.items():
             if name == "4b":
@@ -95,34 +97,34 @@ class I3D(nn.Module):
         return nn.Conv(CLASSES, (1, 1, 1), precision="highest", name="logits")(x).mean((1, 2, 3))
 
 
-def features(params, video_BTHWC):
+def features(params: dict, video_BTHWC: jax.Array) -> jax.Array:
     """Clips in [-1, 1] of any size -> features [B, 400]; UserError for fewer than 9 frames.
 
-    Resized straight to 224 x 224, as the first implementation of FVD does it.
+    Frames are resized to 224 x 224 whatever their shape, as in the first implementation of FVD.
     """
     frames = video_BTHWC.shape[1]
-    if frames < FEWEST_FRAMES:
-        raise UserError(f"data.frames={frames}: I3D needs {FEWEST_FRAMES} frames or more")
+    remedy = f"I3D needs {MIN_FRAMES} frames or more"
+    checks.require(frames >= MIN_FRAMES, "frames", frames, remedy)
     return I3D().apply({"params": params}, resize(video_BTHWC, SIZE))
 
 
-def resize(video_BTHWC, size):
-    """Bilinear to size x size on the grid of TensorFlow 1: pixel i is taken at i in / out.
+def resize(video_BTHWC: jax.Array, size: int) -> jax.Array:
+    """Bilinear resize to size x size on the grid of TensorFlow 1: pixel i samples at i in / out.
 
-    Neither half a pixel shifted, as in jax.image, nor with corners aligned; no blur.
+    Unlike jax.image there is no shift by half a pixel and no antialiasing; corners are not aligned.
     """
-    down, across = (_grid(side, size) for side in video_BTHWC.shape[2:4])
+    down, across = (_interpolation(side, size) for side in video_BTHWC.shape[2:4])
     return jnp.einsum("ih,jw,BThwC->BTijC", down, across, video_BTHWC, precision="highest")
 
 
-def _grid(side, size):
-    """Weights [size, side] of the pixels that each new one is made of."""
-    place = np.arange(size) * side / size
-    low = place.astype(int)
+def _interpolation(side, size):
+    """Weights [size, side] of the old pixels in each new pixel."""
+    position = np.arange(size) * side / size
+    low = position.astype(int)
     high = np.minimum(low + 1, side - 1)
     weight = np.zeros((size, side))
-    np.add.at(weight, (np.arange(size), low), 1 - (place - low))
-    np.add.at(weight, (np.arange(size), high), place - low)
+    np.add.at(weight, (np.arange(size), low), 1 - (position - low))
+    np.add.at(weight, (np.arange(size), high), position - low)
     return jnp.asarray(weight, jnp.float32)
 
 
@@ -134,7 +136,7 @@ def _pool(x_BTHWC, window, strides):
 
 
 class _Names(NamedTuple):
-    """How a public copy of the weights calls the parts of a unit, and the order of its kernels."""
+    """Names of the parts of a unit in a public copy of the weights, and the order of kernels."""
 
     kernel: str
     beta: str
@@ -174,22 +176,22 @@ _BRANCHES = {
 }
 
 
-def convert(arrays, path="weights"):
-    """{name: array} in the names of TensorFlow's I3D or of its usual PyTorch port -> params.
+def convert(arrays: dict[str, np.ndarray], path: str = "weights") -> dict:
+    """{name: array}, named as in TensorFlow's I3D or its usual PyTorch port -> params.
 
-    A prefix that all names share is dropped. UserError where something is missing or misshapen.
+    A prefix of the names is dropped. UserError if an array is missing or has another shape.
     """
     is_torch = any(name.endswith(".conv3d.weight") for name in arrays)
     names = _TORCH if is_torch else _TENSORFLOW
-    prefix = r"^.*?(?=Conv3d_1a|Conv3d_2|Mixed_|[Ll]ogits)"
-    arrays = {re.sub(prefix, "", name): array for name, array in arrays.items()}
-    # One branch of the original carries the name of another kernel size.
+    before = r"^.*?(?=Conv3d_1a|Conv3d_2|Mixed_|[Ll]ogits)"
+    arrays = {re.sub(before, "", name): array for name, array in arrays.items()}
+    # One branch of the original is named after another kernel size.
     arrays = {
         re.sub("(Mixed_5b.Branch_2.Conv3d_0)a_3x3", r"\1b_3x3", n): a for n, a in arrays.items()
     }
 
     def unit(name, shape):
-        """The params of a `Unit`, its norm folded to a scale and a shift."""
+        """The params of a `Unit3D`, its norm folded to a scale and a shift."""
         stored = (shape[4], shape[3], *shape[:3]) if names.transposed else shape
         kernel = take(arrays, names.kernel.format(name), stored, path)
         if names.transposed:
@@ -226,8 +228,8 @@ def convert(arrays, path="weights"):
         }
         params[name] = {}
         for branch, (side, *channels) in sizes.items():
-            below = f"Mixed_{name}.{branch}" if is_torch else f"Mixed_{name}/{_BRANCHES[branch]}"
-            params[name][branch] = unit(below, (*(side,) * 3, *channels))
+            prefix = f"Mixed_{name}.{branch}" if is_torch else f"Mixed_{name}/{_BRANCHES[branch]}"
+            params[name][branch] = unit(prefix, (*(side,) * 3, *channels))
         inputs = c[0] + c[2] + c[4] + c[5]
     shape = (CLASSES, inputs, 1, 1, 1) if is_torch else (1, 1, 1, inputs, CLASSES)
     kernel = take(arrays, names.logits[0], shape, path)

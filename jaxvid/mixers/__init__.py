@@ -1,30 +1,40 @@
 """The temporal mixers: layers that carry a video stream forward in time.
 
-The contract: `y_BTND, state = mixer(x_BTND, state)`. Frames come in order; state None is the start
-of a stream; a call with T = 0 frames returns the state in the form that later calls keep. However
-a stream is cut, the outputs are the same, and none depends on a later frame (`tests/laws.py`
-proves it for every row of the table). A mixer also has
+The contract: `y_BTND, state = mixer(x_BTND, state)`. Frames come in order. The state None starts a
+stream. A call with T = 0 frames returns the state in the form that later calls keep. The outputs do
+not depend on how the stream is cut, and no output depends on a later frame; `tests/laws.py` proves
+both for every row of `MIXERS`. A second method reads the context (text, class) that precedes the
+first frame, each frame having `tokens` tokens:
 
     `y_BMD, state = mixer.prefill(context_BMD, tokens)`
 
-which reads the context (text, class) that comes before the first frame of `tokens` tokens.
+Facts that every mixer states:
 
-Every mixer is built as `Mixer(width=, heads=, grid=, qk_norm=, dtype=, name=)` with options of its
-own beside these: what a window is, say, only attention knows.
+    window            frames that a query sees, including its own; None = all of the past
+    streams           False if the mixer sees later frames and so cannot continue a stream
+    constant_state    False if the state grows with the stream
+
+Every mixer has the fields `width, heads, grid, qk_norm, dtype, name`, which a model gives to all of
+its mixers. Other fields are options of that mixer alone. A mixer checks its options when it is
+built, and raises UserError.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-from jaxvid.errors import UserError, within
+import flax.linen as nn
+
+from jaxvid.checks import at_least, choose, require
 from jaxvid.mixers.aaren import Aaren
 from jaxvid.mixers.alibi import Alibi
-from jaxvid.mixers.attention import MASKS, Attention
+from jaxvid.mixers.attention import Attention
 from jaxvid.mixers.gated_delta import GatedDelta
 from jaxvid.mixers.lightnet import LightNet
-from jaxvid.mixers.linear_attention import FEATURES, GLA, Lightning, LinearAttention, slopes
+from jaxvid.mixers.linear_attention import GLA, Lightning, LinearAttention
 from jaxvid.mixers.routing import Routing
 
-MIXERS = {
+MIXERS: dict[str, type[nn.Module]] = {
     "softmax": Attention,
     "alibi": Alibi,
     "linear": LinearAttention,
@@ -35,54 +45,39 @@ MIXERS = {
     "aaren": Aaren,
     "routing": Routing,
 }
-
-# What the models say of every mixer, and a config of the model, not of its mixer.
-_OF_MODELS = {"width", "heads", "grid", "qk_norm", "dtype", "parent"}
-
-# Options of mixers: the least that a number may be, and the words to choose from.
-FLOORS = {
-    "window": 1,
-    "sinks": 0,
-    "conv": 1,
-    "tpe": 0,
-    "clusters": 1,
-    "members": 1,
-    "layer": 0,
-    "layers": 1,
-}
-CHOICES = {"mask": MASKS, "feature": FEATURES}
+_SHARED = ("width", "heads", "grid", "qk_norm", "dtype", "name", "parent")
 
 
-def check(field, options, heads):
-    """Raise UserError, one line, unless a model of `heads` heads can be built of these options.
+def make_mixer(options: Mapping[str, Any], **shared) -> nn.Module:
+    """The mixer of options["name"], built of its other options and of the fields of a model.
 
-    options: the mixer's `name` and options of its own. field: what they are called in a config,
-    such as "task.model.mixer".
+    Raises UserError for an unknown name, an option that the mixer does not have, and a value out of
+    bounds. The fields are named as in `options`.
     """
+    own = dict(options)
+    name = own.pop("name")
+    choose("name", name, MIXERS)
+    known = {field.name for field in dataclasses.fields(MIXERS[name])}.difference(_SHARED)
+    for option, value in own.items():
+        remedy = "choose a mixer behind the colon of --config, as in mixer"
+        require(option in known, option, value, f"{name} has no such option; {remedy}={name}")
+    return MIXERS[name](**own, **shared)
 
-    def choose(name, choices):
-        value = options.get(name, choices[0])
-        if value not in choices:
-            raise UserError(f"{field}.{name}={value!r}: unknown; use one of {', '.join(choices)}")
 
-    choose("name", list(MIXERS))
-    mixer = options["name"]
-    own = {option.name for option in dataclasses.fields(MIXERS[mixer])} - _OF_MODELS
-    for name in options:
-        if name not in own:
-            raise UserError(
-                f"{field}.{name}={options[name]}: {mixer} has no such option; choose a mixer "
-                f"behind the colon of --config, as in mixer={mixer}"
-            )
-    for name, low in FLOORS.items():
-        value = options.get(name)
-        if value is not None and value < low:
-            raise UserError(f"{field}.{name}={value}: must be at least {low}")
-    for name, choices in CHOICES.items():
-        choose(name, choices)
-    if mixer == "lightning":
-        layer, layers = options.get("layer", 0), options.get("layers", 1)
-        if layer >= layers:
-            raise UserError(f"{field}.layer={layer}: of layers={layers}; use 0 to {layers - 1}")
-        with within(field, ["slopes"]):
-            slopes(options.get("slopes", "lightning"), heads, layer, layers)
+def check_options(options: Mapping[str, Any], heads: int) -> None:
+    """Raise UserError unless a model with `heads` heads can use these options of `make_mixer`."""
+    make_mixer(options, width=2 * heads, heads=heads, parent=None)
+
+
+def check_heads(width: int, heads: int) -> None:
+    """Raise UserError unless `heads` divides `width` into heads of an even width each.
+
+    Rotary positions turn channels in pairs.
+    """
+    at_least("heads", heads, 1)
+    require(
+        width % heads == 0 and width // heads % 2 == 0,
+        "heads",
+        heads,
+        f"does not divide width={width} into even heads; use a divisor of {width // 2}",
+    )

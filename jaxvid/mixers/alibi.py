@@ -1,11 +1,12 @@
-"""Softmax attention over a stream whose scores fall off with the distance in frames."""
+"""Softmax attention over a stream, with scores that fall with the distance in frames."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from jaxvid.checks import at_least
 from jaxvid.layers import masks
 from jaxvid.layers.bias import COSINE_SCALE, MASKED, CosineNorm, alibi_slopes, attend
 from jaxvid.layers.linear import Linear
@@ -17,10 +18,10 @@ class Alibi(nn.Module):
     """Frame-block causal attention with linear biases instead of positions (Press et al. 2022).
 
     x_BTND -> y_BTND in `dtype`: the temporal attention of C-ViViT (Villegas et al. 2023). State: a
-    `KVCache`. The scores of all pairs are held at once, so it suits one location over time better
-    than all tokens of a clip. width, heads, window, sinks: as of `mixers.attention.Attention`.
-    qk_norm: cosine similarity times 8, with a learned scale per channel. grid: tokens of a frame,
-    which have no positions within it.
+    `KVCache`. Memory holds the scores of all pairs at once, so the mixer suits one location over
+    time better than all tokens of a clip. width, heads, window, sinks, errors: as in
+    `mixers.attention.Attention`. qk_norm: cosine similarity times 8, with a learned scale per
+    channel. grid: unused; the tokens of a frame have no positions within it.
     """
 
     width: int
@@ -30,6 +31,17 @@ class Alibi(nn.Module):
     sinks: int = 0
     qk_norm: bool = True
     dtype: Any = jnp.float32
+
+    streams: ClassVar[bool] = True
+
+    def __post_init__(self):
+        masks.check_window(self.window)
+        at_least("sinks", self.sinks, 0)
+        super().__post_init__()
+
+    @property
+    def constant_state(self) -> bool:
+        return self.window is not None
 
     def setup(self):
         dense = dict(use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
@@ -50,7 +62,7 @@ class Alibi(nn.Module):
         return attend(q, k, v, bias_ALM, scale)
 
     def _bias(self, q_position_L, k_position_M):
-        """-slope (q - k) where q may see k; the context is no distance away from anything."""
+        """-slope (q - k) where q may see k; the distance to the context is 0."""
         q_L1, k_1M = q_position_L[:, None], k_position_M[None]
         xp = np if isinstance(k_position_M, np.ndarray) else jnp
         distance_LM = xp.where(k_1M == masks.CONTEXT, 0, q_L1 - k_1M).astype(np.float32)
@@ -58,7 +70,7 @@ class Alibi(nn.Module):
         slope_A11 = alibi_slopes(self.heads)[:, None, None]
         return xp.where(allowed_LM, -slope_A11 * distance_LM, np.float32(MASKED))
 
-    def prefill(self, context_BMD, tokens):
+    def prefill(self, context_BMD, tokens: int):
         """Read the context that precedes the first frame -> (y_BMD, state); it sees only itself."""
         q, k, v = self._project(context_BMD)
         y = self._attend(q, k, v, None)
@@ -68,8 +80,8 @@ class Alibi(nn.Module):
         B, T, N, D = x_BTND.shape
         q_BTNAK, k_BTNAK, v_BTNAK = self._project(x_BTND)
         if state is None:
-            nothing = jnp.zeros((B, 0, self.heads, D // self.heads), self.dtype)
-            state = kv.start(nothing, nothing, N)
+            no_context = jnp.zeros((B, 0, self.heads, D // self.heads), self.dtype)
+            state = kv.start(no_context, no_context, N)
         y_BTND = jnp.zeros((B, T, N, D), self.dtype)
         if x_BTND.size > 0:
             k_BMAK, v_BMAK, position_M = kv.extend(state, k_BTNAK, v_BTNAK)

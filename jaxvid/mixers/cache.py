@@ -1,4 +1,4 @@
-"""The key-value cache: what softmax attention remembers of a stream."""
+"""The key-value cache: the memory that softmax attention has of a stream."""
 
 from typing import Any, NamedTuple
 
@@ -13,9 +13,9 @@ class KVCache(NamedTuple):
 
     context_k_BMAK, context_v_BMAK: prefix tokens, M may be 0. k_BSNAK, v_BSNAK: one slot per
     frame, keys already rotated to their absolute frame. frame_S: int32, the frame in each slot,
-    `masks.EMPTY` if none. length: int32, frames seen so far, which is also the index of the next
-    frame. At the start of a stream S is 0 and the positions are numpy, so that a whole clip has a
-    mask known at trace time.
+    `masks.EMPTY` in an empty slot. length: int32, frames seen so far, which is also the index of
+    the next frame. At the start of a stream S is 0 and the positions are numpy arrays, so the mask
+    of a whole clip is known at trace time.
     """
 
     context_k_BMAK: Any
@@ -26,27 +26,27 @@ class KVCache(NamedTuple):
     length: Any
 
 
-def start(context_k_BMAK, context_v_BMAK, tokens):
-    """The cache of a stream that has seen its context and no frame yet."""
+def start(context_k_BMAK, context_v_BMAK, tokens: int) -> KVCache:
+    """The cache after the context and before the first frame, of `tokens` tokens per frame."""
     B, _, A, K = context_k_BMAK.shape
-    nothing_BSNAK = jnp.zeros((B, 0, tokens, A, K), context_k_BMAK.dtype)
+    empty_BSNAK = jnp.zeros((B, 0, tokens, A, K), context_k_BMAK.dtype)
     return KVCache(
         context_k_BMAK,
         context_v_BMAK,
-        nothing_BSNAK,
-        nothing_BSNAK,
+        empty_BSNAK,
+        empty_BSNAK,
         np.zeros((0,), np.int32),
         np.int32(0),
     )
 
 
-def is_start(cache):
-    """Whether no frame has been read, not even in a call of none: positions are still numpy."""
+def is_start(cache: KVCache) -> bool:
+    """Whether no call has read frames yet, not even T = 0 frames: positions are still numpy."""
     return isinstance(cache.length, np.integer)
 
 
-def extend(cache, k_BTNAK, v_BTNAK):
-    """All that the new frames may attend to, they last: flat (k_BMAK, v_BMAK, position_M)."""
+def extend(cache: KVCache, k_BTNAK, v_BTNAK):
+    """(k_BMAK, v_BMAK, position_M) of the context, the cached frames and then the new frames."""
     B, T, N, A, K = k_BTNAK.shape
     positions = [
         np.full(cache.context_k_BMAK.shape[1], masks.CONTEXT, np.int32),
@@ -66,12 +66,12 @@ def extend(cache, k_BTNAK, v_BTNAK):
     )
 
 
-def append(cache, k_BTNAK, v_BTNAK, *, window, sinks):
+def append(cache: KVCache, k_BTNAK, v_BTNAK, *, window: int | None, sinks: int) -> KVCache:
     """The cache after T more frames.
 
-    window None remembers every frame by growing. Otherwise the cache keeps `sinks + window - 1`
-    slots: the first `sinks` frames for ever and the others in a ring, which is all that a later
-    frame may see.
+    With window None the cache grows and keeps every frame. Otherwise it has `sinks + window - 1`
+    slots, at least sinks + 1: the first `sinks` frames stay, and the other slots are a ring. These
+    are all the past frames that a later frame may see.
     """
     T = k_BTNAK.shape[1]
     frame_T = cache.length + np.arange(T, dtype=np.int32)

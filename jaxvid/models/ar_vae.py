@@ -1,4 +1,4 @@
-"""AR-VAE: a few latent tokens per frame, decoded with all frames before (Sun et al. 2025, 3.1)."""
+"""AR-VAE: a few latent tokens per frame, decoded with the past (Sun et al. 2025, section 3.1)."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from jaxvid import checks
 from jaxvid.errors import UserError
 from jaxvid.kernels.attention import attention
 from jaxvid.layers import masks
@@ -15,17 +16,17 @@ from jaxvid.layers.linear import Linear
 from jaxvid.layers.patch import patchify, unpatchify
 from jaxvid.mixers import cache as kv
 from jaxvid.mixers.attention import Attention
-from jaxvid.models import blocks
+from jaxvid.models import blocks, stem
 from jaxvid.parallel.sharding import shard
 
 _normal = nn.initializers.normal(0.02)
 
 
 class LatentAttention(nn.Module):
-    """The tokens of a frame read the latents of that frame and of those before it.
+    """The tokens of a frame attend to the latents of that frame and of the frames before it.
 
-    x_BTND, latent_BTMD, state -> y_BTND, state. Rotary positions of frames. State: a `KVCache` of
-    the latents. window: frames that are read, None = all.
+    x_BTND, latent_BTMD, state -> y_BTND, state. Positions are rotary, by frame. State: a `KVCache`
+    of the latents. window: frames that a frame sees, its own included; None = all of the past.
     """
 
     heads: int
@@ -63,11 +64,11 @@ class LatentAttention(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Pixel tokens over time, then all tokens from latents over time, then the tokens of a frame.
+    """Attention of pixel tokens over time, of all tokens to latents, and within each frame.
 
-    x_BTND, state -> x_BTND, state; the last `latents` of the N tokens are the latents'. bias_ANN is
-    added to the scores within a frame. Both temporal layers begin closed, so that the block starts
-    as one of a frame alone.
+    x_BTND, state -> x_BTND, state. The last `latents` of the N tokens are latents, the others stand
+    for pixels. bias_ANN is added to the scores within a frame. The gates of both temporal layers
+    start at zero, so that the block starts as a block within frames.
     """
 
     heads: int
@@ -79,53 +80,54 @@ class DecoderBlock(nn.Module):
     @nn.compact
     def __call__(self, x_BTND, state=None, bias_ANN=None):
         B, T, N, D = x_BTND.shape
-        fine, coarse = (None, None) if state is None else state
+        pixel_state, latent_state = (None, None) if state is None else state
 
-        def opened(name, y):
+        def gated(name, y):
             return self.param(f"{name}_gate", nn.initializers.zeros, (D,)).astype(y.dtype) * y
 
-        def normed(name, x):
+        def normalized(name, x):
             return blocks.LayerNorm(dtype=self.dtype, name=f"{name}_norm")(x)
 
         x_BTPD, latent_BTMD = jnp.split(x_BTND, [N - self.latents], axis=2)
         P = x_BTPD.shape[2]
-        lanes = normed("fine", x_BTPD).swapaxes(1, 2).reshape(B * P, T, 1, D)
+        lanes = normalized("fine", x_BTPD).swapaxes(1, 2).reshape(B * P, T, 1, D)
         over_time = Attention(
             D, self.heads, window=self.window, dtype=self.dtype, name="fine_temporal"
         )
-        lanes, fine = over_time(lanes, fine)
-        x_BTPD = x_BTPD + opened("fine", lanes.reshape(B, P, T, D).swapaxes(1, 2))
+        lanes, pixel_state = over_time(lanes, pixel_state)
+        x_BTPD = x_BTPD + gated("fine", lanes.reshape(B, P, T, D).swapaxes(1, 2))
         x_BTND = jnp.concatenate([x_BTPD, latent_BTMD], axis=2)
 
-        over_latents = LatentAttention(self.heads, self.window, self.dtype, name="coarse_temporal")
-        y_BTND, coarse = over_latents(
-            normed("coarse", x_BTND), normed("latent", latent_BTMD), coarse
+        to_latents = LatentAttention(self.heads, self.window, self.dtype, name="coarse_temporal")
+        y_BTND, latent_state = to_latents(
+            normalized("coarse", x_BTND), normalized("latent", latent_BTMD), latent_state
         )
-        x_BTND = x_BTND + opened("coarse", y_BTND)
+        x_BTND = x_BTND + gated("coarse", y_BTND)
 
         in_frame = blocks.SpatialBlock("t", self.heads, self.hidden, dtype=self.dtype, name="frame")
         x_BHWD, _ = in_frame(x_BTND.reshape(B * T, 1, N, D), bias_ANN)
-        return x_BHWD.reshape(B, T, N, D), (fine, coarse)
+        return x_BHWD.reshape(B, T, N, D), (pixel_state, latent_state)
 
 
 class ARVAE(nn.Module):
-    """Video in [-1, 1] <-> `tokens` latents per frame, not one per cell (TiTok, Yu et al. 2024).
+    """Video in [-1, 1] <-> `tokens` latents per frame, without a grid (TiTok, Yu et al. 2024).
 
     encode: video_BTHWC, state -> z_BTHWZ float32 with H = 1, W = tokens, Z = features, state
     decode: z_BTHWZ with Z = channels, state -> video_BTHWC float32, state
 
-    Every frame is encoded alone, by a transformer over its patches and learned queries; the state
-    passes through. The decoder puts learned pixel tokens beside the latents of each frame and reads
-    the past at each place and in the latents: state is what both have seen. Frames are of one size
-    (H, W), which learned positions are made for (UserError). unit: latents are read as directions,
-    as of AR-Diffusion's Gaussian ones. depth: of each of encoder and decoder. window: frames that a
-    frame sees, its own included; None = all of the past.
+    The encoder is a transformer over the patches of one frame and learned queries; it returns the
+    state that it is given. The decoder adds learned pixel tokens to the latents of each frame. They
+    attend to the past at their own place and to the past latents; both make up the state. Learned
+    positions allow frames of one size (H, W) only (UserError). Fields that cannot be raise
+    UserError at construction. unit: scale latents to unit length before decoding, for the Gaussian
+    latents of AR-Diffusion. depth: layers of the encoder, and of the decoder. window: frames that
+    the decoder of a frame sees, its own included; None = all of the past.
 
-    Two things differ from what was released, whose decoder ends in a frozen MaskGIT-VQGAN and whose
-    weights begin as those of TiTok, trained for long. This one ends in a linear map, and latents
-    begin near a place of the frame (`layers.bias.DistanceBias`): without one, what tells pixels
-    apart has to pass two attentions that both begin as a mean over the frame, so that for long
-    nothing but the mean is learnt.
+    Two things differ from the released model, whose decoder ends in a frozen MaskGIT-VQGAN and
+    whose weights start from those of TiTok, after a long training. This decoder ends in a linear
+    map, and the attention of latents starts near a place of the frame (`layers.bias.DistanceBias`).
+    Without that bias, what distinguishes pixels has to pass two attentions that both start as a
+    mean over the frame, so that for a long time the model learns only the mean.
     """
 
     features: int
@@ -142,10 +144,18 @@ class ARVAE(nn.Module):
     dtype: Any = jnp.float32
     remat: bool = False
 
+    def __post_init__(self):
+        blocks.check_layers(self.width, self.heads, self.mlp_ratio)
+        for field in ("patch", "tokens", "depth"):
+            checks.at_least(field, getattr(self, field), 1)
+        if self.window is not None:
+            checks.at_least("window", self.window, 1)
+        super().__post_init__()
+
     def setup(self):
         hidden = int(self.mlp_ratio * self.width)
         shared = dict(heads=self.heads, hidden=hidden, dtype=self.dtype)
-        cells = np.prod(blocks.grid_of(self.size, self.patch))
+        cells = np.prod(stem.grid_of(self.size, self.patch))
         self.bias = DistanceBias(self.heads, self.tokens)
         self.embed = Linear(self.width, dtype=self.dtype)
         self.encode_position = self.param("encode_position", _normal, (cells, self.width))
@@ -167,7 +177,7 @@ class ARVAE(nn.Module):
         self.pixels = Linear(3 * self.patch**2, dtype=jnp.float32)
 
     def encode(self, video_BTHWC, state=None):
-        """See the class; no frames change nothing."""
+        """See the class. An empty video leaves the state as it is."""
         B, T, *size, _ = video_BTHWC.shape
         self.grid(size)
         if T == 0:
@@ -183,7 +193,7 @@ class ARVAE(nn.Module):
         return self.to_latent(x_BTHWD[:, :, :, -self.tokens :]), state
 
     def decode(self, z_BTHWZ, state=None):
-        """See the class; no latents change nothing."""
+        """See the class. No latents leave the state as it is."""
         B, T = z_BTHWZ.shape[:2]
         if T == 0:
             return jnp.zeros((B, 0, *self.size, 3)), state
@@ -196,31 +206,31 @@ class ARVAE(nn.Module):
         x_BTND = jnp.concatenate([place_BTND, latent_BTMD], axis=2)
         x_BTND, state = self.decoder(x_BTND, state, self._bias())
         x_BTND = self.pixels(self.norm(x_BTND[:, :, : -self.tokens]))
-        rows, columns = blocks.grid_of(self.size, self.patch)
+        rows, columns = stem.grid_of(self.size, self.patch)
         x_BTHWP = x_BTND.reshape(B, T, rows, columns, -1)
         return unpatchify(x_BTHWP, (1, self.patch, self.patch)), state
 
     def __call__(self, video_BTHWC):
-        """Makes all parameters."""
+        """Make all parameters."""
         z_BTHWZ, _ = self.encode(video_BTHWC)
         return self.decode(z_BTHWZ[..., : self.channels])
 
     def _bias(self):
-        return self.bias(blocks.grid_of(self.size, self.patch))
+        return self.bias(stem.grid_of(self.size, self.patch))
 
-    def grid(self, size):
-        """(1, tokens) of frames of `size` (H, W) pixels; UserError where that is another size."""
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(1, tokens) for frames of `size` (H, W) pixels; UserError unless that is its own size."""
         if tuple(size) != tuple(self.size):
             raise UserError(
                 f"size={tuple(size)}: this tokenizer is made for frames of {tuple(self.size)}; "
-                "use these, or train another"
+                "use that size, or train another tokenizer"
             )
         return 1, self.tokens
 
-    def latents_for_frames(self, frames):
+    def latents_for_frames(self, frames: int) -> int:
         """As many latent frames as frames."""
         return frames
 
-    def frames_for_latents(self, latents):
+    def frames_for_latents(self, latents: int) -> int:
         """As many frames as latent frames."""
         return latents

@@ -1,7 +1,9 @@
-"""What a video is conditioned on, as a short sequence of context embeddings with a real null."""
+"""The condition of a video as a short sequence of context embeddings, with a learned null."""
 
 import flax.linen as nn
 import jax.numpy as jnp
+
+from jaxvid.checks import at_least, choose
 
 KINDS = ("none", "class", "text")
 
@@ -11,14 +13,23 @@ class Conditioner(nn.Module):
 
     kind "class": label_B int32 looks up `tokens` learned embeddings of `width`. kind "text":
     text_BME, embeddings of a frozen text encoder, [B, tokens, width], pass through. Where `drop_B`
-    is true the sample's context becomes one learned null context, which guidance needs (Ho and
-    Salimans 2022).
+    is true, one learned null context replaces the context of the sample, as guidance needs (Ho and
+    Salimans 2022). Raises UserError for an unknown kind.
     """
 
     kind: str
     tokens: int
     width: int
     num_classes: int = 0
+
+    def __post_init__(self):
+        choose("kind", self.kind, KINDS)
+        if self.kind != "none":
+            at_least("tokens", self.tokens, 1)
+            at_least("width", self.width, 1)
+        if self.kind == "class":
+            at_least("num_classes", self.num_classes, 1)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, drop_B, label_B=None, text_BME=None):

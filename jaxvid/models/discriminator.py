@@ -1,8 +1,9 @@
-"""Discriminators of pictures and of clips: convolutions in two or three dimensions.
+"""Discriminators of images and of clips: convolutions in two or three dimensions.
 
-x [B, H, W, C] or [B, T, H, W, C] in [-1, 1] -> (logits, features): logits float32 of any shape
-[B, ...], higher for real ones; features, the activations of the layers on the way, in order.
-Nothing mixes samples, so no statistics are carried and gradients by sample are what they seem.
+x [B, H, W, C] or [B, T, H, W, C] in [-1, 1] -> (logits, features): logits float32 [B, ...], higher
+for real samples; features, the activations of the layers, in order. No layer mixes samples, so
+there are no running statistics, and the gradient of a sample's logit is that of the sample alone.
+A width below 8 raises UserError at construction.
 """
 
 import functools
@@ -11,18 +12,24 @@ import math
 import flax.linen as nn
 import jax.numpy as jnp
 
+from jaxvid import checks
+
 _leaky = functools.partial(nn.leaky_relu, negative_slope=0.2)
 
 
 class PatchDiscriminator(nn.Module):
     """A logit for every overlapping patch (Isola et al. 2017), [B, (t,) h, w].
 
-    One layer and `layers` more of 4-wide convolutions, all but the last halving every axis, with
-    GroupNorm in the place of the original's batch norm.
+    1 + `layers` convolutions, 4 cells wide. All but the last halve every axis. GroupNorm replaces
+    the batch norm of the paper. width: channels of the first layer.
     """
 
     width: int = 64
     layers: int = 3
+
+    def __post_init__(self):
+        checks.at_least("width", self.width, 8)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x):
@@ -42,11 +49,15 @@ class PatchDiscriminator(nn.Module):
 class StyleDiscriminator(nn.Module):
     """One logit for each sample, [B]: residual blocks down to 4 cells a side (StyleGAN 2).
 
-    Blurred down-sampling, as MaskGIT and MAGVIT have it (Karras et al. 2020, Chang et al. 2022).
-    width: most channels; a layer whose longer side is R pixels has 16,384 / R at most.
+    Blurred down-sampling as in MaskGIT and MAGVIT (Karras et al. 2020, Chang et al. 2022). width:
+    the largest number of channels. A layer whose longer side is R pixels has at most 16,384 / R.
     """
 
     width: int = 512
+
+    def __post_init__(self):
+        checks.at_least("width", self.width, 8)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x):

@@ -1,6 +1,5 @@
-"""The diffusion transformer of AR-Diffusion: one timestep per frame, causal in time, streaming."""
+"""The diffusion transformer of AR-Diffusion: a timestep per frame, causal in time, streaming."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
+from jaxvid.checks import at_least, choose, require
+from jaxvid.errors import within
 from jaxvid.layers.embed import grid_sincos, sinusoid
 from jaxvid.layers.linear import Linear
-from jaxvid.mixers import MIXERS, cache
+from jaxvid.mixers import cache, check_heads, check_options, make_mixer
 from jaxvid.mixers.attention import Attention
 from jaxvid.parallel.sharding import frames_are_split, shard
 
@@ -20,7 +21,7 @@ TIME_FEATURES = 256
 
 
 def layer_norm(x):
-    """LayerNorm without affine parameters (eps 1e-6): float32 inside, dtype of x outside."""
+    """LayerNorm without affine parameters (eps 1e-6), computed in float32, in the dtype of x."""
     h = x.astype(jnp.float32)
     h = h - h.mean(-1, keepdims=True)
     return (h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
@@ -43,9 +44,10 @@ class Block(nn.Module):
     """One layer of the DiT: mixing and MLP, each under adaLN-zero with one modulation per frame.
 
     (context_BMD, x_BTND), state, c_BTD -> (context_BMD, x_BTND), state. The context has no
-    modulation and sees only itself, so it is read once at the start of the stream and found in the
-    state ever after. Without `factorised` the mixer runs over the tokens of all frames; with it,
-    attention mixes each frame (and the context), then the mixer runs over time at every location.
+    modulation and sees only itself, so a layer reads it once, at the start of the stream; the state
+    then holds it. Without `factorised` the mixer runs over the tokens of all frames. With
+    `factorised` attention mixes each frame (and the context), then the mixer runs over time at
+    every location.
     """
 
     heads: int
@@ -57,15 +59,14 @@ class Block(nn.Module):
     dtype: Any
 
     def _temporal(self, width):
-        options = dict(self.mixer)
-        return MIXERS[options.pop("name")](
+        return make_mixer(
+            self.mixer,
             width=width,
             heads=self.heads,
             grid=(1, 1) if self.factorised else self.grid,
             qk_norm=self.qk_norm,
             dtype=self.dtype,
             name="temporal",
-            **options,
         )
 
     @nn.compact
@@ -84,72 +85,74 @@ class Block(nn.Module):
         modulation = jnp.split(modulation[:, :, None], 3 * sublayers, axis=-1)
         shifts, scales, gates = modulation[0::3], modulation[1::3], modulation[2::3]
 
-        def modulated(i, x_BTND):
+        def normalise(i, x_BTND):
             return layer_norm(x_BTND) * (1 + scales[i]) + shifts[i]
 
         if self.factorised:
             spatial = Attention(
                 D, self.heads, self.grid, qk_norm=self.qk_norm, dtype=self.dtype, name="spatial"
             )
-            prefix, state = (None, None) if state is None else state
+            context_kv, state = (None, None) if state is None else state
             if context_BMD is not None:
                 y_BMD, read = spatial.prefill(layer_norm(context_BMD), N)
-                prefix = (read.context_k_BMAK, read.context_v_BMAK)
-            y_BTND = over_space(spatial, modulated(0, x_BTND), prefix)
+                context_kv = (read.context_k_BMAK, read.context_v_BMAK)
+            y_BTND = attend_in_frames(spatial, normalise(0, x_BTND), context_kv)
             x_BTND = x_BTND + gates[0] * y_BTND
 
-            lanes = modulated(1, x_BTND).swapaxes(1, 2).reshape(B * N, T, 1, D)
-            lanes, state = temporal(lanes, state)
-            x_BTND = x_BTND + gates[1] * lanes.reshape(B, N, T, D).swapaxes(1, 2)
-            state = (prefix, state)
+            # Locations join the batch: [B N, T, 1, D].
+            h = normalise(1, x_BTND).swapaxes(1, 2).reshape(B * N, T, 1, D)
+            h, state = temporal(h, state)
+            x_BTND = x_BTND + gates[1] * h.reshape(B, N, T, D).swapaxes(1, 2)
+            state = (context_kv, state)
         else:
-            h_BTND = modulated(0, x_BTND)
+            h_BTND = normalise(0, x_BTND)
             if context_BMD is not None:
-                future = {"future_BTND": h_BTND} if self.mixer.get("mask") == "leaky" else {}
-                y_BMD, state = temporal.prefill(layer_norm(context_BMD), N, **future)
+                y_BMD, state = temporal.prefill(layer_norm(context_BMD), N)
             h_BTND, state = temporal(h_BTND, state)
             x_BTND = x_BTND + gates[0] * h_BTND
         if context_BMD is not None:
             context_BMD = context_BMD + y_BMD
             context_BMD = context_BMD + mlp(layer_norm(context_BMD))
-        x_BTND = shard(x_BTND + gates[-1] * mlp(modulated(-1, x_BTND)), "BTND")
+        x_BTND = shard(x_BTND + gates[-1] * mlp(normalise(-1, x_BTND)), "BTND")
         return (context_BMD, x_BTND), state
 
 
-def over_space(spatial, x_BTND, prefix):
-    """Attention of every frame by itself, to its own tokens and those of the context.
+def attend_in_frames(spatial: Attention, x_BTND, context_kv):
+    """Attention within each frame and to the context -> y_BTND.
 
-    Frames are rows of a batch, but for a mesh that splits them: there each stays where it is.
+    context_kv: (k_BMAK, v_BMAK) of the context, or None. Frames join the batch, unless the mesh
+    splits frames: a vmap over frames then keeps each frame on its device.
     """
     B, T, N, D = x_BTND.shape
     if not frames_are_split() or T == 0:
-        seen = prefix and cache.start(*(jnp.repeat(part, T, axis=0) for part in prefix), N)
-        return spatial(x_BTND.reshape(B * T, 1, N, D), seen)[0].reshape(B, T, N, D)
+        state = context_kv and cache.start(*(jnp.repeat(x, T, axis=0) for x in context_kv), N)
+        return spatial(x_BTND.reshape(B * T, 1, N, D), state)[0].reshape(B, T, N, D)
 
-    def alone(spatial, x_BND):
-        return spatial(x_BND[:, None], prefix and cache.start(*prefix, N))[0][:, 0]
+    def attend(spatial, x_BND):
+        return spatial(x_BND[:, None], context_kv and cache.start(*context_kv, N))[0][:, 0]
 
     shared = dict(variable_axes={"params": None}, split_rngs={"params": False})
-    return nn.vmap(alone, in_axes=1, out_axes=1, **shared)(spatial, x_BTND)
+    return nn.vmap(attend, in_axes=1, out_axes=1, **shared)(spatial, x_BTND)
 
 
 class DiT(nn.Module):
     """Diffusion transformer over video tokens with one noise level per frame (AR-Diffusion, 3.2).
 
     x_BTNC noisy tokens, t_BT integer timesteps, context_BME embeddings (or None) ->
-    (prediction_BTNC float32, state). state None starts a stream and reads the context; a returned
-    state continues it, and then no context is given: it lives in the state. T = 0 is allowed and
-    only starts the stream.
+    (prediction_BTNC float32, state). The state None starts a stream and reads the context. A
+    returned state continues the stream and holds the context, so later calls pass none. T = 0 is
+    allowed and only starts the stream.
 
-    width D, heads A (divides D), depth layers, grid (H, W) of a frame's tokens with H * W = N,
-    arrangement "joint" (all tokens of all frames mix, as in the paper) or "factorised" (attention
-    per frame, then the temporal mixer per location), mixer: its name in `mixers.MIXERS` and its
-    own options. input_skip adds the input to the output, by a learned share of each channel that
-    depends on the timestep (after Karras et al. 2022, where it is a formula): layers normalise,
-    and so lose how strong a token is, which matters little to latents of unit norm and much to
-    pixels. remat recomputes each layer in the backward pass. scan compiles one layer for all and
-    stacks their parameters along a leading depth axis; without it each layer is a program and a
-    subtree of its own, which takes longer to compile and on CPU runs a tenth faster.
+    width: D. depth: layers. heads: A, divides D into even heads. grid: (H, W) of the tokens of a
+    frame, H * W = N. mlp_ratio: hidden width of the MLPs over D. arrangement: "joint" (all tokens
+    of all frames mix, as in the paper) or "factorised" (attention per frame, then the temporal
+    mixer per location). mixer: the name in `mixers.MIXERS` and the options of that mixer.
+    input_skip: adds the input to the output, by a learned share per channel that depends on the
+    timestep (after Karras et al. 2022, who use a formula). Layers normalise and so lose the norm of
+    a token, which matters little for latents of unit norm and much for pixels. remat: recomputes
+    each layer in the backward pass. scan: compiles one layer for all and stacks their parameters
+    along a leading depth axis. Without it each layer has a subtree of its own; this compiles more
+    slowly and runs about a tenth faster on CPU. Raises UserError for values that cannot work.
     """
 
     width: int
@@ -164,6 +167,17 @@ class DiT(nn.Module):
     dtype: Any = jnp.float32
     remat: bool = False
     scan: bool = True
+
+    def __post_init__(self):
+        for name in ("width", "depth"):
+            at_least(name, getattr(self, name), 1)
+        check_heads(self.width, self.heads)
+        message = f"leaves width={self.width} no hidden unit; use 4"
+        require(self.width * self.mlp_ratio >= 1, "mlp_ratio", self.mlp_ratio, message)
+        choose("arrangement", self.arrangement, ARRANGEMENTS)
+        with within("mixer"):
+            check_options(self.mixer, self.heads)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x_BTNC, t_BT, context_BME=None, state=None):
@@ -198,16 +212,14 @@ class DiT(nn.Module):
             carry, state = layers(**options, name="layers")(carry, state, c_BTD)
         else:
             states = []
-            for i, before in enumerate(state or (None,) * self.depth):
-                carry, after = layer(**options, name=f"layer_{i}")(carry, before, c_BTD)
-                states.append(after)
+            for i, old in enumerate(state or (None,) * self.depth):
+                carry, new = layer(**options, name=f"layer_{i}")(carry, old, c_BTD)
+                states.append(new)
             state = tuple(states)
         x_BTND = carry[1]
-        to_channels = functools.partial(
-            Linear, x_BTNC.shape[-1], kernel_init=nn.initializers.zeros, dtype=jnp.float32
-        )
-        y_BTNC = to_channels(name="head")(layer_norm(x_BTND))
+        C, zero = x_BTNC.shape[-1], dict(kernel_init=nn.initializers.zeros, dtype=jnp.float32)
+        y_BTNC = Linear(C, name="head", **zero)(layer_norm(x_BTND))
         if self.input_skip:
-            share_BTC = to_channels(name="input_skip")(nn.silu(c_BTD))
+            share_BTC = Linear(C, name="input_skip", **zero)(nn.silu(c_BTD))
             y_BTNC += share_BTC[:, :, None] * x_BTNC
         return y_BTNC, state

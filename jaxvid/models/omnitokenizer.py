@@ -9,10 +9,10 @@ from jaxvid.models.cvivit import CViViT
 
 
 class OmniTokenizer(CViViT):
-    """`CViViT` with other layers: its encoder ends in windows, cells are told apart by rotation.
+    """`CViViT` with window attention at the end of the encoder and rotary positions in space.
 
-    mixer "softmax" turns by frame too, which stands in for the linear bias that the released code
-    computes and then drops.
+    The mixer "softmax" rotates by frame as well. It takes the place of the linear bias that the
+    released code computes and then drops.
     """
 
     t_patch: int = 4

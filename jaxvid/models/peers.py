@@ -1,17 +1,16 @@
-"""The tokenizers that others have released, as they are, so that their weights can be used.
+"""The published tokenizers as they were released, for the use of their weights.
 
-The C-ViViT of phenaki-pytorch, its variant by obvious-research (phenaki-cvivit) and OmniTokenizer
-(Wang et al. 2024) are this one network. It is not a stream: in all of them, the convolution before
-temporal attention reads tokens that were laid out anew instead of transposed, which mixes the
-future into the past; the variant's attention over time has no mask either.
-`jaxvid.tools.weights` fills it.
+One network covers the C-ViViT of phenaki-pytorch, its variant by obvious-research (phenaki-cvivit)
+and OmniTokenizer (Wang et al. 2024). It cannot stream. In all three, the convolution before
+temporal attention reads tokens that were reshaped instead of transposed, which mixes the future
+into the past. The temporal attention of the variant has no mask either. `jaxvid.tools.weights`
+loads the weights.
 """
 
 import functools
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,17 +25,17 @@ from jaxvid.layers.bias import (
     attend,
 )
 from jaxvid.layers.linear import Linear
-from jaxvid.models import blocks
+from jaxvid.models import blocks, stem
 
 PEG_LAYOUTS = ("causal", "peer_scrambled")
 POSITIONS = ("shared", "rel", "rope")
 
 
 class PeerAttention(nn.Module):
-    """Cosine attention times 8 whose keys and values read x itself, x_BLD -> y_BLD.
+    """Attention with cosine similarities times 8, x_BLD -> y_BLD.
 
-    Only queries see the LayerNorm. grid: (H, W) of the tokens, to turn them by column in even pairs
-    of neighbouring channels and by row in odd ones.
+    LayerNorm applies to the queries only; keys and values read x itself. grid: (H, W) of the
+    tokens, for rotary positions; None has none.
     """
 
     heads: int
@@ -52,14 +51,15 @@ class PeerAttention(nn.Module):
         k, v = dense(inner, name="k")(x_BLD), dense(inner, name="v")(x_BLD)
         q, k, v = (x.reshape(B, L, self.heads, self.head_width) for x in (q, k, v))
         if grid:
-            q, k = _turn(q, grid), _turn(k, grid)
+            q, k = _rotate_pairs(q, grid), _rotate_pairs(k, grid)
         q, k = (CosineNorm(self.dtype, name=f"{n}_norm")(x) for n, x in (("q", q), ("k", k)))
         y = attend(q, k, v, bias_ALM, COSINE_SCALE)
         return dense(D, name="out")(y.reshape(B, L, inner))
 
 
 class PeerWindow(nn.Module):
-    """LayerNorm and attention within windows that divide the grid, x_BHWD -> y_BHWD."""
+    """LayerNorm and attention within windows, x_BHWD -> y_BHWD; UserError unless these divide the
+    grid."""
 
     heads: int
     window: int
@@ -70,7 +70,10 @@ class PeerWindow(nn.Module):
         B, H, W, D = x_BHWD.shape
         side = self.window
         if H % side or W % side:
-            raise UserError(f"size: {H} x {W} tokens are no windows of {side}; use a multiple")
+            raise UserError(
+                f"window={side}: does not divide {H} x {W} tokens; use frames whose sides are "
+                f"multiples of {side} patches"
+            )
         h = blocks.LayerNorm(use_bias=False, name="norm")(x_BHWD)
         h = h.reshape(B, H // side, side, W // side, side, D).swapaxes(2, 3)
         h = h.reshape(B, -1, side * side, D)
@@ -84,40 +87,23 @@ class PeerWindow(nn.Module):
         return Linear(D, dtype=self.dtype, name="out")(y)
 
 
-class PeerConv(nn.Module):
-    """Depth-wise 3 x 3 x 3 convolution that reads the two frames before, x_BTHWD -> y_BTHWD."""
-
-    @nn.compact
-    def __call__(self, x_BTHWD):
-        D = x_BTHWD.shape[-1]
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, 3, 1, D))
-        bias_D = self.param("bias", nn.initializers.zeros, (D,))
-        return bias_D + jax.lax.conv_general_dilated(
-            x_BTHWD,
-            kernel,
-            (1, 1, 1),
-            ((2, 0), (1, 1), (1, 1)),
-            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
-            feature_group_count=D,
-        )
-
-
 class PeerTokenizer(nn.Module):
     """Video in [-1, 1] <-> latents, whole clips only.
 
     encode: video_BTHWC -> (z_BTHWZ with Z = features, ())
     decode: z_BTHWZ with Z = channels -> (video_BTHWC, ())
 
-    A clip leaves the state (), and every state but None is refused (UserError): the next piece of a
-    stream is not taken for a clip of its own.
+    The returned state is (), and any state but None is refused (UserError). So the next piece of a
+    stream cannot pass for a clip of its own.
 
-    Options are as of `cvivit.CViViT`, and beside them: head_width. hidden: units of the MLP.
-    position: "shared", one continuous bias for all, "rel", one for each layer, or "rope". biased:
-    add the biases of space and time, which OmniTokenizer computes and drops under PyTorch from 2.1
-    on. causal: attention over time is masked and has the bias of ALiBi; False has neither.
-    peg_layout: "peer_scrambled", as the weights were trained, or "causal". space_peg, time_peg:
-    where there are convolutions. unit: features are brought to unit length. offset: what their
-    black is at, pixels / 2 + offset being what the network sees.
+    Fields of `cvivit.CViViT` mean the same here. The others are: head_width. hidden: units of the
+    MLP. encode_depth, decode_depth: temporal layers. position: "shared", one continuous bias for
+    all spatial layers; "rel", one for each layer; or "rope". biased: add the biases of space and
+    time, which OmniTokenizer computes but drops under PyTorch 2.1 and later. causal: attention over
+    time has a mask and the bias of ALiBi; False has neither. peg_layout: "peer_scrambled", with
+    which the weights were trained, or "causal". space_peg, time_peg: put convolutions before
+    attention in space, in time. unit: scale features to unit length. offset: the network reads
+    pixels / 2 + offset.
     """
 
     features: int
@@ -145,15 +131,15 @@ class PeerTokenizer(nn.Module):
     dtype: Any = jnp.float32
 
     def __call__(self, video_BTHWC):
-        """Makes all parameters, from a clip of 1 + t_patch frames or more."""
+        """Make all parameters, from a clip of 1 + t_patch frames or more."""
         z_BTHWZ, _ = self.encode(video_BTHWC)
         return self.decode(z_BTHWZ[..., : self.channels])
 
     def setup(self):
-        cut = dict(patch=self.patch, t_patch=self.t_patch)
+        ends = dict(patch=self.patch, t_patch=self.t_patch)
         if self.position == "shared":
             self.bias = ContinuousBias(self.heads, self.width)
-        self.embed = blocks.Stem(self.width, patch_norm=self.patch_norm, dtype=self.dtype, **cut)
+        self.embed = stem.Stem(self.width, patch_norm=self.patch_norm, dtype=self.dtype, **ends)
         sides = {
             "encode": (self.encode_blocks, self.encode_depth),
             "decode": (self.decode_blocks, self.decode_depth),
@@ -165,7 +151,7 @@ class PeerTokenizer(nn.Module):
         self.stacks = stacks
         self.norms = {name: blocks.LayerNorm(use_bias=False) for name in stacks}
         self.to_latent, self.from_latent = Linear(self.features), Linear(self.width)
-        self.pixels = blocks.Head(**cut)
+        self.pixels = stem.Head(**ends)
 
     def _layer(self, letter, over_time):
         """The modules of one layer, by name."""
@@ -176,12 +162,12 @@ class PeerTokenizer(nn.Module):
         if self.position == "rel" and not over_time:
             layer["bias"] = ContinuousBias(self.heads, self.width)
         if self.time_peg if over_time else self.space_peg:
-            layer["peg"] = PeerConv()
+            layer["peg"] = blocks.PEG()
         return layer
 
     def encode(self, video_BTHWC, state=None):
         """See the class."""
-        _no_stream(state)
+        _refuse_state(state)
         x_BTHWD = self.embed(video_BTHWC / 2 + self.offset, is_first=True)
         x_BTHWD = self._time("encode_time", self._space("encode_space", x_BTHWD))
         z_BTHWZ = self.to_latent(x_BTHWD)
@@ -192,7 +178,7 @@ class PeerTokenizer(nn.Module):
 
     def decode(self, z_BTHWZ, state=None):
         """See the class."""
-        _no_stream(state)
+        _refuse_state(state)
         x_BTHWD = self._time("decode_time", self.from_latent(z_BTHWZ))
         x_BTHWD = self._space("decode_space", x_BTHWD)
         return (self.pixels(x_BTHWD, is_first=True) - self.offset) * 2, ()
@@ -202,7 +188,7 @@ class PeerTokenizer(nn.Module):
         shared_ANN = self.bias((H, W)) if self.position == "shared" and self.biased else None
         for layer in self.stacks[name]:
             if "peg" in layer:
-                x_BTHWD = x_BTHWD + layer["peg"](x_BTHWD)
+                x_BTHWD = x_BTHWD + layer["peg"](x_BTHWD)[0]
             if "window" in layer:
                 y = layer["window"](x_BTHWD.reshape(B * T, H, W, D))
             else:
@@ -232,29 +218,31 @@ class PeerTokenizer(nn.Module):
         return np.where(distance_TT >= 0, bias_ATT, MASKED).astype(np.float32)
 
     def _peg(self, peg, lanes_BTD, shape):
+        """Convolution of the tokens at each location over time, laid out as `peg_layout` says."""
         B, T, H, W = shape
         if self.peg_layout == "peer_scrambled":
-            return peg(lanes_BTD.reshape(*shape, -1)).reshape(lanes_BTD.shape)
-        x_BHWTD = lanes_BTD.reshape(B, H, W, T, -1)
-        return (
-            peg(x_BHWTD.transpose(0, 3, 1, 2, 4)).transpose(0, 2, 3, 1, 4).reshape(lanes_BTD.shape)
-        )
+            return peg(lanes_BTD.reshape(*shape, -1))[0].reshape(lanes_BTD.shape)
+        x_BTHWD = lanes_BTD.reshape(B, H, W, T, -1).transpose(0, 3, 1, 2, 4)
+        return peg(x_BTHWD)[0].transpose(0, 2, 3, 1, 4).reshape(lanes_BTD.shape)
 
-    def grid(self, size):
-        """(H, W) of the tokens of frames of `size` (H, W) pixels; UserError if none fit."""
-        return blocks.grid_of(size, self.patch)
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) of the tokens of frames of `size` (H, W) pixels; UserError unless patches fit."""
+        return stem.grid_of(size, self.patch)
 
-    def latents_for_frames(self, frames):
-        """Latent frames of a clip; UserError where the last group is not whole."""
-        return blocks.latents_for_frames(frames, self.t_patch)
+    def latents_for_frames(self, frames: int) -> int:
+        """Latent frames of a clip; UserError unless the last group is whole."""
+        return stem.latents_for_frames(frames, self.t_patch)
 
-    def frames_for_latents(self, latents):
-        """Frames of a clip of so many latent frames."""
-        return blocks.frames_for_latents(latents, self.t_patch)
+    def frames_for_latents(self, latents: int) -> int:
+        """Frames of a clip of this many latent frames."""
+        return stem.frames_for_latents(latents, self.t_patch)
 
 
-def _turn(x_BLAK, grid):
-    """OmniTokenizer's rotary embedding: pairs 2 i, 2 i + 1 turn by place * 10000^(-4 i / K)."""
+def _rotate_pairs(x_BLAK, grid):
+    """OmniTokenizer's rotary embedding: rotate channels 2i, 2i + 1 by place * 10000^(-4 i' / K).
+
+    The place is the column for even pairs i and the row for odd ones, i' = i // 2.
+    """
     H, W = grid
     K = x_BLAK.shape[-1]
     frequency = 10_000.0 ** (-4 * np.arange(K // 4) / K)
@@ -266,9 +254,10 @@ def _turn(x_BLAK, grid):
     return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x_BLAK.shape)
 
 
-def _no_stream(state):
+def _refuse_state(state):
+    """Raise UserError unless a clip starts here."""
     if state is not None:
         raise UserError(
-            "tokenizer: the networks of others read whole clips and cannot stream; "
+            "tokenizer: the published networks read whole clips and cannot stream; "
             "give all frames at once, without a state"
         )

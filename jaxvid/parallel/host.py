@@ -1,4 +1,4 @@
-"""What a host needs for steps on its own cores to be fast."""
+"""Settings of the host process for fast steps on its own cores."""
 
 import ctypes
 import sys
@@ -16,17 +16,17 @@ _ARENA = 64 << 20  # bytes of a piece of a thread's own heap
 def prepare():
     """Set up memory and dispatch for computation on CPU; call before jax starts a backend.
 
-    XLA on CPU allocates a step's temporaries anew every time. glibc would return them to the system
-    in between, and every page faults again: a fifth of the time of a step and more.
+    XLA on CPU allocates the temporaries of every step. glibc would return them to the system
+    between steps, and every page would fault again: a fifth of the time of a step or more.
     """
     _keep_memory()
-    # The large array of all temporaries then comes from the heap of the thread that calls, which is
-    # kept and in huge pages. A dispatching thread would have it mapped anew in every step.
+    # The array of all temporaries then comes from the heap of the calling thread, which is kept, in
+    # huge pages. On a dispatching thread it would be mapped again in every step.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def _keep_memory():
-    """Let malloc keep what has been freed, the main heap in huge pages. No-op without glibc."""
+    """Make malloc keep freed memory, the main heap in huge pages. No-op without glibc."""
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if not hasattr(libc, "mallopt"):
         return
@@ -37,7 +37,7 @@ def _keep_memory():
     libc.malloc.argtypes = [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    # Once asked for, the addresses stay the heap's; only what is written to takes memory.
+    # The heap keeps addresses once requested; only pages that are written to take memory.
     block = libc.malloc(_HEAP)
     if block:
         libc.madvise(block + -block % _PAGE, _HEAP - _PAGE, _HUGEPAGE)

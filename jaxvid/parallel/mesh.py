@@ -11,11 +11,11 @@ AXES = ("data", "fsdp", "tensor", "seq")
 
 
 def make_mesh(sizes, devices=None):
-    """Mesh over all `devices` with axes data, fsdp, tensor and seq; one size may be -1, the rest.
+    """Mesh over all `devices` with axes data, fsdp, tensor and seq; a size of -1 takes the rest.
 
-    `sizes` maps axis name to size; an axis that it does not name has 1. Axis types are
-    Auto: the compiler places what is not annotated. Raises UserError when the product of the sizes
-    is not the number of devices.
+    sizes: {axis: size}, 1 for axes without a size. Axis types are Auto: the compiler places arrays
+    that have no annotation. Raises UserError unless the product of the sizes is the number of
+    devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [int(sizes.get(axis, 1)) for axis in AXES]

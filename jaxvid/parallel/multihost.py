@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 
 from jaxvid.errors import UserError
 
-# A process alone has nobody to miss its heartbeat: Ctrl-Z or a sleeping laptop must not kill it.
+# A single process must survive Ctrl-Z and a sleeping laptop, where it misses its heartbeat.
 _ALONE_HEARTBEAT_SECONDS = 7 * 24 * 3600
 
 
@@ -89,11 +89,18 @@ def agreed(*flags):
     return tuple(map(bool, multihost_utils.broadcast_one_to_all(np.array(flags))))
 
 
-def to_global(batch, sharding):
-    """Global arrays [B, ...] from this process's rows (numpy), which have arrived.
+def to_host(array):
+    """The whole of a global array as numpy, on all processes."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
 
-    A device is still at work on the step before, and waits for nothing. On CPU, a step whose
-    arguments are under way is run by a thread whose memory is mapped anew (`parallel.host`).
+
+def to_global(batch, sharding):
+    """Global arrays [B, ...] from this process's rows (numpy), transferred when this returns.
+
+    A device does not wait: it still works on the step before. On CPU, a step whose arguments are
+    still being transferred would run on a thread whose memory is not kept (`parallel.host`).
     """
     return jax.block_until_ready(
         jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)

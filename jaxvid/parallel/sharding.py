@@ -2,15 +2,41 @@
 
 import math
 import re
+from typing import NamedTuple
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 BATCH_AXES = ("data", "fsdp")
 
-# Activations: axis letter -> mesh axes. Every other letter is whole on each device: so is `_`, for
-# frames that are read one after another, and L, as most mixers need all tokens that came before.
-LETTER_AXES = {"B": BATCH_AXES, "T": ("seq",), "A": ("tensor",), "F": ("tensor",)}
+
+class ParamRule(NamedTuple):
+    """How parameters with a path that `pattern` is found in are split and updated.
+
+    axes: mesh axes of the trailing dimensions, so that one rule serves a layer and a stack of
+    layers. matrix: (in, out) dimensions, counted from the end, if it is a hidden matrix of a layer,
+    which Muon updates; else None.
+    """
+
+    pattern: str
+    axes: tuple[str, ...]
+    matrix: tuple[int, int] | None = None
+
+
+# One table for all tasks and the optimiser, whose moments and averages repeat the path of their
+# parameter. What no rule names is split by the fallback of `partition`.
+PARAM_RULES = (
+    ParamRule(r"(^|/)(q|k|v|gate|up)/kernel$", ("fsdp", "tensor"), matrix=(-2, -1)),
+    ParamRule(r"(^|/)out/kernel$", ("tensor", "fsdp"), matrix=(-2, -1)),
+    ParamRule(r"(^|/)down/kernel$", ("fsdp", "tensor"), matrix=(-1, -2)),  # stored [out, in]
+    ParamRule(r"(^|/)(decay_out|modulation|time_in|time_out|context)/kernel$", ("fsdp", "tensor")),
+    ParamRule(r"(^|/)(q|k|v|gate|decay_out|up)/bias$", ("tensor",)),
+)
+
+# Activations: axis letter -> mesh axes. Axes with any other letter are whole on each device. So is
+# `_`, for frames that are read one after another, and L, because most mixers need all earlier
+# tokens.
+LETTER_AXES = {"B": BATCH_AXES, "T": ("seq",), "A": ("tensor",)}
 
 
 def path_name(path):
@@ -19,7 +45,7 @@ def path_name(path):
 
 
 def _fit(axes, size, mesh):
-    """The mesh axes if together they split a dimension of `size` evenly, else None (whole)."""
+    """The mesh axes if together they split a dimension of `size` evenly, else None (not split)."""
     if axes is None:
         return None
     axes = (axes,) if isinstance(axes, str) else tuple(axes)
@@ -27,19 +53,23 @@ def _fit(axes, size, mesh):
     return axes if parts > 1 and size % parts == 0 else None
 
 
-def partition(name, shape, mesh, rules=()):
-    """PartitionSpec of one parameter: the first rule whose regex is found in its path, else FSDP.
+def find_rule(name):
+    """The first of PARAM_RULES for the path of a parameter, None if there is none."""
+    return next((rule for rule in PARAM_RULES if re.search(rule.pattern, name)), None)
 
-    A rule's dims are aligned to the trailing dimensions, so that one rule serves a layer and a
-    stack of layers; an axis that does not divide its dimension is dropped. The fallback splits the
-    largest divisible dimension over fsdp. Vectors (biases, norms) stay whole there: gathering them
-    costs more than keeping them.
+
+def partition(name, shape, mesh):
+    """PartitionSpec of one parameter: that of its rule, else FSDP.
+
+    An axis that does not divide its dimension is dropped. The fallback splits the largest divisible
+    dimension over fsdp. It leaves vectors (biases, norms) whole: gathering them costs more than
+    keeping them.
     """
-    for pattern, dims in rules:
-        if re.search(pattern, name):
-            dims = tuple(dims or ())[-len(shape) :] if shape else ()
-            dims = (None,) * (len(shape) - len(dims)) + dims
-            return PartitionSpec(*(_fit(axes, size, mesh) for axes, size in zip(dims, shape)))
+    rule = find_rule(name)
+    if rule and shape:
+        axes = rule.axes[-len(shape) :]
+        axes = (None,) * (len(shape) - len(axes)) + axes
+        return PartitionSpec(*(_fit(axis, size, mesh) for axis, size in zip(axes, shape)))
     if len(shape) >= 2:
         for dim in sorted(range(len(shape)), key=lambda dim: -shape[dim]):
             if _fit("fsdp", shape[dim], mesh):
@@ -47,20 +77,16 @@ def partition(name, shape, mesh, rules=()):
     return PartitionSpec()
 
 
-def shard_params(tree, mesh, rules=()):
-    """NamedShardings for a tree of arrays or shapes, by `partition`.
-
-    Optimiser moments and averages repeat a parameter's path and shape, so a whole train state may
-    be passed: each copy lands where its parameter does.
-    """
+def shard_params(tree, mesh):
+    """NamedShardings for a tree of arrays or shapes, by `partition`; a whole train state too."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, partition(path_name(path), leaf.shape, mesh, rules)),
+        lambda path, leaf: NamedSharding(mesh, partition(path_name(path), leaf.shape, mesh)),
         tree,
     )
 
 
 def replicated(mesh):
-    """The sharding of what every device holds whole."""
+    """The sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -80,7 +106,7 @@ def shard(x, letters):
 
 
 def frames_are_split():
-    """Whether the mesh splits frames, so that to merge their axis with another gathers them."""
+    """Whether the mesh splits frames. Merging their axis with another would then gather them."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape.get("seq", 1) > 1  # a mesh that is empty has no axes
 

@@ -1,19 +1,19 @@
 """Adversarial training in one step: losses of a generator and of its discriminators.
 
-Both are terms of one loss. The generator's sees the discriminators' parameters held constant, and
-the discriminators' sees the fakes held constant, so each moves by its own term alone.
+Both are terms of one loss. The generator's term holds the parameters of the discriminators constant
+and the discriminators' term holds the fakes constant, so each side moves by its own term alone.
 """
 
-import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxvid.errors import UserError
+from jaxvid.checks import at_least, choose
 from jaxvid.models.discriminator import PatchDiscriminator, StyleDiscriminator
 
 KINDS = {"patch": PatchDiscriminator, "stylegan": StyleDiscriminator}
-LECAM_MEMORY = 0.99
+LECAM_DECAY = 0.99  # of the running means of the logits
 
 
 def hinge(real, fake):
@@ -45,38 +45,45 @@ def lecam(real, fake, average):
     return above + jnp.square(jax.nn.relu(average["real"] - fake)).mean()
 
 
+class GeneratorLoss(NamedTuple):
+    """by_kind: {"image" or "video": loss}, unweighted. feature_matching: mean difference of the
+    discriminators' activations, summed over kinds, 0 if its weight is 0."""
+
+    by_kind: dict[str, Any]
+    feature_matching: Any
+
+
 class Adversary:
     """The discriminators of a task and what they add to its loss.
 
     kind: "patch" or "stylegan", of width `width`. loss: "hinge" or "non_saturating". image, video:
-    weights of the generator's loss by the discriminator of pictures and by that of clips; 0 leaves
-    one out. start: first step with any of it. adaptive: also weigh these losses by how strongly the
-    last layer feels the task's others and them, taken without weights (Esser et al. 2021). r1,
-    lecam: weights of regularizers of the discriminators. feature_matching: of the mean difference
-    of activations, for the generator, whatever the weights of the verdicts.
+    weights of the generator's loss by the discriminator of images and by that of clips; 0 leaves
+    that discriminator out. start: first step with discriminators. adaptive: scale the generator's
+    loss by the ratio of the gradient norms, in the last layer of the decoder, of the task's other
+    losses and of the unweighted generator's loss (VQGAN, Esser et al. 2021). r1, lecam: weights of
+    the regularizers of the discriminators. feature_matching: weight of the mean difference of
+    activations in the generator's loss, independent of `image` and `video`.
 
-    Pictures and clips are {"image": [B, H, W, C], "video": [B, T, H, W, C]}, either or both.
+    Images and clips are {"image": [B, H, W, C], "video": [B, T, H, W, C]}, either or both.
     """
 
     def __init__(
         self, *, kind, width, loss, image, video, start, adaptive, r1, lecam, feature_matching
     ):
-        _choose("kind", kind, KINDS)
-        _choose("loss", loss, LOSSES)
+        choose("kind", kind, KINDS)
+        choose("loss", loss, LOSSES)
+        weights = dict(image=image, video=video, start=start, r1=r1, lecam=lecam)
+        for name, value in {**weights, "feature_matching": feature_matching}.items():
+            at_least(name, value, 0)
+        at_least("width", width, 8)
         self.weights = {"image": image, "video": video}
-        named = dict(self.weights, start=start, r1=r1, lecam=lecam)
-        for name, value in (named | {"feature_matching": feature_matching}).items():
-            if not 0 <= value < math.inf:
-                raise UserError(f"task.gan.{name}={value}: use 0 or a positive number")
-        if width < 8:
-            raise UserError(f"task.gan.width={width}: use 8 channels or more")
         self.module = KINDS[kind](width=width)
-        self.judge, self.persuade = LOSSES[loss]
+        self.loss_of_discriminator, self.loss_of_generator = LOSSES[loss]
         self.start, self.adaptive = start, adaptive
-        self.r1, self.lecam, self.matching = r1, lecam, feature_matching
+        self.r1, self.lecam, self.feature_matching = r1, lecam, feature_matching
 
     def init(self, rng, shapes):
-        """(params, extra) for {name: shape} of pictures and clips."""
+        """(params, extra) for {name: shape} of images and clips."""
         params, extra = {}, {}
         for name, key in zip(sorted(shapes), jax.random.split(rng, len(shapes))):
             if self.weights[name]:
@@ -84,48 +91,40 @@ class Adversary:
                 extra[name] = {"real": jnp.zeros(()), "fake": jnp.zeros(())}
         return params, extra
 
-    def generator(self, params, real, fake):
-        """Losses of the generator by discriminators that stand still; no gradient for `params`.
-
-        ({name: loss}, sum over names of the mean difference of activations), both unweighted; the
-        second is 0 where nothing asks for it.
-        """
+    def generator_loss(self, params, real, fake) -> GeneratorLoss:
+        """The generator's losses. The discriminators are constants: `params` get no gradient."""
         params, real = jax.lax.stop_gradient((params, real))
-        losses, apart = {}, jnp.zeros(())
+        by_kind, feature_matching = {}, jnp.zeros(())
         for name in params:
-            logits, felt = self._look(params[name], fake[name])
-            losses[name] = self.persuade(logits)
-            if self.matching:
-                _, wanted = self._look(params[name], real[name])
-                apart += sum(jnp.abs(a - b).mean() for a, b in zip(felt, wanted)) / len(felt)
-        return losses, apart
+            logits, features = self._apply(params[name], fake[name])
+            by_kind[name] = self.loss_of_generator(logits)
+            if self.feature_matching:
+                _, targets = self._apply(params[name], real[name])
+                distances = [jnp.abs(a - b).mean() for a, b in zip(features, targets)]
+                feature_matching += sum(distances) / len(distances)
+        return GeneratorLoss(by_kind, feature_matching)
 
-    def discriminator(self, params, real, fake, extra):
-        """(loss of the discriminators by fakes that stand still, metrics, extra)."""
+    def discriminator_loss(self, params, real, fake, extra):
+        """(loss of the discriminators, metrics, extra). The fakes are constants."""
         real, fake = jax.lax.stop_gradient((real, fake))
         total, metrics, extra = jnp.zeros(()), {}, dict(extra)
         for name in params:
 
             def logits(x, name=name):
-                return self._look(params[name], x)[0]
+                return self._apply(params[name], x)[0]
 
-            true, false = logits(real[name]), logits(fake[name])
-            total += self.judge(true, false)
+            on_real, on_fake = logits(real[name]), logits(fake[name])
+            total += self.loss_of_discriminator(on_real, on_fake)
             if self.r1:
                 total += self.r1 * gradient_penalty(logits, real[name])
             if self.lecam:
-                total += self.lecam * lecam(true, false, extra[name])
-            means = jax.lax.stop_gradient({"real": true.mean(), "fake": false.mean()})
+                total += self.lecam * lecam(on_real, on_fake, extra[name])
+            means = jax.lax.stop_gradient({"real": on_real.mean(), "fake": on_fake.mean()})
             metrics |= {f"{name}_{side}": mean for side, mean in means.items()}
             extra[name] = jax.tree.map(
-                lambda old, new: LECAM_MEMORY * old + (1 - LECAM_MEMORY) * new, extra[name], means
+                lambda old, new: LECAM_DECAY * old + (1 - LECAM_DECAY) * new, extra[name], means
             )
         return total, metrics, extra
 
-    def _look(self, params, x):
+    def _apply(self, params, x):
         return self.module.apply({"params": params}, x)
-
-
-def _choose(field, value, choices):
-    if value not in choices:
-        raise UserError(f"task.gan.{field}={value!r}: unknown; use one of {', '.join(choices)}")

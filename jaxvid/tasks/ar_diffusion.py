@@ -1,114 +1,153 @@
 """AR-Diffusion: video diffusion whose noise never decreases along the clip (Sun et al. 2025)."""
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxvid.checks import at_least, between, choose, divides, positive, require
 from jaxvid.data.transforms import normalize
-from jaxvid.diffusion import guidance, samplers, schedulers, schedules, timesteps
+from jaxvid.diffusion import guidance, samplers, timesteps
+from jaxvid.diffusion.frame_schedules import FrameSchedule, make_frame_schedule
+from jaxvid.diffusion.noise import make_noise_schedule
 from jaxvid.errors import UserError, within
 from jaxvid.metrics import quality
-from jaxvid.mixers import check as check_mixer
-from jaxvid.models.conditioning import KINDS, Conditioner
-from jaxvid.models.dit import ARRANGEMENTS, DiT
-from jaxvid.models.patches import Patches
+from jaxvid.mixers import make_mixer
+from jaxvid.models.conditioning import Conditioner
+from jaxvid.models.dit import DiT
+from jaxvid.models.pixels import PixelTokenizer
+from jaxvid.models.tokenizer import VideoTokenizer
+from jaxvid.tasks import streaming
+from jaxvid.tasks.base import Generator
 
-TIMESTEPS = ("fopp", "iid", "uniform", "full_sequence")
+TIMESTEPS = {
+    "fopp": timesteps.fopp,
+    "iid": timesteps.iid,
+    "uniform": timesteps.uniform,
+    "full_sequence": timesteps.full_sequence,
+}
 DTYPES = ("float32", "bfloat16", "float16")
 MEMORIES = ("cache", "none", "window")
 CONDITIONS = ("label", "text", "first_frames")
 NOISE_BINS = 10
 
 
-class Task:
+class Task(Generator):
     """Train and sample a causal diffusion transformer with one noise level per frame.
 
-    size, frames: of the training clips, pixels and frames. model: options of `models.dit.DiT`.
-    noise: options of `schedules.make`. prediction, weight, snr_clip: see
-    `schedules.NoiseSchedule`. timesteps: how training noises the frames of a clip
+    size, frames: pixels and frames of the training clips. model: options of `models.dit.DiT`.
+    noise: options of `diffusion.noise.make_noise_schedule`. prediction, weight, snr_clip: see
+    `diffusion.noise.NoiseSchedule`. timesteps: how training draws the noise levels of a clip
     (`diffusion.timesteps`). clean_prefix: probability that a clip begins with clean frames, which
     are condition and not target.
-    condition: kind, tokens, width, num_classes (`models.conditioning`) and drop, the probability
-    of the null condition. sampler: steps, schedule, s, block (`schedulers.make`), guidance, eta,
-    memory ("cache", "none" or "window"). given: clean frames before the continuation that
-    `evaluate` scores. patch: pixels, for the tokenizer that learns nothing; `tokenizer` is any
-    other with the members of `models.patches.Patches` and `params`, its frozen weights, such as
-    `models.tokenizer.FrozenTokenizer`. Frames are of video everywhere here, the window of
-    `model.mixer` included; its sinks and the schedules of `sampler` count latent frames.
-    """
+    condition: kind, tokens, width, num_classes (`models.conditioning`), and drop, the probability
+    of the null condition. sampler: steps, schedule, s, block
+    (`diffusion.frame_schedules.make_frame_schedule`), guidance, eta and memory ("cache", "none" or
+    "window"). given: clean frames before the continuation that `evaluate` scores. patch: pixels on
+    a side of a token; without effect if there is a `tokenizer`.
 
-    sharding_rules = (
-        (
-            r"/(q|k|v|gate|decay_out|up|modulation|time_in|time_out|context|down)/kernel",
-            ("fsdp", "tensor"),
-        ),
-        (r"/out/kernel", ("tensor", "fsdp")),
-        (r"/(q|k|v|gate|decay_out|up)/bias", ("tensor",)),
-    )
+    All fields count video frames, the window of `model.mixer` too. Only its sinks and the schedules
+    of `sampler` count latent frames.
+    """
 
     def __init__(
         self,
         *,
-        size,
-        frames,
+        size: int,
+        frames: int,
         model,
-        patch,
+        patch: int,
         noise,
-        prediction,
-        weight,
-        snr_clip,
-        timesteps,
-        clean_prefix,
+        prediction: str,
+        weight: str,
+        snr_clip: float,
+        timesteps: str,
+        clean_prefix: float,
         condition,
         sampler,
-        given,
-        tokenizer=None,
+        given: int,
+        tokenizer: VideoTokenizer | None = None,
     ):
+        choose("timesteps", timesteps, TIMESTEPS)
+        positive("snr_clip", snr_clip)
+        between("clean_prefix", clean_prefix, 0, 1)
+        at_least("frames", frames, 2)
+        between("given", given, 1, frames - 1)
         self.size, self.frames, self.given = size, frames, given
         self.prediction, self.weight, self.snr_clip = prediction, weight, snr_clip
-        self.timesteps, self.clean_prefix = timesteps, clean_prefix
+        self.draw_timesteps, self.clean_prefix = TIMESTEPS[timesteps], clean_prefix
         self.condition, self.sampler = dict(condition), dict(sampler)
         self.drop = self.condition.pop("drop")
-        with within("task.noise", noise):
-            self.noise = schedules.make(**noise)
-        _check(self, patch if tokenizer is None else 1, model)
-        self.tokenizer = Patches(patch) if tokenizer is None else tokenizer
-        self.grid = self._fits("size", self.tokenizer.grid, size)
-        mixer = dict(model["mixer"])
-        if mixer.get("window"):
-            mixer["window"] = self._fits("model.mixer.window", self._latents, mixer["window"])
-        for name in ("frames", "given"):
-            self._fits(name, self._latents, getattr(self, name))
-        options = {"mixer": mixer, "dtype": jnp.dtype(model["dtype"])}
-        self.model = DiT(grid=self.grid, **{**model, **options})
-        self.conditioner = Conditioner(**self.condition)
+        with within("condition"):
+            between("drop", self.drop, 0, 1)
+            self.conditioner = Conditioner(**self.condition)
+        with within("noise"):
+            self.noise = make_noise_schedule(**noise)
+        self.noise.weight(np.zeros(1, np.int32), weight, prediction)  # raises for unknown names
+        if tokenizer is None:
+            divides("patch", patch, size, "size")
+            tokenizer = PixelTokenizer(patch)
+        self.tokenizer = tokenizer
+        self.grid = self._in_latents("size", self.tokenizer.grid, size)
+        for name, value in (("frames", frames), ("given", given)):
+            self._in_latents(name, self._latents, value)
+        self.model = self._make_model(model)
+        self._check_sampler()
         self.solver = samplers.Solver(self.noise, prediction, self.sampler["eta"])
         self.schedule(self._latents(frames))
 
-    def _latents(self, frames):
+    def _make_model(self, options) -> DiT:
+        options = {**options, "mixer": dict(options["mixer"])}
+        mixer = options["mixer"]
+        with within("model"):
+            choose("dtype", options["dtype"], DTYPES)
+            if mixer.get("window"):
+                mixer["window"] = self._in_latents("mixer.window", self._latents, mixer["window"])
+            model = DiT(grid=self.grid, **{**options, "dtype": jnp.dtype(options["dtype"])})
+            self.mixer = make_mixer(mixer, width=model.width, heads=model.heads)
+        return model
+
+    def _check_sampler(self):
+        options, kind = self.sampler, self.condition["kind"]
+        with within("sampler"):
+            choose("memory", options["memory"], MEMORIES)
+            between("steps", options["steps"], 1, self.noise.num_steps - 1)
+            between("eta", options["eta"], 0, 1)
+            require(
+                options["guidance"] == 1 or kind != "none",
+                "guidance",
+                options["guidance"],
+                "condition.kind='none' leaves nothing to guide by; use 1",
+            )
+            require(
+                self.mixer.streams or options["memory"] != "cache",
+                "memory",
+                options["memory"],
+                "this mixer sees later frames and cannot stream; use none",
+            )
+
+    def _latents(self, frames: int) -> int:
         return self.tokenizer.latents_for_frames(frames)
 
-    def _fits(self, field, function, value):
-        """function(value) of the tokenizer, whose UserError then names the field."""
+    def _in_latents(self, field, function, value):
+        """function(value) of the tokenizer; its UserError then names the field of this task."""
         try:
             return function(value)
         except UserError as error:
-            raise UserError(
-                f"task.{field}={value}: does not suit the tokenizer: {error}"
-            ) from error
+            raise UserError(f"{field}={value}: does not suit the tokenizer: {error}") from error
 
     @property
-    def window(self):
+    def window(self) -> int:
         """Latent frames that may be noisy at once: the attention window, else a training clip."""
-        return self.model.mixer.get("window") or self._latents(self.frames)
+        return self.mixer.window or self._latents(self.frames)
 
-    def schedule(self, frames):
-        """The frame schedule for this many latent frames; raises UserError where it cannot be."""
+    def schedule(self, frames: int) -> FrameSchedule:
+        """The frame schedule for this many latent frames; UserError if there is none."""
         options = self.sampler
-        with within("task.sampler", options):
-            return schedulers.make(
+        with within("sampler"):
+            return make_frame_schedule(
                 options["schedule"],
                 frames,
                 options["steps"],
@@ -117,36 +156,33 @@ class Task:
                 window=self.window,
             )
 
-    def check(self, source):
-        """Raise UserError where the clips have more classes than the table, or no captions.
+    def binding(self):
+        """The digest of a trained tokenizer."""
+        return {"tokenizer_digest": self.tokenizer.digest}
 
-        Or where they are the latents of another tokenizer.
-        """
-        cached = getattr(source, "tokenizer", None)
-        own = getattr(self.tokenizer, "digest", None)
-        if cached not in (None, own):
+    def check(self, source):
+        """Raise UserError for data without the condition, or with another tokenizer's latents."""
+        own = self.tokenizer.digest
+        if source.tokenizer not in ("", own):
             raise UserError(
-                f"data.path: holds latents of the tokenizer {cached}, task.tokenizer is "
-                f"{own or 'none'}; name the folder they were encoded with, or encode again with "
-                "python -m jaxvid.data.tokenize"
+                f"tokenizer: is {own or 'none'}, but data.path holds latents of the tokenizer "
+                f"{source.tokenizer}; name the folder they were encoded with, or encode again with "
+                "python -m jaxvid.tokenize"
             )
         kind, rows = self.condition["kind"], self.condition["num_classes"]
-        if kind == "class" and source.num_classes > rows:
-            raise UserError(
-                f"task.condition.num_classes={rows}: the data has {source.num_classes} classes; "
-                f"use {source.num_classes} or more"
-            )
-        if kind == "text" and not source.captions:
-            raise UserError(
-                "task.condition.kind='text': the data has no captions; use class or none"
-            )
+        with within("condition"):
+            classes = source.num_classes
+            remedy = f"the data has {classes} classes; use {classes} or more"
+            require(kind != "class" or classes <= rows, "num_classes", rows, remedy)
+            remedy = "the data has no captions; use class or none"
+            require(kind != "text" or source.captions, "kind", kind, remedy)
 
     def split_frames(self, frames):
         """Latent frames of a clip; see `tasks.base.Task`."""
         return self._latents(frames)
 
     def init(self, rng, batch):
-        """(params, extra) for a batch of arrays or of their shapes; see `tasks.base.Task`."""
+        """(params, {}) for a batch of arrays or of their shapes; see `tasks.base.Task`."""
         B, T = batch["id"].shape[0], self._latents(self.frames)
         H, W = self.grid
         rng_model, rng_context = jax.random.split(rng)
@@ -158,19 +194,19 @@ class Task:
         return {"model": model["params"], "conditioner": context.get("params", {})}, {}
 
     def frozen(self):
-        """The tokenizer's weights."""
-        return getattr(self.tokenizer, "params", {})
+        """The weights of the tokenizer."""
+        return self.tokenizer.params
 
     def _encode(self, frozen, video_u8):
-        """uint8 video -> clean latents z_BTNZ float32, never trained through."""
+        """uint8 video -> clean latents z_BTNZ float32, without gradient."""
         z_BTNZ, _ = self.tokenizer.encode(frozen, normalize(video_u8))
         return jax.lax.stop_gradient(z_BTNZ.astype(jnp.float32))
 
     def _clean(self, frozen, batch):
-        """Clean latents z_BTNZ of a batch: those it brings, else those of its video."""
+        """Clean latents z_BTNZ of a batch: cached ones if it has them, else those of its video."""
         for name in ("latents", "tokens"):
             if name in batch:
-                return jax.lax.stop_gradient(self.tokenizer.cached(frozen, batch[name]))
+                return jax.lax.stop_gradient(self.tokenizer.from_stored(frozen, batch[name]))
         return self._encode(frozen, batch["video"])
 
     def _context(self, params, drop_B, batch):
@@ -187,7 +223,7 @@ class Task:
         z_BTNC = self._clean(frozen, batch)
         B, T = z_BTNC.shape[:2]
         rng_t, rng_prefix, rng_eps, rng_drop = jax.random.split(rng, 4)
-        t_BT = getattr(timesteps, self.timesteps)(rng_t, B, T, self.noise.num_steps)
+        t_BT = self.draw_timesteps(rng_t, B, T, self.noise.num_steps)
         t_BT, prefix_B = timesteps.clean_prefix(rng_prefix, t_BT, self.clean_prefix)
         is_target_BT = jnp.arange(T) >= prefix_B[:, None]
 
@@ -242,88 +278,85 @@ class Task:
     def sample(self, params, rng, cond, *, frozen, frames=None):
         """Video float32 [B, frames, H, W, 3] in [-1, 1]; see `tasks.base.Task`.
 
-        The noise of a frame depends on `rng` and its index alone. Raises UserError where the
-        schedule cannot sample this many frames.
+        The noise of a frame depends on `rng` and its index alone. Raises UserError if the schedule
+        cannot sample this many frames.
         """
         arrays = {name: value for name, value in cond.items() if name in CONDITIONS}
-        return self._sample(params, rng, arrays, frozen, cond["num"], frames or self.frames)
+        total = self._latents(frames or self.frames)
+        return self._sample(params, rng, arrays, frozen, batch=cond["num"], total=total)
 
-    @functools.partial(jax.jit, static_argnums=(0, 5, 6))
-    def _sample(self, params, rng, cond, frozen, batch, frames):
-        total = self._latents(frames)
-        predict, start, given_BPNC = self._open(params, cond, frozen, batch, total)
-        P = given_BPNC.shape[1]
-        x_BFNC = self._noise(rng, batch, P, total)
-        options = dict(solver=self.solver, schedule=self.schedule(total - P))
-        memory = self.sampler["memory"]
-        if memory == "cache":
-            _, state = predict(given_BPNC, jnp.zeros((batch, P), jnp.int32), start)
-            x_BFNC, _ = samplers.cached(predict, x_BFNC, state, rng, given=P, **options)
-        else:
-            window = self.window if memory == "window" else None
-            options |= dict(given_BPNC=given_BPNC, window=window)
-            x_BFNC = samplers.uncached(predict, x_BFNC, start, rng, **options)
-        return self.decode(frozen, jnp.concatenate([given_BPNC, x_BFNC], axis=1))[0]
+    @functools.partial(jax.jit, static_argnames=("self", "batch", "total"))
+    def _sample(self, params, rng, cond, frozen, *, batch, total):
+        predict, state, given_BPNC = self._open(params, cond, frozen, batch, total)
+        z_BTNC = streaming.sample_clip(
+            predict,
+            state,
+            given_BPNC,
+            rng,
+            solver=self.solver,
+            schedule=self.schedule(total - given_BPNC.shape[1]),
+            memory=self.sampler["memory"],
+            window=self.window,
+        )
+        return self.decode(frozen, z_BTNC)[0]
 
-    def stream(self, params, rng, cond, *, frozen, frames=None):
+    def stream(self, params, rng, cond, *, frozen, frames=None) -> Iterator[jax.Array]:
         """Yield the latents [B, t, N, C] of a video as its frames finish, `first_frames` first.
 
         Decoded in turn by `decode` they are the video of `sample` with memory "cache". The work
-        between two pieces is one call of one compiled program, however long the video.
+        between two yields is one call of one compiled program, however long the video.
         """
         arrays = {name: value for name, value in cond.items() if name in CONDITIONS}
-        batch = cond["num"]
         total = self._latents(frames or self.frames)
-        given_BPNC, x_BFNC, state = self._begin(params, rng, arrays, frozen, batch, total)
+        given_BPNC, x_BFNC, state = self._begin(
+            params, rng, arrays, frozen, batch=cond["num"], total=total
+        )
         P = given_BPNC.shape[1]
         schedule = self.schedule(total - P)
         if P:
             yield given_BPNC
-        for rows, done in samplers.pieces(samplers.plan(schedule)):
-            x_BFNC, state = self._advance(params, rng, x_BFNC, state, rows, schedule, P)
-            yield x_BFNC[:, done]
 
-    @functools.partial(jax.jit, static_argnums=0)
+        def step(x_BFNC, state, rows):
+            return self._advance(params, rng, x_BFNC, state, rows, schedule=schedule, given=P)
+
+        yield from streaming.finished_frames(step, x_BFNC, state, schedule)
+
+    @functools.partial(jax.jit, static_argnames="self")
     def decode(self, frozen, z_BTNC, state=None):
         """The next latents of a stream -> (video float32 [B, t, H, W, 3] in [-1, 1], state)."""
         video, state = self.tokenizer.decode(frozen, z_BTNC, self.grid, state)
         return jnp.clip(video, -1, 1), state
 
-    @functools.partial(jax.jit, static_argnums=(0, 5, 6))
-    def _begin(self, params, rng, cond, frozen, batch, total):
+    @functools.partial(jax.jit, static_argnames=("self", "batch", "total"))
+    def _begin(self, params, rng, cond, frozen, *, batch, total):
         """(given latents, noise of the others, state that has read the condition and the given)."""
-        predict, start, given_BPNC = self._open(params, cond, frozen, batch, total)
-        P = given_BPNC.shape[1]
-        _, state = predict(given_BPNC, jnp.zeros((batch, P), jnp.int32), start)
-        return given_BPNC, self._noise(rng, batch, P, total), state
+        predict, state, given_BPNC = self._open(params, cond, frozen, batch, total)
+        schedule = self.schedule(total - given_BPNC.shape[1])
+        options = dict(solver=self.solver, schedule=schedule)
+        return given_BPNC, *streaming.begin(predict, state, given_BPNC, rng, **options)
 
-    @functools.partial(jax.jit, static_argnums=(0, 6, 7), donate_argnums=(3, 4))
-    def _advance(self, params, rng, x_BFNC, state, rows, schedule, given):
+    @functools.partial(
+        jax.jit,
+        static_argnames=("self", "schedule", "given"),
+        donate_argnames=("x_BFNC", "state"),
+    )
+    def _advance(self, params, rng, x_BFNC, state, rows, *, schedule, given):
         predict = self._predict(params, given + schedule.frames)
-        return samplers.advance(
-            predict,
-            x_BFNC,
-            state,
-            rows,
-            rng,
-            solver=self.solver,
-            plan=samplers.plan(schedule),
-            levels=self.noise.levels(schedule.sample_steps),
-            given=given,
-        )
+        options = dict(solver=self.solver, schedule=schedule, given=given)
+        return streaming.advance(predict, x_BFNC, state, rows, rng, **options)
 
     def _predict(self, params, total, context_BME=None):
         """The network of a stream of `total` latent frames, with guidance, as samplers call it."""
         mixer = dict(self.model.mixer)
-        if "window" in mixer and mixer["window"] is None:
+        if not self.mixer.constant_state:
             # Nothing leaves a window as long as the stream, and a scan needs a cache of one size.
             mixer["window"] = total
         model = self.model.clone(mixer=mixer)
 
         def predict(x_BTNC, t_BT, state):
-            if mixer.get("mask", "causal") == "causal":
+            if self.mixer.streams:
                 return self._apply(params, x_BTNC, t_BT, state=state, model=model)
-            # What sees the future cannot be continued: it reads everything anew in every call.
+            # A mixer that sees the future cannot continue: every call reads everything.
             return self._apply(params, x_BTNC, t_BT, context_BME, model=model)[0], state
 
         scale = self.sampler["guidance"]
@@ -331,12 +364,12 @@ class Task:
 
     def _open(self, params, cond, frozen, batch, total):
         """(predict, state that has read the context alone, clean latents of `first_frames`)."""
-        nobody_B = jnp.zeros(batch, bool)
-        context_BME = self._context(params, nobody_B, cond)
+        drop_B = jnp.zeros(batch, bool)
+        context_BME = self._context(params, drop_B, cond)
         copies = 1
         if self.sampler["guidance"] != 1:
             copies = 2
-            context_BME = jnp.concatenate([context_BME, self._context(params, ~nobody_B, cond)])
+            context_BME = jnp.concatenate([context_BME, self._context(params, ~drop_B, cond)])
         empty_BTNC = jnp.zeros((batch, 0, self.grid[0] * self.grid[1], self.tokenizer.channels))
         given_BPNC = empty_BTNC
         if "first_frames" in cond:
@@ -346,14 +379,6 @@ class Task:
         _, state = self._apply(params, x_BTNC, t_BT, context_BME)
         return self._predict(params, total, context_BME), state, given_BPNC
 
-    def _noise(self, rng, batch, given, total):
-        """Initial noise of the frames given .. total - 1."""
-        frame_F = np.arange(given, total)
-        shape = (batch, total - given, self.grid[0] * self.grid[1], self.tokenizer.channels)
-        return samplers.frame_noise(
-            rng, frame_F, np.full_like(frame_F, self.noise.num_steps), shape
-        )
-
 
 def _conditions(conditioner, batch, size):
     """The arguments of the conditioner that a batch or a sampling condition holds."""
@@ -362,78 +387,8 @@ def _conditions(conditioner, batch, size):
     if conditioner.kind == "text":
         if "text" not in batch:
             raise UserError(
-                "task.condition.kind='text': the data has no captions; set data.text_tokens and "
-                "data.text_width, or task.condition.kind=none"
+                "condition.kind='text': the data has no captions; set data.text_tokens and "
+                "data.text_width, or condition.kind=none"
             )
         return {"text_BME": batch["text"]}
     return {}
-
-
-def _check(task, patch, model):
-    """Raise UserError for settings that cannot work, before anything is compiled."""
-    condition, sampler, mixer = task.condition, task.sampler, model["mixer"]
-
-    def choose(field, value, choices):
-        if value not in choices:
-            raise UserError(f"task.{field}={value!r}: unknown; use one of {', '.join(choices)}")
-
-    def require(holds, message):
-        if not holds:
-            raise UserError(f"task.{message}")
-
-    choose("timesteps", task.timesteps, TIMESTEPS)
-    choose("condition.kind", condition["kind"], KINDS)
-    choose("sampler.memory", sampler["memory"], MEMORIES)
-    choose("model.arrangement", model["arrangement"], ARRANGEMENTS)
-    choose("model.dtype", model["dtype"], DTYPES)
-    floors = {"patch": (patch, 1), "frames": (task.frames, 2)}
-    floors |= {f"model.{name}": (model[name], 1) for name in ("width", "depth", "heads")}
-    for name, (value, low) in floors.items():
-        require(value >= low, f"{name}={value}: must be at least {low}")
-    check_mixer("task.model.mixer", mixer, model["heads"])
-    size, width, heads = task.size, model["width"], model["heads"]
-    require(
-        width * model["mlp_ratio"] >= 1,
-        f"model.mlp_ratio={model['mlp_ratio']}: leaves width={width} no hidden unit; use 4",
-    )
-    with within("task", ("prediction", "weight")):
-        task.noise.weight(np.zeros(1, np.int32), task.weight, task.prediction)
-    levels = task.noise.num_steps
-    require(
-        1 <= sampler["steps"] < levels,
-        f"sampler.steps={sampler['steps']}: there are {levels} noise levels; use 1 to {levels - 1}",
-    )
-    require(
-        0 <= sampler["eta"] <= 1,
-        f"sampler.eta={sampler['eta']}: a share of fresh noise; use 0 (DDIM) to 1 (ancestral)",
-    )
-    require(
-        size % patch == 0,
-        f"patch={patch}: does not divide size={size}; use a divisor of {size}",
-    )
-    require(
-        width % heads == 0 and width // heads % 2 == 0,
-        f"model.heads={heads}: does not divide width={width} into even heads; "
-        f"use a divisor of {width // 2}",
-    )
-    require(
-        0 <= task.drop <= 1,
-        f"condition.drop={task.drop}: not a probability; use 0 to 1",
-    )
-    require(
-        0 <= task.clean_prefix <= 1,
-        f"clean_prefix={task.clean_prefix}: not a probability; use 0 to 1",
-    )
-    require(task.snr_clip > 0, f"snr_clip={task.snr_clip}: must be positive; use 5")
-    require(
-        0 < task.given < task.frames,
-        f"given={task.given}: frames before the continuation; use 1 to {task.frames - 1}",
-    )
-    require(
-        sampler["guidance"] == 1 or condition["kind"] != "none",
-        f"sampler.guidance={sampler['guidance']}: condition.kind='none' gives no guide; use 1",
-    )
-    require(
-        mixer.get("mask", "causal") == "causal" or sampler["memory"] != "cache",
-        f"sampler.memory='cache': mask={mixer.get('mask')!r} sees later frames; use memory=none",
-    )

@@ -1,45 +1,106 @@
-"""The interface between what is trained and what trains it."""
+"""The interface between what is trained and what trains, evaluates and samples it."""
 
-from typing import Any, Protocol
+import abc
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxvid.models.tokenizer import Tokenizer
+
+Tree = Any  # a pytree of arrays
+Batch = dict[str, jax.Array]
 
 
-class Task(Protocol):
-    """What is trained. Methods are pure and traceable; bad settings raise UserError in __init__.
+class Task(abc.ABC):
+    """What is trained: a class `Task` in the module `jaxvid.tasks.<config.task.name>`.
 
-    A task is the class `Task` of the module `jaxvid.tasks.<config.task.name>`, built from the
-    other fields of `config.task`. batch: {"video": uint8 [B, T, H, W, 3], "id": int32 [B],
-    "label": int32 [B], "text": float32 [B, M, E] if the data set embeds captions}. params, extra,
-    frozen: trees of arrays.
+    It is built from the other fields of `config.task`. Methods are pure and traceable. Settings
+    that cannot work raise UserError in `__init__`, named relative to `config.task`.
+
+    batch: {"video": uint8 [B, T, H, W, 3], "id": int32 [B], "label": int32 [B]}, with "text"
+    float32 [B, M, E] if the data set embeds captions, and "latents" or "tokens" if it caches those
+    of a tokenizer. params, extra, frozen: trees of arrays.
     """
 
-    sharding_rules: tuple[tuple[str, tuple], ...]
-    """(regular expression on a parameter's path, mesh axes of its trailing dimensions)."""
+    given = 0
+    """Clean frames at the start of the clips that `evaluate` continues."""
+
+    def binding(self) -> dict[str, Any]:
+        """Fields of config.task that bind a run to weights other than its own."""
+        return {}
 
     def check(self, source) -> None:
-        """Raise UserError where a data source (`data.make_source`) lacks what the task needs."""
+        """Raise UserError if a data source (`data.make_source`) lacks what the task needs."""
+        del source
 
-    def split_frames(self, frames) -> int:
-        """How many the model sees of a clip of `frames`, which mesh.seq splits over devices.
+    def split_frames(self, frames: int) -> int | None:
+        """Frames of a clip that the model sees, which mesh.seq splits over devices.
 
-        A task that has no such method holds them whole, and runs with mesh.seq=1 alone.
+        None: the task cannot split them and runs with mesh.seq=1 alone.
+        """
+        del frames
+        return None
+
+    @abc.abstractmethod
+    def init(self, rng, batch: Batch) -> tuple[Tree, Tree]:
+        """(params, extra) for a batch of arrays or shapes.
+
+        extra is state that persists but is not trained by gradient; {} if there is none.
         """
 
-    def init(self, rng, batch) -> tuple[Any, Any]:
-        """(params, extra); extra persists but is not trained by gradient, {} if nothing does."""
-
-    def frozen(self) -> Any:
+    def frozen(self) -> Tree:
         """Weights of frozen networks, an argument of every other method; {} if there are none."""
+        return {}
 
-    def loss(self, params, batch, rng, *, step, frozen, extra) -> tuple[Any, tuple[dict, Any]]:
+    def inflate(self, weights: Tree, fields) -> Tree:
+        """Weights of another run, as this task starts from them. fields: config.task of that run."""
+        del fields
+        return weights
+
+    @abc.abstractmethod
+    def loss(self, params, batch: Batch, rng, *, step, frozen, extra) -> tuple[Any, tuple]:
         """(scalar loss, (scalar metrics, extra)) of a training batch."""
 
-    def evaluate(self, params, batch, rng, *, frozen) -> dict[str, Any]:
+    @abc.abstractmethod
+    def evaluate(self, params, batch: Batch, rng, *, frozen) -> dict[str, jax.Array]:
         """Held-out metrics per example: {name: [B, ...]}, NaN where a metric is not defined."""
 
-    def sample(self, params, rng, cond, *, frozen, frames=None) -> Any:
+    @abc.abstractmethod
+    def sample(self, params, rng, cond: dict, *, frozen, frames: int | None = None) -> jax.Array:
         """Video float32 [B, frames, H, W, 3] in [-1, 1].
 
         cond: {"num": B} and optionally label int32 [B], text float32 [B, M, E] and first_frames
-        uint8 [B, P, H, W, 3], which begin the video. video uint8 [B, T, H, W, 3], a true clip with
-        these conditions, is for tasks that reconstruct; those that generate leave it alone.
+        uint8 [B, P, H, W, 3], with which the video begins. video uint8 [B, T, H, W, 3], a real clip
+        with these conditions, is for tasks that reconstruct; tasks that generate ignore it.
         """
+
+
+class Generator(Task):
+    """A task whose samples are streams: frames come out one after another, for any length."""
+
+    @abc.abstractmethod
+    def stream(self, params, rng, cond: dict, *, frozen, frames: int | None = None) -> Iterator:
+        """Yield the latents [B, t, N, C] of a video as its frames finish, `first_frames` first."""
+
+    @abc.abstractmethod
+    def decode(self, frozen, z_BTNC, state=None) -> tuple[jax.Array, Tree]:
+        """The next latents of a stream -> (video float32 [B, t, H, W, 3] in [-1, 1], state)."""
+
+
+class Autoencoder(Task):
+    """A task that trains a tokenizer: its samples are reconstructions."""
+
+    tokenizer: Tokenizer
+
+
+class Run(NamedTuple):
+    """A trained task as its work folder describes it. params: the averaged weights at `step`."""
+
+    config: ConfigDict
+    task: Task
+    params: Tree
+    frozen: Tree
+    step: int
+    mesh: jax.sharding.Mesh

@@ -9,32 +9,26 @@ import optax
 
 from jaxvid.data.mqar import BLANK
 from jaxvid.data.transforms import normalize
-from jaxvid.errors import UserError
-from jaxvid.mixers import check as check_mixer
+from jaxvid.errors import UserError, within
 from jaxvid.models.recall import Recall
+from jaxvid.tasks import base
 
 
-class Task:
-    """Name the value of every key that a stream asks for again (`data.mqar`).
+class Task(base.Task):
+    """Answer with the value of every key that a stream asks for again (`data.mqar`).
 
     vocabulary, pairs: of the data. model: options of `models.recall.Recall`.
     """
 
-    sharding_rules = (
-        (r"/(q|k|v|gate|decay_out)/kernel", ("fsdp", "tensor")),
-        (r"/out/kernel", ("tensor", "fsdp")),
-        (r"/(q|k|v|gate|decay_out)/bias", ("tensor",)),
-    )
-
-    def __init__(self, *, vocabulary, pairs, model):
-        _check(model)
+    def __init__(self, *, vocabulary: int, pairs: tuple[int, ...], model):
         self.vocabulary, self.pairs = vocabulary, tuple(pairs)
-        self.model = Recall(vocabulary, **{**model, "dtype": jnp.dtype(model["dtype"])})
+        with within("model"):
+            self.model = Recall(vocabulary, **{**model, "dtype": jnp.dtype(model["dtype"])})
 
     def check(self, source):
-        """Raise UserError for what is not a stream of symbols."""
+        """Raise UserError for a source of anything but symbols."""
         if not source.name(0).startswith("mqar"):
-            raise UserError("data.name: the task mqar reads symbols; use data.name=mqar")
+            raise UserError("name=mqar: reads symbols; use data.name=mqar")
 
     def split_frames(self, frames):
         """The frames, each a symbol; see `tasks.base.Task`."""
@@ -44,10 +38,6 @@ class Task:
         """(params, {}) for a batch of arrays or of their shapes."""
         ids_BT = jnp.zeros(batch["video"].shape[:2], jnp.int32)
         return self.model.init(rng, ids_BT)["params"], {}
-
-    def frozen(self):
-        """{}: everything is trained."""
-        return {}
 
     def loss(self, params, batch, rng, *, step, frozen, extra):
         """Cross-entropy of the answers, over all queries of the batch."""
@@ -64,7 +54,7 @@ class Task:
     def evaluate(self, params, batch, rng, *, frozen):
         """accuracy [B]: share of right answers; accuracy_<P>, the same of streams with P pairs.
 
-        state [B]: numbers that the mixers remember of a stream, which is the same for all.
+        state [B]: numbers in the states of the mixers for one stream, the same for all streams.
         """
         del rng, frozen
         ids_BT = read(batch["video"])
@@ -83,11 +73,11 @@ class Task:
         }
 
     def sample(self, params, rng, cond, *, frozen, frames=None):
-        """The streams `cond["video"]` with the answer given in the place of every query."""
+        """The streams `cond["video"]` with every query replaced by the answer."""
         del rng, frozen, frames
         return self._answered(params, cond["video"])
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnames="self")
     def _answered(self, params, video_u8):
         ids_BT = read(video_u8)
         _, is_query_BT = answers(ids_BT, self.vocabulary)
@@ -105,26 +95,15 @@ def read(video_BTHWC):
 
 
 def answers(ids_BT, vocabulary):
-    """(the value of the key asked for int32 [B, T], whether it is asked for bool [B, T]).
+    """(value of the queried key int32 [B, T], whether a frame is a query bool [B, T]).
 
-    A key that a value follows is told, any other is asked for. Where nothing is asked the answer is
-    0.
+    A key followed by a value is given, any other key is a query. The answer is 0 where there is no
+    query.
     """
     half = vocabulary // 2
     next_BT = jnp.pad(ids_BT[:, 1:], ((0, 0), (0, 1)), constant_values=BLANK)
     is_key_BT = (ids_BT > BLANK) & (ids_BT < half)
-    is_told_BT = is_key_BT & (next_BT >= half)
-    is_query_BT = is_key_BT & ~is_told_BT
-    same_BTM = (ids_BT[:, :, None] == ids_BT[:, None]) & is_told_BT[:, None]
+    is_given_BT = is_key_BT & (next_BT >= half)
+    is_query_BT = is_key_BT & ~is_given_BT
+    same_BTM = (ids_BT[:, :, None] == ids_BT[:, None]) & is_given_BT[:, None]
     return (same_BTM * next_BT[:, None]).sum(-1) * is_query_BT, is_query_BT
-
-
-def _check(model):
-    """Raise UserError for settings that cannot work, before anything is compiled."""
-    width, heads = model["width"], model["heads"]
-    if heads < 1 or width % heads or width // heads % 2:
-        raise UserError(
-            f"task.model.heads={heads}: does not divide width={width} into even heads; "
-            f"use a divisor of {width // 2}"
-        )
-    check_mixer("task.model.mixer", model["mixer"], heads)

@@ -1,7 +1,6 @@
-"""Tokenizers: video compressed to a few latents or tokens that streams are rebuilt from."""
+"""Tokenizers: networks that compress video to a few latents or tokens and reconstruct it."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +8,18 @@ import optax
 from absl import logging
 
 from jaxvid import weights
+from jaxvid.checks import at_least, between, choose, require, whole_numbers
 from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError, within
-from jaxvid.layers import masks
 from jaxvid.layers.quantize import QUANTIZERS
 from jaxvid.metrics import i3d, lpips, quality
-from jaxvid.mixers import check as check_mixer
 from jaxvid.models.ar_vae import ARVAE
-from jaxvid.models.blocks import INFLATIONS, PATCHIFY, POSITIONS, STEMS, inflate
 from jaxvid.models.cvivit import CViViT
 from jaxvid.models.omnitokenizer import OmniTokenizer
+from jaxvid.models.stem import INFLATIONS, inflate
 from jaxvid.models.tokenizer import Tokenizer, moments, update_moments
 from jaxvid.tasks.adversarial import Adversary
+from jaxvid.tasks.base import Autoencoder
 
 ARCHITECTURES = {"cvivit": CViViT, "omnitokenizer": OmniTokenizer, "ar_vae": ARVAE}
 ERRORS = {"l1": jnp.abs, "l2": jnp.square}
@@ -28,85 +27,104 @@ PERCEPTUAL = {"lpips": lpips, "i3d": i3d}
 DTYPES = ("float32", "bfloat16")
 
 
-class Task:
-    """Train a causal tokenizer to rebuild its video: error of the pixels and the quantizer's loss.
+class Task(Autoencoder):
+    """Train a causal tokenizer to reconstruct its video.
 
-    And, as asked, distances in the features of networks that know how things look, and the verdict
-    of discriminators that are trained in the same step.
+    The loss is the error of the pixels and the loss of the quantizer. Optional terms are distances
+    in the features of pretrained networks and adversarial losses, whose discriminators are trained
+    in the same step.
 
-    size, frames: of the training clips, pixels and frames. sizes: of which every step draws one at
-    random and shrinks its clips to it, to learn many resolutions; () for `size` alone. arch: a name
-    of ARCHITECTURES. network: its options. quantizer: name in `layers.quantize.QUANTIZERS` and its
+    size, frames: pixels and frames of the training clips. sizes: resolutions of which every step
+    draws one at random and resizes its clips to it; () for `size` alone. arch: a name of
+    ARCHITECTURES. network: its options. quantizer: a name in `layers.quantize.QUANTIZERS` and its
     options. error: of pixels in [-1, 1], "l1" or "l2". images: share of a clip's frames that are
-    also drawn at random and rebuilt as images, so that the weights of first frames, which are few,
-    learn as the others do. inflation: how `init_from` makes the maps of groups of frames from those
-    of first frames. perceptual: files with the weights of "lpips" (of a random frame of every clip
-    and image) and of "i3d" (of clips), "" for none, and the weight of each in the loss,
-    `<name>_weight`. gan: options of `tasks.adversarial.Adversary`, None for none; pictures are the
-    images, clips the clips.
+    also drawn at random and reconstructed as images, because the weights of first frames see few
+    examples otherwise. inflation: how `init_from` makes the weights of frame groups from those of
+    first frames. perceptual: files with the weights of "lpips" (on a random frame of every clip and
+    image) and "i3d" (on clips), "" for none, and the weight of each in the loss, `<name>_weight`.
+    gan: options of `tasks.adversarial.Adversary`, None for no discriminators.
     """
-
-    sharding_rules = (
-        (r"/(q|k|v|up|gate|down)/kernel", ("fsdp", "tensor")),
-        (r"/out/kernel", ("tensor", "fsdp")),
-        (r"/(q|k|v)/bias", ("tensor",)),
-    )
 
     def __init__(
         self,
         *,
-        size,
-        frames,
-        arch,
+        size: int,
+        frames: int,
+        arch: str,
         network,
         quantizer,
-        error,
-        images,
-        sizes=(),
-        inflation="average",
+        error: str,
+        images: float,
+        sizes: tuple[int, ...] = (),
+        inflation: str = "average",
         perceptual=None,
         gan=None,
     ):
-        choices = dict(arch=arch, error=error, images=images, inflation=inflation)
-        _check(
-            {
-                "task": choices,
-                "task.network": network,
-                "task.quantizer": quantizer,
-                "task.perceptual": perceptual or {},
-            }
-        )
-        _check_network(network)
-        _check_sizes(sizes, size, arch, gan)
+        choose("arch", arch, ARCHITECTURES)
+        choose("error", error, ERRORS)
+        choose("inflation", inflation, ("none", *INFLATIONS))
+        between("images", images, 0, 1)
         self.frames, self.size = frames, (size, size)
         self.sizes = tuple(sizes)
         self.error, self.num_images = ERRORS[error], round(images * frames)
-        options = dict(quantizer)
-        quantizer = QUANTIZERS[options.pop("name")](**options)
-        options = {**network, "dtype": jnp.dtype(network["dtype"])}
-        if arch == "ar_vae":
-            options["size"] = self.size
-        network = ARCHITECTURES[arch](
-            features=quantizer.features, channels=quantizer.channels, **options
-        )
-        self.tokenizer = Tokenizer(network, quantizer)
-        with within("task.network", ("patch",)), within("task", ("frames",)):
-            for pixels in (size, *sizes):
-                self.tokenizer.grid(pixels)
-            self.tokenizer.latents_for_frames(frames)
         self.perceptual, self.inflation = dict(perceptual or {}), inflation
-        self.adversary = Adversary(**gan) if gan else None
-        if gan and not any(gan[kind] for kind in self._judged()):
-            kind = min(self._judged())
-            raise UserError(
-                f"task.gan.{kind}={gan[kind]}: leaves no discriminator to train; use more than 0, "
-                "or choose gan=none behind the colon of --config"
+        with within("perceptual"):
+            for name in PERCEPTUAL:
+                at_least(f"{name}_weight", self.perceptual.get(f"{name}_weight", 0.0), 0)
+        self.tokenizer = self._make_tokenizer(arch, network, quantizer)
+        self._check_sizes(size, arch, gan)
+        with within("network"):
+            for pixels in (size, *self.sizes):
+                self.tokenizer.grid(pixels)
+        self.tokenizer.latents_for_frames(frames)
+        self.adversary = self._make_adversary(gan) if gan else None
+
+    def _make_tokenizer(self, arch, network, quantizer) -> Tokenizer:
+        options = dict(quantizer)
+        with within("quantizer"):
+            choose("name", options["name"], QUANTIZERS)
+            quantizer = QUANTIZERS[options.pop("name")](**options)
+        with within("network"):
+            choose("dtype", network["dtype"], DTYPES)
+            options = {**network, "dtype": jnp.dtype(network["dtype"])}
+            if arch == "ar_vae":
+                options["size"] = self.size
+            network = ARCHITECTURES[arch](
+                features=quantizer.features, channels=quantizer.channels, **options
             )
+        return Tokenizer(network, quantizer)
+
+    def _check_sizes(self, size, arch, gan):
+        sizes = self.sizes
+        whole_numbers("sizes", sizes)
+        too_large = f"clips are not enlarged; use at most data.size={size}, or raise it"
+        require(max(sizes, default=0) <= size, "sizes", sizes, too_large)
+        one_size = "arch=ar_vae has latents for one size; leave sizes empty"
+        require(not sizes or arch != "ar_vae", "sizes", sizes, one_size)
+        is_stylegan = gan and gan["kind"] == "stylegan"
+        one_size = "gan=stylegan takes frames of one size; use gan=patch"
+        require(not sizes or not is_stylegan, "sizes", sizes, one_size)
+
+    def _make_adversary(self, options) -> Adversary:
+        with within("gan"):
+            adversary = Adversary(**options)
+            kind = min(self._discriminator_inputs())
+            require(
+                any(options[kind] for kind in self._discriminator_inputs()),
+                kind,
+                options[kind],
+                "leaves no discriminator to train; use more than 0, or choose gan=none behind the "
+                "colon of --config",
+            )
+        return adversary
 
     def check(self, source):
-        """Raise UserError where there is no video; say which losses are off for want of weights."""
-        if getattr(source, "tokenizer", None):
-            raise UserError("data.name='latents': tokenizers learn from video; use another source")
+        """Raise UserError if there is no video; warn of losses that are off for lack of weights."""
+        if source.tokenizer:
+            raise UserError(
+                "name=tokenizer: learns from video, and data.name=latents has none; use another "
+                "source"
+            )
         for name in PERCEPTUAL:
             if self.perceptual.get(f"{name}_weight") and not self.perceptual[name]:
                 logging.warning(
@@ -114,7 +132,7 @@ class Task:
                 )
 
     def init(self, rng, batch):
-        """(params, extra): extra has the moments of latents and the moving part of a codebook."""
+        """(params, extra): extra has the moments of latents and the carried part of a codebook."""
         del batch
         params, carried = self.tokenizer.init(rng, self.size)
         extra = {"latents": moments(self.tokenizer.channels)}
@@ -122,39 +140,38 @@ class Task:
             extra["codebook"] = carried
         if self.adversary:
             params["discriminator"], extra["verdicts"] = self.adversary.init(
-                jax.random.fold_in(rng, 1), self._judged()
+                jax.random.fold_in(rng, 1), self._discriminator_inputs()
             )
         return params, extra
 
-    def _judged(self):
-        """Shapes of what there is for discriminators to judge: clips, pictures or both."""
+    def _discriminator_inputs(self):
+        """Shapes of what discriminators see: clips, images or both."""
         shapes = {"video": (1, self.frames, *self.size, 3)} if self.frames > 1 else {}
         if self.num_images or self.frames == 1:
             shapes["image"] = (1, *self.size, 3)
         return shapes
 
     def frozen(self):
-        """The weights of the networks of perceptual distances, as their files have them."""
+        """The weights of the networks of perceptual distances, from their files."""
         frozen = {}
         for name, network in PERCEPTUAL.items():
             if path := self.perceptual.get(name):
-                field = f"task.perceptual.{name}"
-                frozen[name] = network.convert(weights.read(path, field), f"{field}={path}")
+                with within("perceptual"):
+                    frozen[name] = network.convert(weights.read(path, name), f"{name}={path}")
         return frozen
 
     def inflate(self, weights, fields):
-        """Weights of a run with these `config.task`, its maps of first frames grown to groups.
+        """Weights of an image run (one frame) with group weights grown from those of first frames.
 
-        Only of a run of images (one frame), in which nothing has trained the maps of groups; a
-        shared stem has no others.
+        fields: config.task of that run. Other runs have trained the group weights themselves, and a
+        shared stem has no others: their weights are returned unchanged.
         """
         network, is_shared = weights["network"], fields.network.get("stem") == "shared"
         if fields.frames > 1 or self.frames == 1 or self.inflation == "none" or is_shared:
             return weights
         if fields.network.get("patchify") == "haar":
             raise UserError(
-                f"task.inflation={self.inflation}: Haar bands of time are none of an image; "
-                "use none"
+                f"inflation={self.inflation}: an image has no Haar bands over time; use none"
             )
         grown = {
             name: inflate(name, network[name], self.inflation)
@@ -207,22 +224,27 @@ class Task:
         clips_BLZ = jnp.split(q_BLZ, [rows[0].shape[1]], axis=1)
         latents = [q.reshape(*z.shape[:3], -1) for q, z in zip(clips_BLZ, features)]
 
-        def rebuild(last):
-            weights = {**params, "network": {**params["network"], "pixels": last}}
+        def reconstruct(last_layer):
+            weights = {**params, "network": {**params["network"], "pixels": last_layer}}
             return [self._decode(weights, z, video_BTHWC.shape[2:4]) for z in latents]
 
         def distance(guesses):
             return self._distance(guesses, parts, frozen, rng_frame)
 
-        guesses, pull = jax.vjp(rebuild, params["network"]["pixels"])
+        guesses, last_layer_vjp = jax.vjp(reconstruct, params["network"]["pixels"])
+
+        def last_layer_grad_norm(loss):
+            by_guesses = jax.grad(loss)(jax.lax.stop_gradient(guesses))
+            return optax.tree.norm(last_layer_vjp(by_guesses))
+
         total, metrics = distance(guesses)
         metrics |= {"quantizer_loss": aux.pop("loss"), **aux}
         total += metrics["quantizer_loss"]
         if self.adversary:
-            verdict, found, extra["verdicts"] = self._verdict(
-                params, guesses, parts, step, lambda loss: _felt(loss, guesses, pull), distance
+            adversarial, found, extra["verdicts"] = self._adversarial_loss(
+                params, guesses, parts, step, last_layer_grad_norm, distance
             )
-            total, metrics = total + verdict, metrics | found
+            total, metrics = total + adversarial, metrics | found
         return total, (metrics, extra)
 
     def _distance(self, guesses, parts, frozen, rng):
@@ -234,7 +256,7 @@ class Task:
         total = sum(errors) / frames
         metrics = {"error": total}
         if "lpips" in frozen:
-            pairs = [_a_frame(pair, rng) for pair in zip(guesses, parts)]
+            pairs = [_random_frame(pair, rng) for pair in zip(guesses, parts)]
             pictures = (jnp.concatenate(side) for side in zip(*pairs))
             metrics["lpips"] = lpips.distance(frozen["lpips"], *pictures).mean()
         if "i3d" in frozen and self.frames > 1:
@@ -244,40 +266,49 @@ class Task:
             total += self.perceptual.get(f"{name}_weight", 0.0) * metrics.get(name, 0.0)
         return total, metrics
 
-    def _verdict(self, params, guesses, parts, step, felt, distance):
-        """(loss of generator and discriminators, metrics, their state); nothing before the start.
+    def _adversarial_loss(self, params, guesses, parts, step, last_layer_grad_norm, distance):
+        """(loss of generator and discriminators, metrics, their state); zeros before the start.
 
-        felt: loss of the guesses -> the norm of its gradient in the decoder's last layer. Of the
-        metrics, `generator` is without weights and `adaptive` what multiplies them.
+        last_layer_grad_norm: loss of the guesses -> the norm of its gradient in the decoder's last
+        layer. Metrics: `generator` is unweighted, `adaptive` is its adaptive weight.
         """
-        adversary, verdicts = self.adversary, params["verdicts"]
+        adversary, extra = self.adversary, params["verdicts"]
         real, fake = _by_kind(parts), _by_kind(guesses)
 
-        def persuade(guesses):
-            return adversary.generator(params["discriminator"], real, _by_kind(guesses))
+        def generator_loss(guesses):
+            return adversary.generator_loss(params["discriminator"], real, _by_kind(guesses))
 
-        def judge():
-            losses, apart = persuade(guesses)
+        def losses():
+            generator = generator_loss(guesses)
             weight = jnp.ones(())
             if adversary.adaptive:
-                # Of the bare verdicts: of weighted ones the quotient would undo the weights.
-                ours = felt(lambda guesses: distance(guesses)[0])
-                weight = ours / (felt(lambda guesses: sum(persuade(guesses)[0].values())) + 1e-4)
+                # Of unweighted losses: the ratio would cancel their weights.
+                task_norm = last_layer_grad_norm(lambda guesses: distance(guesses)[0])
+                generator_norm = last_layer_grad_norm(
+                    lambda guesses: sum(generator_loss(guesses).by_kind.values())
+                )
+                weight = task_norm / (generator_norm + 1e-4)
                 weight = jax.lax.stop_gradient(jnp.clip(weight, 0, 1e4))
-            total = weight * sum(adversary.weights[name] * loss for name, loss in losses.items())
-            total += adversary.matching * apart
-            discriminator, found, after = adversary.discriminator(
-                params["discriminator"], real, fake, verdicts
+            total = weight * sum(
+                adversary.weights[kind] * loss for kind, loss in generator.by_kind.items()
             )
-            found |= {"generator": sum(losses.values()), "discriminator": discriminator}
-            return total + discriminator, found | {"adaptive": weight}, after
+            total += adversary.feature_matching * generator.feature_matching
+            discriminator, metrics, after = adversary.discriminator_loss(
+                params["discriminator"], real, fake, extra
+            )
+            metrics |= {
+                "generator": sum(generator.by_kind.values()),
+                "discriminator": discriminator,
+                "adaptive": weight,
+            }
+            return total + discriminator, metrics, after
 
-        def pass_over():
-            shapes = jax.eval_shape(judge)
+        def zeros():
+            shapes = jax.eval_shape(losses)
             nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            return *nothing[:2], verdicts
+            return *nothing[:2], extra
 
-        return jax.lax.cond(step >= adversary.start, judge, pass_over)
+        return jax.lax.cond(step >= adversary.start, losses, zeros)
 
     def _images(self, video_BTHWC, rng):
         """Random frames of every clip as clips of one frame, [B images, 1, H, W, C]."""
@@ -319,10 +350,10 @@ class Task:
     def sample(self, params, rng, cond, *, frozen, frames=None):
         """The clip `cond["video"]` uint8 [B, T, H, W, 3] rebuilt, float32 in [-1, 1]."""
         del rng, frozen, frames
-        return self._rebuild(params, cond["video"])
+        return self._reconstruct(params, cond["video"])
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def _rebuild(self, params, video_u8):
+    @functools.partial(jax.jit, static_argnames="self")
+    def _reconstruct(self, params, video_u8):
         z_BTNZ, _ = self.tokenizer.encode(params, normalize(video_u8))
         return jnp.clip(self._decode(params, z_BTNZ, self.size), -1, 1)
 
@@ -335,94 +366,8 @@ def _by_kind(parts):
     return {kind: jnp.concatenate(those) for kind, those in kinds.items() if those}
 
 
-def _a_frame(clips, rng):
+def _random_frame(clips, rng):
     """The same random frame of both of two clips [B, T, H, W, C], one draw for each row."""
     B, T = clips[0].shape[:2]
     index = jax.random.randint(rng, (B, 1, 1, 1, 1), 0, T)
     return [jnp.take_along_axis(clip, index, axis=1)[:, 0] for clip in clips]
-
-
-def _felt(loss, guesses, pull):
-    """Norm of the gradient of a loss of the guesses in the weights that `pull` leads back to."""
-    return optax.tree.norm(pull(jax.grad(loss)(jax.lax.stop_gradient(guesses))))
-
-
-def _one_of(choices):
-    return choices.__contains__, f"unknown; use one of {', '.join(choices)}"
-
-
-_COUNT = (lambda number: number >= 1, "use 1 or more")
-_LAYERS = (
-    lambda letters: letters and set(letters) <= {"t", "w"},
-    "use a letter for each layer, t for all cells or w for windows",
-)
-_WEIGHT = (lambda weight: 0 <= weight < math.inf, "use 0 or a positive number")
-
-# section -> field -> (what must hold of its value, what is wrong and the remedy)
-RULES = {
-    "task": {
-        "arch": _one_of(ARCHITECTURES),
-        "error": _one_of(ERRORS),
-        "inflation": _one_of(("none", *INFLATIONS)),
-        "images": (lambda share: 0 <= share <= 1, "not a share of the frames; use 0 to 1"),
-    },
-    "task.network": {
-        **dict.fromkeys(("width", "heads", "patch", "t_patch"), _COUNT),
-        **dict.fromkeys(("temporal_depth", "depth", "tokens"), _COUNT),
-        **dict.fromkeys(("encode_blocks", "decode_blocks"), _LAYERS),
-        "mlp_ratio": (lambda ratio: 0 < ratio < math.inf, "use a positive number, as 8 / 3"),
-        "dtype": _one_of(DTYPES),
-        "stem": _one_of(STEMS),
-        "patchify": _one_of(PATCHIFY),
-        "position": _one_of(POSITIONS),
-    },
-    "task.quantizer": {"name": _one_of(QUANTIZERS)},
-    "task.perceptual": {f"{name}_weight": _WEIGHT for name in PERCEPTUAL},
-}
-
-
-def _check(sections):
-    """Raise UserError for values that `RULES` refuses, before anything is compiled."""
-    for section, values in sections.items():
-        for name, (holds, remedy) in RULES[section].items():
-            if name in values and not holds(values[name]):
-                raise UserError(f"{section}.{name}={values[name]!r}: {remedy}")
-
-
-def _check_network(network):
-    """The same for fields of the network that depend on others or have checks elsewhere."""
-    masks.check_window(network["window"], "task.network.window")
-    width, heads = network["width"], network["heads"]
-    if width % heads or width // heads % 2:
-        raise UserError(
-            f"task.network.heads={heads}: does not divide width={width} into even heads; "
-            f"use a divisor of {width // 2}"
-        )
-    if "mixer" in network:
-        check_mixer("task.network.mixer", network["mixer"], heads)
-    if network["mlp_ratio"] * width < 1:
-        raise UserError(
-            f"task.network.mlp_ratio={network['mlp_ratio']}: leaves width={width} no hidden unit; "
-            "use 8 / 3"
-        )
-    if network.get("patchify") == "haar":
-        for name in ("patch", "t_patch"):
-            if network[name] & (network[name] - 1):
-                raise UserError(
-                    f"task.network.{name}={network[name]}: Haar bands need powers of two; use "
-                    "these, or patchify=linear"
-                )
-
-
-def _check_sizes(sizes, size, arch, gan):
-    """The same for the sizes that steps draw from."""
-    if any(pixels > size for pixels in sizes):
-        raise UserError(
-            f"task.sizes={sizes}: clips are not enlarged; use at most data.size={size}, or raise it"
-        )
-    if sizes and arch == "ar_vae":
-        raise UserError(
-            f"task.sizes={sizes}: arch=ar_vae has latents for one size; leave sizes empty"
-        )
-    if sizes and gan and gan["kind"] == "stylegan":
-        raise UserError(f"task.sizes={sizes}: gan=stylegan judges one size; use gan=patch")

@@ -1,18 +1,20 @@
-"""Tokenizers from the weights that others have released.
+"""Tokenizers from published weights.
 
     arrays = jaxvid.weights.read("tokenizer.safetensors")
     module, params = import_tokenizer(arrays, "omnitokenizer")
     encoded = module.apply({"params": params}, video_BTHWC, method="encode")
     video_BTHWC = module.apply({"params": params}, encoded, method="decode")
 
-Sizes follow from the shapes. What the file does not say is an argument.
+Sizes follow from the shapes of the arrays. Options that the file does not hold are arguments.
 """
 
 import re
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 
+from jaxvid import checks
 from jaxvid.errors import UserError
 from jaxvid.layers.quantize import KL, LFQ, VQ
 from jaxvid.models.peers import PEG_LAYOUTS, PeerTokenizer
@@ -22,9 +24,9 @@ from jaxvid.weights import take
 
 SOURCES = ("phenaki_pytorch", "omnitokenizer")
 
-# What a file may hold beside the tokenizer: discriminators, perceptual networks, bookkeeping of
-# codebooks, norms of a context that self-attention does not have, and constants.
-_BESIDE = re.compile(
+# Arrays that a file may hold beside those of the tokenizer: discriminators, perceptual networks,
+# statistics of codebooks, norms of a context, which self-attention does not have, and constants.
+_IGNORED = re.compile(
     r"^(discr|vgg|loss_fn_lpips|i3d)\."
     r"|^(image_discriminator|video_discriminator|perceptual_model|video_perceptual_model)\."
     r"|\.(initted|cluster_size|embed_avg|N|z_avg|codebook_usage)$"
@@ -32,21 +34,25 @@ _BESIDE = re.compile(
 )
 
 
-def import_tokenizer(arrays, source, *, peg_layout="peer_scrambled", biased=None):
-    """{name: array} of a state dict -> (`Codec` over a `PeerTokenizer`, its params).
+def import_tokenizer(
+    arrays: Mapping[str, np.ndarray],
+    source: str,
+    *,
+    peg_layout: str = "peer_scrambled",
+    biased: bool | None = None,
+) -> tuple[Codec, dict]:
+    """{name: array} of a state dict -> (`Codec` with a `PeerTokenizer`, its params).
 
-    source: "phenaki_pytorch" (lucidrains' C-ViViT with LFQ or VQ, or that of obvious-research,
-    known by its convolutions in space) or "omnitokenizer" (VQ or KL). LFQ is as its defaults make
-    it: codes +-1. peg_layout: "causal" lays tokens out as was meant, for which the weights were not
-    trained. biased: whether biases of space and time are added; unless given, as the source's own
-    code runs today: phenaki_pytorch does, omnitokenizer does not. Beside the weights, params hold
-    the `latents` that `FrozenTokenizer` wants, not measured: mean 0, variance 1. Raises UserError
-    where arrays are missing, misshapen or left over.
+    source: "phenaki_pytorch" (C-ViViT of lucidrains with LFQ or VQ, or of obvious-research, which
+    is recognised by its convolutions in space) or "omnitokenizer" (VQ or KL). The codes of LFQ are
+    +-1, the default of the source. peg_layout: "causal" is the layout that was intended, with which
+    the weights were not trained. biased: add the biases of space and time; None does as the code of
+    the source does today: phenaki_pytorch adds them, omnitokenizer does not. Beside the weights,
+    params hold the `latents` of a `FrozenTokenizer`, which are not measured: mean 0, variance 1.
+    Raises UserError for arrays that are missing, have other shapes, or belong to no layer.
     """
-    if source not in SOURCES:
-        raise UserError(f"source={source!r}: unknown; use one of {', '.join(SOURCES)}")
-    if peg_layout not in PEG_LAYOUTS:
-        raise UserError(f"peg_layout={peg_layout!r}: unknown; use one of {', '.join(PEG_LAYOUTS)}")
+    checks.choose("source", source, SOURCES)
+    checks.choose("peg_layout", peg_layout, PEG_LAYOUTS)
     file = _File(arrays, source)
     try:
         return _convert(file, peg_layout, biased)
@@ -60,13 +66,13 @@ def import_tokenizer(arrays, source, *, peg_layout="peer_scrambled", biased=None
 
 
 def _convert(file, peg_layout, biased):
-    """See `import_tokenizer`; what sizes that do not fit raise is left as it comes."""
+    """See `import_tokenizer`. Sizes that do not fit may raise any error of numpy or flax."""
     arrays, omni = file.arrays, file.source == "omnitokenizer"
     encoder, decoder = ("encoder.", "decoder.") if omni else ("", "")
     patch_norm = f"{encoder}to_patch_emb.2.weight" in arrays
-    place = 2 if patch_norm else 1  # of the linear map, behind a rearrangement and perhaps a norm
+    linear = 2 if patch_norm else 1  # index of the map, after a rearrangement and perhaps a norm
     image, group = (
-        file.linear(f"{encoder}to_patch_emb{kind}.{place}") for kind in ("_first_frame", "")
+        file.linear(f"{encoder}to_patch_emb{kind}.{linear}") for kind in ("_first_frame", "")
     )
     cells, width = image["kernel"].shape
     stacks = {
@@ -94,10 +100,12 @@ def _convert(file, peg_layout, biased):
         kind = "spatial" if name.endswith("space") else "temporal"
         network[f"norms_{name}"] = file.norm(f"{side}_{kind}_transformer.norm_out")
     quantizer, codebook, latent = (_omni_codes if omni else _phenaki_codes)(file, width)
-    file.nothing_left()
+    file.check_all_taken()
     patch = round((cells / 3) ** 0.5)
     space_peg = any("peg" in layer for layer in in_space)
-    windows = [_side(layer["window"]["bias"]["table"]) for layer in in_space if "window" in layer]
+    windows = [
+        _window_side(layer["window"]["bias"]["table"]) for layer in in_space if "window" in layer
+    ]
     module = PeerTokenizer(
         features=quantizer.features,
         channels=quantizer.channels,
@@ -107,14 +115,14 @@ def _convert(file, peg_layout, biased):
         heads=over_time["attention"]["q"]["kernel"].shape[1] // head_width,
         head_width=head_width,
         hidden=over_time["mlp"]["up"]["kernel"].shape[1],
-        encode_blocks=_letters(stacks["encode_space"]),
-        decode_blocks=_letters(stacks["decode_space"]),
+        encode_blocks=_block_letters(stacks["encode_space"]),
+        decode_blocks=_block_letters(stacks["decode_space"]),
         encode_depth=len(stacks["encode_time"]),
         decode_depth=len(stacks["decode_time"]),
         window=windows[0] if windows else 8,
         position=position,
         biased=not omni if biased is None else biased,
-        # obvious-research builds all four stacks alike: with convolutions, and none with a mask.
+        # obvious-research builds all four stacks alike: with convolutions, without masks.
         causal=omni or not space_peg,
         peg_layout=peg_layout,
         space_peg=space_peg,
@@ -124,57 +132,57 @@ def _convert(file, peg_layout, biased):
         offset=0.0 if omni else 0.5,
     )
     params = {"network": {**network, **latent}, "codebook": codebook}
-    # A file holds biases whether or not they are added, and so must the module it is held against.
+    # A file holds biases even if they are not added, and a module has them only if they are.
     side = patch * (windows or [1])[0]
-    file.match(Codec(module.clone(biased=True), quantizer), params, side)
+    file.check_shapes(Codec(module.clone(biased=True), quantizer), params, side)
     params["latents"] = jax.device_get(moments(quantizer.channels))
     return Codec(module, quantizer), params
 
 
 def _named(name, layers):
-    """The layers of a stack as the parameters of `PeerTokenizer` are named."""
+    """The layers of a stack, named like the parameters of `PeerTokenizer`."""
     return {
         f"stacks_{name}_{index}_{part}": params
         for index, layer in enumerate(layers)
         for part, params in layer.items()
-        if part != "bias" or not name.endswith("time")  # stored, and used in space alone
+        if part != "bias" or not name.endswith("time")  # stored for both, used in space alone
     }
 
 
-def _letters(layers):
-    """What a stack in space is made of, as `encode_blocks` says it."""
+def _block_letters(layers):
+    """`encode_blocks` of a spatial stack: a letter for each layer."""
     return "".join("w" if "window" in layer else "t" for layer in layers)
 
 
-def _side(table):
-    """Of the window that a table of biases by offset is for."""
+def _window_side(table):
+    """Cells along a side of the window, from its table of biases by offset."""
     return (round(len(table) ** 0.5) + 1) // 2
 
 
 def _offset_index(side):
-    """Which row of that table each pair of cells reads, int [N, N]."""
+    """The row of that table that each pair of cells reads, int [N, N]."""
     row_N, column_N = np.divmod(np.arange(side * side), side)
     down_NN, right_NN = (x[:, None] - x + side - 1 for x in (row_N, column_N))
     return down_NN * (2 * side - 1) + right_NN
 
 
 def _phenaki_codes(file, width):
-    """(LFQ or VQ, codebook, linear maps around it) of vector-quantize-pytorch.
+    """(LFQ or VQ, codebook, linear maps before and after it) of vector-quantize-pytorch.
 
-    Its VQ is that of cosine similarity. It leaves the maps out where codes are as wide as tokens.
+    VQ compares directions. The maps are absent where codes are as wide as tokens.
     """
-    if "vq.mask" in file.arrays:  # what each bit is worth
+    if "vq.mask" in file.arrays:  # the value of each bit in an id
         quantizer, codebook = LFQ(channels=file.take("vq.mask", ndim=1).size), {}
     else:
         code_VZ = file.take("vq._codebook.embed")
         code_VZ = code_VZ.reshape(code_VZ.shape[-2:])
         quantizer = VQ(codes=len(code_VZ), channels=code_VZ.shape[1])
-        codebook = _carried(code_VZ)
+        codebook = _codebook(code_VZ)
     Z = quantizer.channels
 
     def linear(name, *shape):
         is_absent = width == Z and f"{name}.weight" not in file.arrays
-        return _same(width) if is_absent else file.linear(name, *shape)
+        return _identity(width) if is_absent else file.linear(name, *shape)
 
     latent = {
         "to_latent": linear("vq.project_in", Z, width),
@@ -184,44 +192,44 @@ def _phenaki_codes(file, width):
 
 
 def _omni_codes(file, width):
-    """(VQ or KL, codebook, linear maps around it); codes are compared as they are."""
+    """(VQ or KL, codebook, linear maps before and after it); VQ compares codes as they are."""
     del width
     latent = {
         "to_latent": file.linear("pre_vq_conv.1"),
         "from_latent": file.linear("post_vq_conv.1"),
     }
     features, channels = latent["to_latent"]["bias"].size, latent["from_latent"]["kernel"].shape[0]
-    # There for Gaussian latents too, without a use.
+    # Files with Gaussian latents hold it too, unused.
     code_VZ = file.take("codebook.embeddings", ndim=2)
     if features == 2 * channels:
         return KL(channels=channels), {}, latent
-    return VQ(codes=len(code_VZ), channels=channels, normalize=False), _carried(code_VZ), latent
+    return VQ(codes=len(code_VZ), channels=channels, normalize=False), _codebook(code_VZ), latent
 
 
-def _carried(code_VZ):
-    """The state of a codebook whose running means are not known."""
+def _codebook(code_VZ):
+    """The state of a codebook of `VQ`, without the unknown running means."""
     ones_V = np.ones(len(code_VZ), np.float32)
     return {"code_VZ": code_VZ, "count_V": ones_V, "sum_VZ": code_VZ, "updates": np.int32(1)}
 
 
-def _same(width):
-    """A linear map that changes nothing."""
+def _identity(width):
+    """Parameters of the identity as a linear map."""
     return {"kernel": np.eye(width, dtype=np.float32), "bias": np.zeros(width, np.float32)}
 
 
 class _File:
-    """Named arrays of PyTorch as parameters of ours; knows what has been taken."""
+    """Arrays of a PyTorch state dict, taken by name as Flax parameters; keeps track of the rest."""
 
     def __init__(self, arrays, source):
         for name, array in arrays.items():
             if not (hasattr(array, "shape") and hasattr(array, "dtype")):
                 raise UserError(f"{source}: {name!r} is a {type(array).__name__}; use an array")
-        self.arrays, self.source, self._left = arrays, source, set(arrays)
-        self.reading = "this file"  # what an error is about
+        self.arrays, self.source, self._untaken = arrays, source, set(arrays)
+        self.reading = "this file"  # the subject of the next error
 
     def take(self, name, *shape, ndim=None):
-        """The array as float32; UserError where it is missing, empty, or not of that shape."""
-        self._left.discard(name)
+        """The array as float32; UserError if it is missing, empty, or of another shape."""
+        self._untaken.discard(name)
         self.reading = repr(name)
         found = np.shape(self.arrays.get(name))
         array = take(self.arrays, name, shape or found, self.source)
@@ -232,9 +240,9 @@ class _File:
         return array
 
     def linear(self, name, *shape, bias=True):
-        """[out, in], of that shape if given -> kernel [in, out], and the bias if it is to have one.
+        """weight [out, in], of `shape` if given -> kernel [in, out], and the bias if `bias`.
 
-        A bias that it is not to have stays behind, for `nothing_left` to find.
+        Without `bias`, a bias in the file is not taken, so that `check_all_taken` refuses it.
         """
         params = {"kernel": self.take(f"{name}.weight", *shape, ndim=2).T}
         if bias:
@@ -242,7 +250,7 @@ class _File:
         return params
 
     def norm(self, name):
-        """A LayerNorm of PyTorch's own or of the peers', whose shift is fixed at zero."""
+        """A LayerNorm of PyTorch, or one of the peers, whose shift is fixed at zero."""
         if f"{name}.gamma" in self.arrays:
             return {"scale": self.take(f"{name}.gamma", ndim=1)}
         return {
@@ -271,7 +279,7 @@ class _File:
                 "norm": self.norm(f"{name}.3.0"),
                 "up": {"kernel": value},
                 "gate": {"kernel": gate},
-                # Ours is stored as PyTorch stores it.
+                # `Linear(transposed=True)` stores its kernel as PyTorch does.
                 "down": {"kernel": self.take(f"{name}.3.4.weight", ndim=2)},
             }
         }
@@ -282,8 +290,8 @@ class _File:
             qkv = np.split(self.linear(f"{name}.1.qkv", bias=False)["kernel"], 3, axis=1)
             table = self.take(f"{name}.1.relative_position_bias_table", ndim=2)
             index = f"{name}.1.relative_position_index"
-            if np.array_equal(self.arrays.get(index), _offset_index(_side(table))):
-                self._left.discard(index)  # any other stays behind
+            if np.array_equal(self.arrays.get(index), _offset_index(_window_side(table))):
+                self._untaken.discard(index)  # another index is refused
             layer["window"] = {
                 "norm": self.norm(f"{name}.1.norm"),
                 **{part: {"kernel": kernel} for part, kernel in zip("qkv", qkv)},
@@ -305,28 +313,28 @@ class _File:
             layer["bias"] = self.position(f"{name}.1.spatial_rel_pos_bias")
         return layer
 
-    def nothing_left(self):
-        """Raise UserError for arrays that no part of the network has asked for."""
-        left = sorted(name for name in self._left if not self._is_beside(name))
-        if left:
-            more = f" and {len(left) - 4} more" if len(left) > 4 else ""
+    def check_all_taken(self):
+        """Raise UserError for arrays that no layer has taken and that matter."""
+        names = sorted(name for name in self._untaken if not self._is_ignored(name))
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             raise UserError(
-                f"{self.source}: nothing here takes {', '.join(left[:4])}{more}; "
+                f"{self.source}: no layer takes {', '.join(names[:4])}{more}; "
                 "is it of another network?"
             )
 
-    def _is_beside(self, name):
-        """Whether the tokenizer is the same without it."""
-        if _BESIDE.search(name):
+    def _is_ignored(self, name):
+        """Whether the tokenizer is the same without this array."""
+        if _IGNORED.search(name):
             return True
-        if name.endswith(".beta"):  # the shift of a norm that has none
+        if name.endswith(".beta"):  # the fixed shift of a norm
             return not np.any(self.arrays[name])
         return name.endswith(".null_kv") and not np.size(self.arrays[name])
 
-    def match(self, module, params, side):
-        """Raise UserError for the first of params that is not as the module makes them.
+    def check_shapes(self, module, params, side):
+        """Raise UserError for the first of params that is not as the module makes it.
 
-        side: of frames that the module takes.
+        side: pixels along the sides of frames that fit the module.
         """
         self.reading = "the sizes of its arrays together"
         video = np.zeros((1, 1 + module.network.t_patch, side, side, 3), np.float32)
@@ -336,7 +344,7 @@ class _File:
             want, have = (shapes.get(name, "none") for shapes in (made, found))
             if want != have:
                 raise UserError(
-                    f"{self.source}: {name} comes out as {have}, where the network has {want}; "
+                    f"{self.source}: {name} has shape {have}, the network needs {want}; "
                     "is it of another network?"
                 )
 

@@ -8,11 +8,11 @@ from jaxvid.parallel.sharding import path_name
 
 
 def adopt(state, weights):
-    """(state, line that says what was taken) with what `weights` has of the parameters.
+    """(state with the weights of another run, a line that says which were taken).
 
-    weights: as of `TrainState.weights`, in numpy. A leaf of the parameters and of `extra` is taken
-    where there is one of its path and shape; all others stay as they were drawn. The average starts
-    from the same parameters. Raises UserError where nothing fits.
+    weights: in the form of `TrainState.weights`, in numpy. A leaf of the parameters or of `extra`
+    is replaced if `weights` has one with its path and shape; others keep their initialisation. The
+    average starts from the same parameters. Raises UserError if no leaf fits.
     """
     given = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(weights)}
     left = []

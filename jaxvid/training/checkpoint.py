@@ -23,7 +23,7 @@ from jaxvid import config as config_lib
 from jaxvid.errors import UserError
 from jaxvid.training.restore import reason, remedy
 
-# Sections and fields that may differ when a run is resumed: they do not change what is learnt,
+# Sections and fields that may differ when a run is resumed: they do not change what is learned,
 # except `steps`, which stretches a cosine schedule.
 FREE = (
     "steps",
@@ -46,11 +46,11 @@ class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the last save.
 
     Saving is asynchronous and atomic: a folder without the suffix of a temporary one is whole.
-    Raises UserError, in one line, where the disk or the folder does not allow what is asked.
+    Raises UserError for a full or read-only disk and for checkpoints of another run.
     """
 
     def __init__(self, workdir, config):
-        self.workdir, self.config = workdir, config
+        self.workdir, self.config, self.manager = workdir, config, None
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_not_orbax)
         keep = [policies.LatestN(config.checkpoint.keep)]
@@ -70,7 +70,7 @@ class Checkpoints:
                         ]
                     ),
                     preservation_policy=policies.AnyPreservationPolicy(keep),
-                    best_fn=score,  # only so that metrics are written and survive a restart
+                    best_fn=score,  # makes orbax write the metrics, which then survive a restart
                     cleanup_tmp_directories=True,
                 ),
             )
@@ -82,12 +82,12 @@ class Checkpoints:
         if error is None:
             with self._one_line("save"):
                 self.manager.close()
-        else:  # what is under way may still succeed; the first error is the one to tell
+        else:  # a save in progress may still succeed; only the first error is reported
             with contextlib.suppress(Exception):
                 self.manager.close()
 
     def check_best(self, metrics):
-        """Raises UserError when checkpoint.best is not among the names of `evaluate`'s metrics."""
+        """Raise UserError if checkpoint.best is not among the names of `evaluate`'s metrics."""
         best = self.config.checkpoint.best
         if best and best.removeprefix("-") not in metrics:
             raise UserError(
@@ -96,11 +96,11 @@ class Checkpoints:
             )
 
     def preempted(self, step):
-        """Whether SIGTERM came and all processes agree to stop after this step; ask at each."""
+        """Whether SIGTERM came and all processes stop after this step; call at every step."""
         return self.manager.reached_preemption(step)
 
     def due(self, step):
-        """Whether `save` is called for: the interval, a preemption or the last step."""
+        """Whether to save now: the interval, a preemption or the last step."""
         last = step == self.config.steps and self.manager.latest_step() != step
         return last or self.manager.should_save(step)
 
@@ -117,7 +117,7 @@ class Checkpoints:
             self.manager.save(step, args=items, metrics=metrics, force=True)
 
     def check_config(self):
-        """Raises UserError when the newest checkpoint was made with another config."""
+        """Raise UserError if the newest checkpoint was made with another config."""
         step = self.manager.latest_step()
         if step is None:
             return
@@ -139,7 +139,7 @@ class Checkpoints:
             else:
                 added.append(f"{field}: no field -> {new!r}")
         if added and not changed:
-            # What it did without them is not known here: it need not be what the defaults do.
+            # The run need not have behaved as the defaults of the new fields do.
             raise UserError(
                 f"workdir={self.workdir}: holds a run without fields of this config "
                 f"({'; '.join(added)}); resume it with the options and the version of jaxvid that "
@@ -152,7 +152,7 @@ class Checkpoints:
             )
 
     def restore(self, shapes, iterator):
-        """(step, state) of the newest checkpoint with `iterator` set to its place; else None.
+        """(step, state) of the newest checkpoint, and set `iterator` to its position; or None.
 
         `shapes` is the TrainState as ShapeDtypeStructs with shardings, of any mesh.
         """
@@ -178,30 +178,30 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _one_line(self, action):
-        """Turns a full or forbidden disk, however it is reported, into a UserError."""
+        """Turns a full or read-only disk, however it is reported, into a UserError."""
         try:
             yield
         except Exception as error:
             trouble = _disk_trouble(error)
             if not trouble:
                 raise
-            kept = self.manager.all_steps() if hasattr(self, "manager") else []
-            kept = f"checkpoint {max(kept)} is whole" if kept else "nothing was saved yet"
+            kept = self.manager.all_steps() if self.manager else []
+            kept = f"checkpoint {max(kept)} is complete" if kept else "nothing was saved yet"
             raise UserError(
                 f"workdir={self.workdir}: cannot {action} ({trouble}); {kept}; "
-                "make room or mend the folder and run the same command again"
+                "make room or repair the folder and run the same command again"
             ) from error
 
 
 def _not_orbax(record):
-    """Orbax logs each failure once per thread, with its stack; ours is the one line that counts."""
+    """Filter for orbax, which logs each failure once per thread with its stack."""
     trace = record.exc_info[2] if record.exc_info else None
     places = [record.pathname, *(frame.filename for frame in traceback.extract_tb(trace))]
     return not any("orbax" in place for place in places)
 
 
 def _score(config):
-    """Function of the metrics, highest for the best: "psnr" wants most, "-loss" least."""
+    """Function of the metrics, highest for the best: "psnr" prefers high, "-loss" low values."""
     name = config.checkpoint.best.removeprefix("-")
     sign = -1 if config.checkpoint.best.startswith("-") else 1
     if not config.evaluate.every or config.checkpoint.every % config.evaluate.every:
@@ -219,9 +219,9 @@ def _score(config):
 
 
 def _require_room(folder, state):
-    """Raises OSError where a full disk is certain: orbax then fails halfway, and loudly.
+    """Raise OSError if the disk is certainly too small: orbax would fail halfway, with a traceback.
 
-    Weights hardly compress; a fifth is left to that and to what is still zero.
+    Weights hardly compress; a fifth is allowed for compression and for zeros.
     """
     need = 0.8 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(folder).free
@@ -231,7 +231,7 @@ def _require_room(folder, state):
 
 
 def _disk_trouble(error):
-    """The disk's complaint in a few words, out of an OSError or a page of tensorstore's; or ""."""
+    """The disk error in a few words, from an OSError or a message of tensorstore; "" for others."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     complaints = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)

@@ -1,13 +1,17 @@
-"""How much arithmetic a program is, and how much a device could do: the two halves of MFU."""
+"""FLOPs of a program and FLOP/s of devices, the two parts of model FLOPs utilisation (MFU)."""
 
 import functools
 import math
 import time
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxprs_in_params
 
-# Dense matrix FLOP/s of one device in bfloat16, from the makers' data sheets, by `device_kind`.
+from jaxvid.kernels import dispatch
+
+# Dense matrix FLOP/s of one device in bfloat16, by `device_kind`, from data sheets.
 _PEAK_BFLOAT16 = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100 PCIe": 756e12,
@@ -20,7 +24,7 @@ _PEAK_BFLOAT16 = {
     "TPU7x": 2307e12,
 }
 
-# Bytes/s of its memory, from the same sheets.
+# Memory bandwidth of one device in bytes/s, from the same sheets.
 _PEAK_BANDWIDTH = {
     "NVIDIA A100-SXM4-80GB": 2.039e12,
     "NVIDIA H100 80GB HBM3": 3.35e12,
@@ -31,22 +35,23 @@ _PEAK_BANDWIDTH = {
 }
 
 
-def count(function, *args, all_pairs=False):
+def count(function: Callable, *args, all_pairs: bool = False) -> int:
     """FLOPs of the matrix products and convolutions in function(*args), from shapes alone.
 
-    A scan counts as often as it runs, which the compiler's own cost analysis leaves out; of a
-    `cond` the dearest branch counts, and a `while` counts once. What remat repeats counts again.
-    all_pairs: softmax attention counts every pair of a query and a key, also those that a mask
-    hides and that are not computed. `args` may be arrays or ShapeDtypeStructs.
+    A scan counts once per iteration, unlike in the compiler's cost analysis. A `cond` counts its
+    most expensive branch, and a `while` counts one iteration. Work that remat repeats counts again.
+    Calls in `kernels.dispatch.FLOPS` and Pallas kernels count what they declare. all_pairs: softmax
+    attention counts every pair of a query and a key, also masked pairs that are skipped. args:
+    arrays or ShapeDtypeStructs.
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr, all_pairs)
 
 
-def of_step(task, state, frozen, batch, all_pairs=False):
-    """FLOPs of one training step: the loss, and twice as much again for its gradient.
+def of_step(task, state, frozen, batch, all_pairs: bool = False) -> int:
+    """FLOPs of one training step: the loss, plus twice as much for its gradient.
 
-    What remat repeats does not count, and the optimiser multiplies no matrices. all_pairs: as in
-    `count`.
+    Work that remat repeats does not count, and the optimiser has no matrix products. all_pairs: as
+    in `count`.
     """
 
     def loss(params, extra, frozen, batch):
@@ -56,32 +61,33 @@ def of_step(task, state, frozen, batch, all_pairs=False):
     return 3 * count(loss, state.params, state.extra, frozen, batch, all_pairs=all_pairs)
 
 
-def peak(device, dtype):
-    """FLOP/s that the maker of the device promises for matrices of `dtype`; None where unknown.
+def peak(device: jax.Device, dtype) -> float | None:
+    """Peak FLOP/s of the device for matrices of `dtype`, from its data sheet; None if unknown.
 
-    float32 is promised at half the rate of bfloat16 (TF32) by NVIDIA and not at all by Google.
+    For float32, NVIDIA states half the rate of bfloat16 (TF32), and Google states none.
     """
-    promised = _promised(_PEAK_BFLOAT16, device)
+    promised = _look_up(_PEAK_BFLOAT16, device)
     if promised is None or jnp.dtype(dtype) == jnp.bfloat16:
         return promised
     return promised / 2 if device.platform == "gpu" else None
 
 
-def bandwidth(device):
-    """Bytes/s that the maker of the device promises for its memory; None where unknown."""
-    return _promised(_PEAK_BANDWIDTH, device)
+def bandwidth(device: jax.Device) -> float | None:
+    """Memory bandwidth of the device in bytes/s, from its data sheet; None if unknown."""
+    return _look_up(_PEAK_BANDWIDTH, device)
 
 
-def _promised(table, device):
-    """The first entry of which the device's kind is a variant; None if there is none."""
+def _look_up(table, device):
+    """The first entry whose key the device's kind starts with; None if there is none."""
     kinds = (kind for kind in table if device.device_kind.startswith(kind))
     return table.get(next(kinds, None))
 
 
-def machine(devices):
-    """FLOP/s of all devices together: the makers' bfloat16, on CPU measured; None where unknown.
+def machine(devices: Sequence[jax.Device]) -> float | None:
+    """Peak FLOP/s of all devices together, in bfloat16 by data sheet; None if unknown.
 
-    The devices of a CPU are one processor cut into parts, so its rate is that of one process.
+    That of a CPU is measured, in float32. The CPU devices of one process share one processor, so
+    they count once per process.
     """
     if devices[0].platform == "cpu":
         return measured() * len({device.process_index for device in devices})
@@ -90,12 +96,12 @@ def machine(devices):
 
 
 @functools.cache
-def measured(size=1024, repeats=5):
-    """FLOP/s of the best of a few float32 products of square matrices, here and now."""
+def measured(size: int = 1024, repeats: int = 5) -> float:
+    """FLOP/s of this machine: the best of `repeats` float32 products of square matrices."""
     matrix = jnp.ones((size, size), jnp.float32)
     product = jax.jit(jnp.matmul)
     seconds = []
-    for _ in range(repeats + 1):  # the first compiles
+    for _ in range(repeats + 1):  # the first call compiles
         begin = time.perf_counter()
         jax.block_until_ready(product(matrix, matrix))
         seconds.append(time.perf_counter() - begin)
@@ -105,23 +111,27 @@ def measured(size=1024, repeats=5):
 def _count(jaxpr, all_pairs):
     total = 0
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
+        primitive = eqn.primitive.name
+        if primitive == "dot_general":
             total += _dot(eqn)
-        elif eqn.primitive.name == "conv_general_dilated":
+        elif primitive == "conv_general_dilated":
             total += _convolution(eqn)
-        elif eqn.primitive.name == "pallas_call" and eqn.params["cost_estimate"]:
+        elif primitive == "pallas_call" and eqn.params["cost_estimate"]:
             total += eqn.params["cost_estimate"].flops
-        elif eqn.primitive.name.startswith("dot_product_attention_fwd"):
-            q_BLAK, k_BMAK = (variable.aval for variable in eqn.invars[:2])
-            total += 4 * q_BLAK.size * k_BMAK.shape[1]  # cuDNN computes masked pairs too
-        elif all_pairs and eqn.params.get("name") == "softmax_attention":
-            q_BALK, k_BAMK = (variable.aval for variable in eqn.invars[:2])
-            total += 4 * q_BALK.size * k_BAMK.shape[2]
+        elif declared := _declared(eqn, all_pairs):
+            total += declared
         else:
-            inner = [_count(body, all_pairs) for body in _bodies(eqn)]
+            inner = [_count(body, all_pairs) for body in jaxprs_in_params(eqn.params)]
             if inner:
-                total += max(inner) if eqn.primitive.name == "cond" else _runs(eqn) * sum(inner)
+                total += max(inner) if primitive == "cond" else _runs(eqn) * sum(inner)
     return total
+
+
+def _declared(eqn, all_pairs):
+    """The FLOPs that a kernel declares for this call; None if it declares none."""
+    flops = dispatch.FLOPS.get(eqn.params.get("name", eqn.primitive.name))
+    of_operands = flops and (flops.all_pairs if all_pairs else flops.executed)
+    return of_operands and of_operands(*(operand.aval for operand in eqn.invars))
 
 
 def _dot(eqn):
@@ -138,12 +148,3 @@ def _convolution(eqn):
 
 def _runs(eqn):
     return eqn.params["length"] if eqn.primitive.name == "scan" else 1
-
-
-def _bodies(eqn):
-    """The jaxprs among the parameters of an equation, closed or open, single or in a tuple."""
-    for value in eqn.params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            item = getattr(item, "jaxpr", item)
-            if hasattr(item, "eqns"):
-                yield item

@@ -1,4 +1,4 @@
-"""The host's side of the steps that are skipped because they are not finite."""
+"""Ends a run after too many steps in a row that were not finite."""
 
 from jaxvid.errors import UserError
 
@@ -8,7 +8,7 @@ SHOWN = 32  # clips named; a large batch would fill the screen
 class Guard:
     """Ends the run when more than `limit` steps in a row were skipped, naming their clips.
 
-    The compiled step never accepts what is not finite, so the parameters are good to the end.
+    The compiled step skips updates that are not finite, so the parameters stay good.
     """
 
     def __init__(self, limit, source, skipped=0):
@@ -16,7 +16,7 @@ class Guard:
         self.skipped, self.streak = skipped, []
 
     def check(self, step, skipped, ids):
-        """Take in a step: the count of skipped steps after it, and the ids of its clips here."""
+        """Check a step. skipped: count of skipped steps after it. ids: its clips on this host."""
         self.streak = [*self.streak, ids] if skipped > self.skipped else []
         self.skipped = skipped
         if len(self.streak) <= self.limit:

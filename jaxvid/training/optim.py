@@ -1,40 +1,38 @@
 """The optimiser: AdamW or Muon with warm-up, a schedule, clipping, and decay on matrices only."""
 
-import math
-import re
-
 import jax
 import optax
 from ml_collections import ConfigDict
 from optax import contrib
 
-from jaxvid.errors import UserError
-from jaxvid.parallel.sharding import path_name
+from jaxvid.checks import at_least, choose, finite, positive, require
+from jaxvid.errors import within
+from jaxvid.parallel.sharding import find_rule, path_name
 
 NAMES = ("adamw", "muon")
-GROUPS = ("discriminator",)  # branches of the parameters that may have an optimiser of their own
+GROUPS = ("discriminator",)  # branches of the parameters that may have their own optimiser
 SCHEDULES = ("constant", "cosine")
-
-# The matrices inside of transformer layers, which Muon is made for, alone or in stacks of layers.
-_HIDDEN = re.compile(r"/(q|k|v|out|up|gate|down)/kernel$")
 
 
 def make_optimizer(config, steps):
     """(optax transformation, learning-rate schedule) of `config.optim` for a run of `steps`.
 
-    After clipping by global norm (0 = none), adamw (Loshchilov & Hutter 2019, arXiv:1711.05101) or
-    muon: orthogonalised momentum (Jordan 2024) at `muon_lr` for the matrices of attention and MLPs,
-    and AdamW with Nesterov momentum at `lr` for the rest. A section of `config` called as one of
-    GROUPS replaces fields for that branch of the parameters, which is clipped and updated apart.
-    Raises UserError on values that cannot train.
+    Gradients are clipped by global norm (0 = no clipping). adamw is Loshchilov & Hutter 2019
+    (arXiv:1711.05101). muon is orthogonalised momentum (Jordan 2024) at `muon_lr` for the hidden
+    matrices of attention and MLPs, and AdamW with Nesterov momentum at `lr` for the rest. A section
+    of `config` named in GROUPS replaces fields for that branch of the parameters, which is clipped
+    and updated separately.
+    Raises UserError for values that cannot train, named relative to `config`.
     """
+    _check(config)
     schedule = make_schedule(config, steps)
-    groups = {name: {**config, **config[name]} for name in GROUPS if name in config}
+    groups = {name: ConfigDict({**config, **config[name]}) for name in GROUPS if name in config}
     if not groups:
         return _transformation(config, schedule), schedule
     parts = {"": _transformation(config, schedule)}
     for name, fields in groups.items():
-        fields = ConfigDict(fields)
+        with within(name):
+            _check(fields)
         parts[name] = _transformation(fields, make_schedule(fields, steps))
 
     def labels(params):
@@ -47,7 +45,6 @@ def make_optimizer(config, steps):
 
 
 def _transformation(config, schedule):
-    _check(config)
     if config.name == "adamw":
         decay = dict(weight_decay=config.weight_decay, mask=decayed)
         tx = optax.adamw(schedule, b1=config.b1, b2=config.b2, **decay)
@@ -72,7 +69,7 @@ def make_schedule(config, steps):
         after = optax.cosine_decay_schedule(config.lr, max(steps - config.warmup, 1))
     if not config.warmup:
         return after
-    # The first update already moves: lr / warmup, not zero.
+    # The first update has a rate of lr / warmup, not zero.
     rise = optax.linear_schedule(config.lr / config.warmup, config.lr, config.warmup - 1)
     return optax.join_schedules([rise, after], [config.warmup - 1])
 
@@ -80,7 +77,7 @@ def make_schedule(config, steps):
 def decayed(params):
     """Tree of bool: True where weight decay acts, i.e. not on biases and norm scales.
 
-    Told by name and by rank: a stack of layers makes matrices of its vectors.
+    Decided by name and rank, because a stack of layers turns vectors into matrices.
     """
 
     def is_decayed(path, leaf):
@@ -90,31 +87,26 @@ def decayed(params):
 
 
 def hidden(params):
-    """Tree of how Muon sees each matrix it updates, (in, out) axes; None for what AdamW does."""
+    """Tree of what Muon sees of each matrix it updates, (in, out) axes; None for the rest."""
 
-    def seen(path, leaf):
-        found = _HIDDEN.search(path_name(path))
-        if not found:
+    def dimension_numbers(path, leaf):
+        rule = find_rule(path_name(path))
+        if rule is None or rule.matrix is None:
             return None
-        axes = leaf.ndim - 2, leaf.ndim - 1
-        is_transposed = found[1] == "down"  # stored [out, in], see layers.linear.Linear
-        return contrib.MuonDimensionNumbers(*(reversed(axes) if is_transposed else axes))
+        return contrib.MuonDimensionNumbers(*(leaf.ndim + axis for axis in rule.matrix))
 
-    return jax.tree_util.tree_map_with_path(seen, params)
+    return jax.tree_util.tree_map_with_path(dimension_numbers, params)
 
 
 def _check(config):
-    if config.name not in NAMES:
-        raise UserError(f"optim.name={config.name}: unknown; use one of {', '.join(NAMES)}")
-    if config.schedule not in SCHEDULES:
-        raise UserError(
-            f"optim.schedule={config.schedule}: unknown; use one of {', '.join(SCHEDULES)}"
-        )
-    for field in ("lr", "muon_lr"):
-        if not 0 < config[field] < math.inf:
-            raise UserError(
-                f"optim.{field}={config[field]}: a learning rate must be positive and finite"
-            )
-    for field in ("b1", "b2", "ema"):
-        if not 0 <= config[field] < 1:
-            raise UserError(f"optim.{field}={config[field]}: must be at least 0 and less than 1")
+    """Raise UserError for values that cannot train."""
+    choose("name", config.name, NAMES)
+    choose("schedule", config.schedule, SCHEDULES)
+    for name in ("lr", "muon_lr"):
+        positive(name, config[name])
+    for name in ("b1", "b2", "ema"):
+        finite(name, config[name])
+        require(0 <= config[name] < 1, name, config[name], "must be at least 0 and less than 1")
+    for name in ("warmup", "weight_decay", "clip", "skip_nonfinite"):
+        at_least(name, config[name], 0)
+    at_least("accumulate", config.accumulate, 1)

@@ -1,4 +1,4 @@
-"""The trained weights of a run without its optimiser: what evaluating and sampling need."""
+"""The trained weights of a run without its optimiser, for evaluation and sampling."""
 
 import json
 import os
@@ -9,29 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxvid.data import batch_shapes
 from jaxvid.errors import UserError
 from jaxvid.parallel.sharding import path_name, shard_params
 
 
-def batch_shapes(fields, size):
-    """The batch of `size` clips that `data.make_iterator` yields for `config.data`, as shapes."""
-    shape = (size, fields.frames, fields.size, fields.size, 3)
-    batch = {
-        "video": jax.ShapeDtypeStruct(shape, jnp.uint8),
-        "id": jax.ShapeDtypeStruct((size,), jnp.int32),
-        "label": jax.ShapeDtypeStruct((size,), jnp.int32),
-    }
-    if fields.text_tokens:
-        shape = (size, fields.text_tokens, fields.text_width)
-        batch["text"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return batch
-
-
 def restore_weights(workdir, config, task, mesh=None):
-    """(step, weights) of the newest whole checkpoint, as `TrainState.weights` has them.
+    """(step, weights) of the newest complete checkpoint, in the form of `TrainState.weights`.
 
     On any mesh; without one, numpy arrays. Reads nothing else and changes nothing, so the run may
-    go on meanwhile. Raises UserError where there is no checkpoint or it is not of this model.
+    continue meanwhile. Raises UserError if there is no checkpoint or it is not of this model.
     """
     folder = os.path.join(os.path.abspath(workdir), "ckpt")
     steps = ocp.utils.checkpoint_steps(folder) if os.path.isdir(folder) else []
@@ -45,7 +32,7 @@ def restore_weights(workdir, config, task, mesh=None):
     part = "ema" if config.optim.ema else "params"
     params, extra = jax.eval_shape(init, batch_shapes(config.data, 1))
     shapes = {part: params, "extra": extra} if extra else {part: params}
-    wanted, how = _wanted(shapes, mesh, task.sharding_rules)
+    wanted, how = _wanted(shapes, mesh)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             found = checkpointer.restore(
@@ -62,7 +49,7 @@ def restore_weights(workdir, config, task, mesh=None):
 
 
 def reason(error):
-    """What orbax or tensorstore has against a checkpoint, in a few words."""
+    """The error of orbax or tensorstore about a checkpoint, in a few words."""
     if isinstance(error, json.JSONDecodeError):
         return "a description in it is cut short or no JSON"
     text = str(error.args[0] if isinstance(error, KeyError) else error).strip()
@@ -73,9 +60,9 @@ def reason(error):
 
 
 def remedy(folder, steps):
-    """What to do about the newest of the checkpoints `steps` in a folder."""
+    """The remedy for a bad newest checkpoint among `steps` in a folder."""
     *before, last = sorted(steps)
-    after = f"go on from step {before[-1]}" if before else "begin anew"
+    after = f"go on from step {before[-1]}" if before else "start again"
     return f"delete {os.path.join(folder, str(last))} to {after}"
 
 
@@ -85,14 +72,14 @@ def _check_shapes(found, wanted):
             raise ValueError(f"{path_name(path)} has shape {have.shape}, not {want.shape}")
 
 
-def _wanted(shapes, mesh, rules):
-    """(shapes as they are to be restored, orbax's arguments for that)."""
+def _wanted(shapes, mesh):
+    """(shapes with shardings, orbax's arguments for restoring them)."""
     if mesh is None:
         whole = ocp.RestoreArgs(restore_type=np.ndarray)
         return shapes, jax.tree.map(lambda _: whole, shapes)
     wanted = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         shapes,
-        shard_params(shapes, mesh, rules),
+        shard_params(shapes, mesh),
     )
     return wanted, ocp.checkpoint_utils.construct_restore_args(wanted)

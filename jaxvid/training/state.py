@@ -1,4 +1,4 @@
-"""Everything that a step changes, in one tree."""
+"""The train state: everything that a step changes, in one tree."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ import jax.numpy as jnp
 
 from jaxvid.parallel.sharding import shard_params
 
-# Random streams beside the steps' own, numbered from the far end where no step can be.
+# Indices of the random generators that belong to no step, from the end where no step can be.
 INIT, EVALUATE, SAMPLE = 2**32 - 1, 2**32 - 2, 2**32 - 3
 
 
-def stream(seed, index):
-    """The rng of step `index`, or of INIT, EVALUATE, SAMPLE: a function of the seed alone."""
+def step_rng(seed: int, index):
+    """The rng of step `index`, or of INIT, EVALUATE or SAMPLE: a function of the seed alone."""
     return jax.random.fold_in(jax.random.key(seed), index)
 
 
@@ -33,9 +33,9 @@ class TrainState:
 
     @property
     def weights(self):
-        """What is evaluated and sampled: the average, or the parameters where none is kept.
+        """The weights that are evaluated and sampled: the average, or the parameters without one.
 
-        What `extra` holds takes its place among them.
+        The arrays of `extra` are among them.
         """
         return {**(self.ema or self.params), **self.extra}
 
@@ -49,10 +49,10 @@ def make_init(task, tx, batch, config, mesh):
 
     def create():
         blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        params, extra = task.init(stream(config.seed, INIT), blank)
+        params, extra = task.init(step_rng(config.seed, INIT), blank)
         zero = jnp.zeros((), jnp.int32)
         ema = jax.tree.map(jnp.copy, params) if config.optim.ema else {}
         return TrainState(zero, zero, params, tx.init(params), ema, extra)
 
-    shardings = shard_params(jax.eval_shape(create), mesh, task.sharding_rules)
+    shardings = shard_params(jax.eval_shape(create), mesh)
     return jax.jit(create, out_shardings=shardings), shardings

@@ -5,20 +5,20 @@ import jax.numpy as jnp
 import optax
 
 from jaxvid.parallel.sharding import replicated
-from jaxvid.training.state import TrainState, stream
+from jaxvid.training.state import TrainState, step_rng
 
 
 def make_step(task, tx, schedule, config, mesh, shardings):
     """The jitted step: (state, frozen, batch) -> (state, metrics of float32 scalars).
 
     `state` is donated. Randomness is a function of seed and step alone, so a resumed run repeats
-    an uninterrupted one bit for bit. When the loss, the gradients or what they made of `extra` are
-    not finite, nothing but the counters changes: the average and the optimiser never see it.
+    an uninterrupted one bit for bit. If the loss, the gradients or the new `extra` are not finite,
+    only the counters change: neither the average nor the optimiser sees such a step.
     """
     optim = config.optim
 
     def step(state, frozen, batch):
-        rng = stream(config.seed, state.step)
+        rng = step_rng(config.seed, state.step)
         updates_done = state.step - state.skipped
         grads, metrics, extra = gradients(task, state, frozen, batch, rng, optim.accumulate)
         grad_norm = optax.tree.norm(grads)
@@ -28,7 +28,7 @@ def make_step(task, tx, schedule, config, mesh, shardings):
             return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
 
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        # No update, instead of the old parameters: choosing between those would copy them.
+        # Zeroing the update is cheaper than selecting the old parameters, which would copy them.
         updates = if_finite(updates, optax.tree.zeros_like(updates))
         params = optax.apply_updates(state.params, updates)
         ema = average(state.ema, params, optim.ema, updates_done)
@@ -78,14 +78,14 @@ def gradients(task, state, frozen, batch, rng, count):
 
 
 def microbatches(batch, count):
-    """[B, ...] -> [count, B / count, ...], dealt out in turn: each device keeps its own rows."""
+    """[B, ...] -> [count, B / count, ...], interleaved so that each device keeps its own rows."""
     return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def average(ema, params, decay, k):
     """Exponential moving average with decay min(decay, (1 + k) / (10 + k)) at update k from 0.
 
-    The ramp forgets the random start quickly. An empty `ema` stays empty.
+    The ramp discards the random initialisation quickly. An empty `ema` stays empty.
     """
     if not ema:
         return ema

@@ -1,4 +1,4 @@
-"""What a run leaves on disk beside checkpoints: metrics.jsonl, TensorBoard, sampled videos."""
+"""The files of a run beside checkpoints: metrics.jsonl, TensorBoard, sampled videos."""
 
 import json
 import math
@@ -14,14 +14,14 @@ from jaxvid import files
 from jaxvid.data import video
 
 SHEET = "sheet.png"
-FPS = 8  # of sampled clips; a model knows frames, not seconds
+FPS = 8  # of sampled clips; a model has frames, not seconds
 
 
 class Writer:
-    """Appends to <workdir>/metrics.jsonl and TensorBoard; does nothing off process 0.
+    """Appends to <workdir>/metrics.jsonl and TensorBoard, on process 0 alone.
 
-    Opening drops the lines past `step`, so that a run that was cut off and resumed holds every
-    step once. Everything is written at once: a failing disk is reported where it fails.
+    Opening drops the lines after `step`, so a resumed run has every step once. Nothing is buffered:
+    a disk error is raised by the call that meets it.
     """
 
     def __init__(self, workdir, step, tensorboard):
@@ -38,20 +38,20 @@ class Writer:
             self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, step, values):
-        """One line, one point of each curve. What is not finite is null."""
+        """Write a line and a point of each curve. Values that are not finite become null."""
         if not self.lines:
             return
         self.lines.write(json.dumps({"step": step, **_finite(values)}) + "\n")
         self._points(step, values)
 
     def has_scores(self, step):
-        """Whether the line of `step` holds an evaluation; asked of process 0."""
+        """Whether the line of `step` has an evaluation; only process 0 knows."""
         lines = self._lines_up_to(step) if self.lines else []
         names = [name for line in lines if line["step"] == step for name in line]
         return any(name.startswith("evaluate/") for name in names)
 
     def amend(self, step, values):
-        """`scalars` of what the line of `step`, the last that is written, does not hold yet."""
+        """Add values to the line of `step`, the last one written."""
         if not self.lines:
             return
         lines = self._lines_up_to(step)
@@ -61,7 +61,7 @@ class Writer:
         self._points(step, values)
 
     def has_videos(self, step):
-        """Whether the samples of `step` are there, and whole."""
+        """Whether the samples of `step` are complete."""
         return (self._samples(step) / SHEET).exists()
 
     def videos(self, step, video_BTHWC):
@@ -88,7 +88,7 @@ class Writer:
         return self.workdir / "samples" / f"{step:06d}"
 
     def _lines_up_to(self, step):
-        """The lines of metrics.jsonl as dicts, without one that a crash cut short."""
+        """The lines of metrics.jsonl up to `step` as dicts, without one that a crash cut short."""
         if not self._path.exists():
             return []
         lines = []
@@ -121,10 +121,12 @@ def write_clips(folder, video_BTHWC):
     for index, video_THWC in enumerate(video_BTHWC):
         video.write_mp4(folder / f"{index}.mp4", video_THWC, FPS)
         video.write_gif(folder / f"{index}.gif", video_THWC, FPS)
-    files.write(folder / SHEET, video.contact_sheet(video_BTHWC))  # last: where it is, all are
+    files.write(
+        folder / SHEET, video.contact_sheet(video_BTHWC)
+    )  # last: it marks the folder as complete
 
 
 def _finite(values):
-    """Floats, and None for what is not finite: JSON has no NaN."""
+    """Values as floats, None for those that are not finite: JSON has no NaN."""
     values = {name: float(value) for name, value in values.items()}
     return {name: value if math.isfinite(value) else None for name, value in values.items()}

@@ -1,14 +1,18 @@
-"""The folder source: labels, the split by clip, windows, and files that are not videos."""
+"""The folder source: labels, splits by clip, windows, and files that are not videos."""
 
+import functools
 import os
+import shutil
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from jaxvid import data
 from jaxvid.data import clips, folder, video
 from jaxvid.errors import UserError
+from tests.videos import data_config, frame_numbers, write_clip, write_hostile
+
+folder_config = functools.partial(data_config, "folder", size=32, crop="random")
 
 
 @pytest.fixture(autouse=True)
@@ -16,45 +20,48 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def folder_config(path, **changes):
-    fields = dict(
-        name="folder", path=str(path), frames=4, size=32, stride=1, batch_size=2, flip=False
-    )
-    fields |= dict(crop="random", difficulty=0.0, num_clips=0, workers=0, threads=0)
-    return ConfigDict(fields | dict(text_tokens=0, text_width=8) | changes)
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """Two classes of six clips."""
+    root = tmp_path_factory.mktemp("videos")
+    for name in ("cats", "dogs"):
+        for number in range(6):
+            write_clip(root / name / f"{number}.mp4", 20, height=32)
+    return root
 
 
 @pytest.fixture
-def tree(tmp_path, clip):
-    for name in ("cats", "dogs"):
-        (tmp_path / "videos" / name).mkdir(parents=True)
-        for number in range(6):
-            clip(tmp_path / "videos" / name / f"{number}.mp4", 20, height=32)
-    return tmp_path / "videos"
+def copied(tree, tmp_path):
+    """A copy, to be changed."""
+    return shutil.copytree(tree, tmp_path / "videos")
+
+
+@pytest.fixture
+def square(tmp_path):
+    """Two clips of 14 frames, one for each split."""
+    for name in ("a.mp4", "b.mp4"):
+        write_clip(tmp_path / name, 14, height=64)
+    return tmp_path
 
 
 def names(source):
     return [source.name(i) for i in range(len(source))]
 
 
-def test_classes_come_from_directories_and_captions_from_classes(tree):
-    source = data.make_source(folder_config(tree), "train")
-    assert (source.num_classes, source.captions) == (2, True)
+def test_classes_and_splits(tree):
+    source, held_out = (
+        data.make_source(folder_config(tree), split) for split in ("train", "validation")
+    )
+    assert (source.num_classes, source.captions, source.tokenizer) == (2, True, "")
     for i in range(len(source)):
         expected = source.name(i).split("/")[0]
         assert (source[i]["label"], source[i]["caption"]) == (expected == "dogs", expected)
     assert clips.classes_of(["a.mp4", "b.mp4"]) == clips.classes_of(["only/a.mp4"]) == []
+    assert (len(source), len(held_out)) == (11, 1)
+    assert sorted(names(source) + names(held_out)) == clips.find(tree)
 
 
-def test_the_split_is_by_clip_and_whole(tree):
-    config = folder_config(tree)
-    train = names(data.make_source(config, "train"))
-    validation = names(data.make_source(config, "validation"))
-    assert (len(train), len(validation)) == (11, 1)
-    assert sorted(train + validation) == clips.find(tree)
-
-
-def test_clips_of_one_scene_stay_together():
+def test_clips_of_one_scene_have_one_split():
     ucf = [
         f"v_Archery_g{group:02}_c{take:02}.avi" for group in range(1, 26) for take in range(1, 5)
     ]
@@ -67,107 +74,83 @@ def test_clips_of_one_scene_stay_together():
     assert clips.split_of(["a.mp4"]) == {"a.mp4": "train"}
 
 
-@pytest.fixture
-def square(tmp_path, clip):
-    for name in ("a.mp4", "b.mp4"):
-        clip(tmp_path / name, 14, height=64)
-    return tmp_path
-
-
 @pytest.mark.parametrize("kept", [0, 2**29])
-def test_windows_move_with_the_rng_and_keep_their_stride(square, numbers, kept, monkeypatch):
+def test_windows(square, kept, monkeypatch):
+    """Random with an rng, at every start; the middle without."""
     monkeypatch.setattr(folder, "KEPT_BYTES", kept)
     source = data.make_source(folder_config(square, size=64, stride=3), "train")
     rngs = map(np.random.default_rng, range(30))
-    shown = {tuple(numbers(source.read(0, rng)["video"])) for rng in rngs}
+    shown = {tuple(frame_numbers(source.read(0, rng)["video"])) for rng in rngs}
     assert shown == {(start, start + 3, start + 6, start + 9) for start in range(5)}
+    assert frame_numbers(source[0]["video"]) == [2, 5, 8, 11]
 
 
-def test_middle_window_without_chance(square, numbers):
-    source = data.make_source(folder_config(square, size=64), "train")
-    assert numbers(source[0]["video"]) == [5, 6, 7, 8]
-    np.testing.assert_array_equal(source[0]["video"], source[0]["video"])
-
-
-def test_hostile_files_are_skipped_counted_and_named(hostile, caplog):
-    source = data.make_source(folder_config(hostile), "train")
-    skipped = dict(source.skipped)
-    assert sorted(skipped) == ["sound.mp4", "text.mp4", "truncated.mp4", "zero.mp4"]
-    assert "skipped 4 of 6 files" in caplog.text
-    assert "zero.mp4 is empty" in caplog.text
-    assert len(source) + len(data.make_source(folder_config(hostile), "validation")) == 2
-    batch = next(iter(_iterate(folder_config(hostile))))
-    assert batch["video"].shape == (2, 4, 32, 32, 3)
-
-
-def _iterate(config, **options):
-    options = dict(split="train", seed=0, batch_size=2, process_index=0, process_count=1) | options
-    return data.make_iterator(config, **options)
-
-
-def test_short_clips_are_skipped_with_their_length(tree, clip):
-    clip(tree / "cats" / "short.mp4", 5)
-    source = data.make_source(folder_config(tree, frames=8), "train")
-    assert source.skipped == [("cats/short.mp4", "has 5 frames, a window spans 8")]
-
-
-def test_nothing_usable_is_one_line(tmp_path, clip):
-    for path, words in [("", "no such directory"), (tmp_path / "none", "no such directory")]:
-        with pytest.raises(UserError, match=words):
-            data.make_source(folder_config(path), "train")
-    (tmp_path / "notes.txt").write_text("no videos here")
-    with pytest.raises(UserError, match=r"holds no \.mp4"):
-        data.make_source(folder_config(tmp_path), "train")
-    clip(tmp_path / "short.mp4", 3)
-    with pytest.raises(UserError, match=r"short.mp4 has 3 frames.*data.frames") as caught:
-        data.make_source(folder_config(tmp_path), "train")
-    assert "\n" not in str(caught.value)
-    clip(tmp_path / "short.mp4", 9)
-    with pytest.raises(UserError, match="no clips in the validation split"):
-        data.make_source(folder_config(tmp_path), "validation")
-
-
-def test_the_index_is_kept_and_follows_changes(tree, clip, monkeypatch):
-    probed = []
-    probe = video.probe
-    monkeypatch.setattr(video, "probe", lambda file: probed.append(file.name) or probe(file))
-    data.make_source(folder_config(tree), "train")
-    assert len(probed) == 12
-    data.make_source(folder_config(tree), "validation")
-    assert len(probed) == 12
-    clip(tree / "cats" / "0.mp4", 25)
-    data.make_source(folder_config(tree), "train")
-    assert [os.path.basename(name) for name in probed[12:]] == ["0.mp4"]
-
-
-def test_a_file_lost_while_running_is_named(tree):
-    source = data.make_source(folder_config(tree), "train")
-    os.remove(tree / source.name(3))
-    with pytest.raises(UserError, match=source.name(3)):
-        source.read(3)
-
-
-def test_a_small_split_is_decoded_once_and_shows_the_same(square, monkeypatch):
+def test_a_small_split_is_decoded_once(square, monkeypatch):
     read, calls = video.read, []
     monkeypatch.setattr(video, "read", lambda *a: calls.append(len(a[1])) or read(*a))
     config = folder_config(square, stride=2)
     kept = data.make_source(config, "train")
     monkeypatch.setattr(folder, "KEPT_BYTES", 3 * 14 * 32 * 32 - 1)
-    unkept = data.make_source(config, "train")
+    decoded = data.make_source(config, "train")
     for seed in range(5):
-        windows = [source.read(0, np.random.default_rng(seed)) for source in (kept, unkept)]
+        windows = [source.read(0, np.random.default_rng(seed)) for source in (kept, decoded)]
         np.testing.assert_array_equal(windows[0]["video"], windows[1]["video"])
     assert calls == [14, 4, 4, 4, 4, 4]
 
 
+def test_bad_files_are_skipped_and_named(tmp_path, caplog):
+    root = write_hostile(tmp_path / "hostile")
+    write_clip(root / "short.mp4", 3)
+    source = data.make_source(folder_config(root), "train")
+    skipped = dict(source.skipped)
+    assert sorted(skipped) == ["short.mp4", "sound.mp4", "text.mp4", "truncated.mp4", "zero.mp4"]
+    assert skipped["short.mp4"] == "has 3 frames, a window spans 4"
+    assert "skipped 5 of 7 files" in caplog.text
+    assert "zero.mp4 is empty" in caplog.text
+    assert len(source) + len(data.make_source(folder_config(root), "validation")) == 2
+
+
+def test_useless_folders_are_refused(tmp_path):
+    for path in ("", tmp_path / "none"):
+        with pytest.raises(UserError, match=f"^path='{path}': no such directory"):
+            data.make_source(folder_config(path), "train")
+    (tmp_path / "notes.txt").write_text("no videos here")
+    with pytest.raises(UserError, match=r"holds no \.mp4"):
+        data.make_source(folder_config(tmp_path), "train")
+    write_clip(tmp_path / "short.mp4", 3)
+    with pytest.raises(UserError, match=r"short.mp4 has 3 frames.*\(frames, stride\)") as caught:
+        data.make_source(folder_config(tmp_path), "train")
+    assert "\n" not in str(caught.value)
+    write_clip(tmp_path / "short.mp4", 9)
+    with pytest.raises(UserError, match="no clips in the validation split"):
+        data.make_source(folder_config(tmp_path), "validation")
+
+
+def test_the_index_is_kept_and_follows_changes(copied, monkeypatch):
+    probed = []
+    probe = video.probe
+    monkeypatch.setattr(video, "probe", lambda file: probed.append(file.name) or probe(file))
+    data.make_source(folder_config(copied), "train")
+    assert len(probed) == 12
+    data.make_source(folder_config(copied), "validation")
+    assert len(probed) == 12
+    write_clip(copied / "cats" / "0.mp4", 25)
+    source = data.make_source(folder_config(copied), "train")
+    assert [os.path.basename(name) for name in probed[12:]] == ["0.mp4"]
+    os.remove(copied / source.name(3))
+    with pytest.raises(UserError, match=f"^clip={source.name(3)}: "):
+        source.read(3)
+
+
 def test_batches_do_not_depend_on_hosts_or_threads(tree):
-    config = folder_config(tree, flip=True)
-    alone = [next(iterator) for iterator in [_iterate(config)] for _ in range(5)]
+    def iterate(threads, host, hosts):
+        config = folder_config(tree, flip=True, threads=threads)
+        options = dict(process_index=host, process_count=hosts)
+        return data.make_iterator(config, split="train", seed=0, batch_size=2, **options)
+
+    alone = [next(iterator) for iterator in [iterate(0, 0, 1)] for _ in range(5)]
     for host in range(2):
-        iterator = _iterate(
-            folder_config(tree, flip=True, threads=2), process_index=host, process_count=2
-        )
+        iterator = iterate(2, host, 2)
         for batch in alone:
-            part = next(iterator)
-            np.testing.assert_array_equal(part["video"][0], batch["video"][host])
+            np.testing.assert_array_equal(next(iterator)["video"][0], batch["video"][host])
         iterator.close()

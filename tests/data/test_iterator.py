@@ -1,35 +1,19 @@
-"""The stream of batches: same on any topology, exactly resumable, honest about bad settings."""
+"""Batches: the same on any topology, exactly resumable; refusals by field."""
+
+import sys
 
 import numpy as np
 import pytest
 from absl import flags
-from ml_collections import ConfigDict
 
 from jaxvid import data
 from jaxvid.errors import UserError
+from tests.videos import data_config
 
 
 def sprites_config(**changes):
-    config = ConfigDict(
-        dict(
-            name="sprites",
-            path="",
-            frames=4,
-            size=16,
-            stride=1,
-            batch_size=4,
-            flip=False,
-            crop="random",
-            difficulty=0.5,
-            num_clips=10,
-            workers=0,
-            threads=0,
-            text_tokens=24,
-            text_width=8,
-        )
-    )
-    config.update(changes)
-    return config
+    fields = dict(size=16, batch_size=4, crop="random", difficulty=0.5, text_tokens=24)
+    return data_config("sprites", **fields | changes)
 
 
 def batches(config, count, state=None, **options):
@@ -84,14 +68,10 @@ def test_batch_rows_are_the_clips_they_name():
         assert batch["label"][row] == source[int(index)]["label"]
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_global_batches_do_not_depend_on_the_number_of_hosts(hosts):
-    config = sprites_config()
-    assert_same(batches(config, 6)[0], global_batches(config, 6, hosts))
-
-
-def test_global_batches_do_not_depend_on_threads():
-    assert_same(batches(sprites_config(), 6)[0], batches(sprites_config(threads=3), 6)[0])
+def test_global_batches_do_not_depend_on_hosts_or_threads():
+    alone, _ = batches(sprites_config(), 6)
+    for hosts, threads in ((1, 3), (2, 2), (4, 0)):
+        assert_same(alone, global_batches(sprites_config(threads=threads), 6, hosts))
 
 
 def test_resume_is_exact_on_other_hosts_and_threads():
@@ -125,24 +105,42 @@ def test_validation_comes_in_order():
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
-        ({"name": "sprits"}, "data.name='sprits'"),
-        ({"flip": True}, "data.flip=True"),
-        ({"size": 0}, "data.size=0"),
-        ({"crop": "middle"}, "data.crop='middle'"),
-        ({"difficulty": 2.0}, "data.difficulty=2.0"),
-        ({"num_clips": 0}, "no clips in the train split"),
+        ({"name": "sprits"}, "name='sprits': unknown; use one of array_record, folder, .*sprites"),
+        ({"name": "source"}, "name='source': unknown"),
+        ({"name": "a.b"}, "name='a.b': unknown"),
+        ({"flip": True}, "flip=True"),
+        ({"crop": "middle"}, "crop='middle'"),
+        ({"difficulty": 2.0}, "difficulty=2.0"),
+        ({"num_clips": 0}, "name='sprites': no clips in the train split"),
+        ({"batch_size": 6}, "batch_size=6: must be a multiple of the 4 hosts"),
     ],
 )
-def test_bad_settings_are_named(changes, words):
-    with pytest.raises(UserError, match=words):
-        batches(sprites_config(**changes), 1)
+def test_wrong_fields_are_refused(changes, message):
+    config = sprites_config(**changes)
+    with pytest.raises(UserError, match=f"^{message}"):
+        batches(config, 1, batch_size=config.batch_size, process_count=4)
 
 
-def test_batch_must_divide_among_the_hosts():
-    with pytest.raises(UserError, match=r"data\.batch_size=4: .* 3 hosts"):
-        batches(sprites_config(), 1, process_count=3)
+def test_check_bounds_the_shared_fields():
+    data.check(sprites_config(threads=1, num_clips=1, text_tokens=0, size=1, frames=1))
+    lowest = dict(frames=1, size=1, stride=1, batch_size=1, threads=1, text_width=1)
+    lowest |= dict(workers=0, text_tokens=0, num_clips=1)
+    for field, low in lowest.items():
+        with pytest.raises(UserError, match=f"^{field}={low - 1}: must "):
+            data.check(sprites_config(**{"threads": 1, field: low - 1}))
+    with pytest.raises(
+        UserError, match=r"^num_clips=2147483648: must lie between 1 and 2147483647"
+    ):
+        data.check(sprites_config(threads=1, num_clips=2**31))
+
+
+def test_a_missing_package_is_not_a_missing_source(monkeypatch):
+    monkeypatch.setitem(sys.modules, "grain", None)
+    monkeypatch.delitem(sys.modules, "jaxvid.data.pipeline", raising=False)
+    with pytest.raises(ModuleNotFoundError, match="grain"):
+        data.make_source(sprites_config(name="pipeline"), "train")
 
 
 def test_throughput_counts_frames():

@@ -1,64 +1,66 @@
 """TensorFlow Datasets without TensorFlow: our builder of encoded bytes, and sets of frames."""
 
+import functools
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from jaxvid import data
-from jaxvid.data.tfds_builders import video_folder
 from jaxvid.errors import UserError
+from jaxvid.tools.build_tfds import build
+from tests.videos import data_config, frame_numbers, write_clip
+
+tfds_config = functools.partial(data_config, "tfds")
+numbers = functools.partial(frame_numbers, period=12)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Videos in src and, in out, the set that the command builds of them."""
+    folder = tmp_path_factory.mktemp("tfds")
+    for name in ("cats/1.mp4", "cats/2.avi", "dogs/1.webm"):
+        write_clip(folder / "src" / name, 14, height=48, width=48)
+    (folder / "src/dogs/bad.mp4").write_bytes(b"no video")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        yield folder
 
 
-def tfds_config(path, **changes):
-    fields = dict(
-        name="tfds", path=str(path), frames=4, size=48, stride=1, batch_size=2, flip=False
-    )
-    fields |= dict(crop="center", difficulty=0.0, num_clips=0, workers=0, threads=0)
-    return ConfigDict(fields | dict(text_tokens=0, text_width=8) | changes)
+@pytest.fixture(scope="module")
+def built(folder):
+    return build(folder / "src", folder / "out").data_dir
 
 
-@pytest.fixture
-def built(tmp_path, clip):
-    for name in ("cats/1.mp4", "cats/2.avi", "dogs/1.webm", "dogs/bad.mp4"):
-        path = tmp_path / "src" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        clip(path, 14, height=48, width=48)
-    (tmp_path / "src/dogs/bad.mp4").write_bytes(b"no video")
-    assert video_folder.main(["--src", str(tmp_path / "src"), "--out", str(tmp_path / "out")]) == 0
-    return tmp_path / "out/video_folder/1.0.0"
-
-
-def test_the_builder_stores_bytes_and_the_source_reads_them(built, numbers, tmp_path):
+def test_the_builder_stores_bytes_and_the_source_reads_them(built, folder):
     sources = [data.make_source(tfds_config(built), split) for split in ("train", "validation")]
     assert [len(source) for source in sources] == [2, 1]
     for source in sources:
         assert (source.num_classes, source.captions) == (2, True)
         for i in range(len(source)):
             example = source[i]
-            assert numbers(example["video"], period=12) == [5, 6, 7, 8]
+            assert numbers(example["video"]) == [5, 6, 7, 8]
             assert source.name(i).startswith(example["caption"])
             assert example["label"] == ["cats", "dogs"].index(example["caption"])
             stored = source._examples[i]["video"]
-            assert stored == (tmp_path / "src" / source.name(i)).read_bytes()
+            assert stored == (folder / "src" / source.name(i)).read_bytes()
     shown = [sources[0].read(0, np.random.default_rng(seed))["video"] for seed in range(20)]
-    assert len({numbers(window, period=12)[0] for window in shown}) > 5
+    assert len({numbers(window)[0] for window in shown}) > 5
 
 
-def test_the_builder_names_bad_files_and_never_overwrites(built, tmp_path, capsys):
-    capsys.readouterr()
-    arguments = ["--src", str(tmp_path / "src"), "--out", str(tmp_path / "again")]
-    assert video_folder.main(arguments) == 0
-    assert "skipped 1 of 4 files: dogs/bad.mp4 cannot be decoded" in capsys.readouterr().out
-    assert video_folder.main(arguments) == 2
-    assert "already; remove it" in capsys.readouterr().err
+@pytest.mark.slow
+def test_the_command(folder):
+    command = [sys.executable, "-m", "jaxvid.tools.build_tfds", "--src", str(folder / "src")]
+    command += ["--out", str(folder / "again")]
+    run = functools.partial(subprocess.run, command, capture_output=True, text=True, timeout=100)
+    lines = run().stdout.splitlines()[-4:]  # after those of tfds
+    assert lines[:2] == ["train: 2 clips", "validation: 1 clips"]
+    assert lines[2].startswith("skipped 1 of 4 files: dogs/bad.mp4 cannot be decoded")
+    assert lines[3] == f"data.path={folder / 'again/video_folder/1.0.0'}"
+    again = run()  # never overwrites
+    assert again.returncode == 2 and again.stderr.splitlines()[-1].endswith("already; remove it")
+    assert f"error: --out={folder / 'again'}: holds" in again.stderr
 
 
 @pytest.fixture
@@ -113,7 +115,10 @@ def test_frames_of_a_set_by_others(frames_set):
 
 
 def test_wrong_paths_are_one_line(tmp_path):
-    for path, words in [(tmp_path, "holds no dataset_info"), ("no_such_set", "nor a tfds set")]:
+    for path, words in [
+        (tmp_path, "holds no dataset_info"),
+        ("no_such_set", "and no such tfds set"),
+    ]:
         with pytest.raises(UserError, match=words) as caught:
             data.make_source(tfds_config(path), "train")
         assert "\n" not in str(caught.value)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from jaxvid.data import video
 from jaxvid.errors import UserError
+from tests.videos import frame_numbers, write_clip, write_hostile
 
 
 def read(path, numbers, size=48):
@@ -19,18 +20,18 @@ def read(path, numbers, size=48):
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm", ".avi"])
-def test_reads_the_frames_asked_for(tmp_path, clip, numbers, suffix):
+def test_reads_the_frames_asked_for(tmp_path, suffix):
     path = tmp_path / f"bars{suffix}"
-    truth = clip(path, 32)
+    truth = write_clip(path, 32)
     assert read(path, range(32)).shape == truth.shape
     assert np.abs(read(path, range(32)).astype(float) - truth).mean() < 12
     for wanted in ([0], [31], [9, 10, 11], [5, 12, 19, 26]):
-        assert numbers(read(path, wanted)) == [n % 16 for n in wanted]
+        assert frame_numbers(read(path, wanted)) == [n % 16 for n in wanted]
 
 
-def test_a_seek_shows_what_a_scan_shows(tmp_path, clip):
+def test_a_seek_shows_what_a_scan_shows(tmp_path):
     path = tmp_path / "bars.mp4"
-    clip(path, 40, gop=10)
+    write_clip(path, 40, gop=10)
     whole = read(path, range(40))
     with open(path, "rb") as file:
         assert video.probe(file).step > 0
@@ -38,18 +39,18 @@ def test_a_seek_shows_what_a_scan_shows(tmp_path, clip):
         np.testing.assert_array_equal(read(path, [first])[0], whole[first])
 
 
-def test_a_file_whose_seeks_lie_is_scanned(tmp_path, clip, numbers, monkeypatch):
+def test_a_file_whose_seeks_lie_is_scanned(tmp_path, monkeypatch):
     path = tmp_path / "bars.mp4"
-    clip(path, 24, gop=8)
+    write_clip(path, 24, gop=8)
     prints = iter(range(100))
     monkeypatch.setattr(video, "_fingerprint", lambda frame: next(prints))
     with open(path, "rb") as file:
         assert video.probe(file) == video.Info(24, 48, 64, 24.0)
-    assert numbers(read(path, [7, 13])) == [7, 13]
+    assert frame_numbers(read(path, [7, 13])) == [7, 13]
 
 
-def test_uneven_times_are_scanned(tmp_path, numbers, clip):
-    truth = clip(tmp_path / "source.mp4", 12)
+def test_uneven_times_are_scanned(tmp_path):
+    truth = write_clip(tmp_path / "source.mp4", 12)
     path = tmp_path / "uneven.mkv"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=24, options={"bf": "0"})
@@ -62,11 +63,11 @@ def test_uneven_times_are_scanned(tmp_path, numbers, clip):
         container.mux(stream.encode(None))
     with open(path, "rb") as file:
         assert video.probe(file).step == 0
-    assert numbers(read(path, [3, 7, 11])) == [3, 7, 11]
+    assert frame_numbers(read(path, [3, 7, 11])) == [3, 7, 11]
 
 
-def test_shorter_side_is_scaled_to_size(tmp_path, clip):
-    clip(tmp_path / "wide.mp4", 4, height=48, width=96)
+def test_shorter_side_is_scaled_to_size(tmp_path):
+    write_clip(tmp_path / "wide.mp4", 4, height=48, width=96)
     assert read(tmp_path / "wide.mp4", [1], size=24).shape == (1, 24, 48, 3)
 
 
@@ -77,9 +78,9 @@ def test_a_stream_that_changes_shape_keeps_the_first():
         assert scale(av.VideoFrame.from_ndarray(picture, format="rgb24")).shape == (24, 48, 3)
 
 
-def test_a_picture_filmed_upright_is_turned(tmp_path, clip):
+def test_a_picture_filmed_upright_is_turned(tmp_path):
     path = tmp_path / "bars.mp4"
-    clip(path, 4)
+    write_clip(path, 4)
     data = bytearray(path.read_bytes())
     matrix = data.index(b"tkhd") + 4 + 40  # version 0: nine fixed-point numbers follow
     struct.pack_into(">9i", data, matrix, 0, 1 << 16, 0, -(1 << 16), 0, 0, 48 << 16, 0, 1 << 30)
@@ -88,32 +89,24 @@ def test_a_picture_filmed_upright_is_turned(tmp_path, clip):
     np.testing.assert_array_equal(read(path, range(4)), np.rot90(plain, -1, axes=(1, 2)))
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
+def test_hostile_files_are_refused_in_one_line(tmp_path):
+    write_hostile(tmp_path)
+    for name, reason in (
         ("zero.mp4", "is empty"),
         ("text.mp4", "cannot be decoded"),
         ("truncated.mp4", "cannot be decoded"),
         ("sound.mp4", "has no video stream"),
-    ],
-)
-def test_hostile_files_are_refused_in_one_line(hostile, name, reason):
-    with (
-        pytest.raises(video.VideoError, match=reason) as caught,
-        open(hostile / name, "rb") as file,
     ):
-        video.probe(file)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=f"{name}.*{reason}"):
-        video.read_clip(hostile / name, 4, 48)
+        with pytest.raises(UserError, match=f"clip=.*{name}: {reason}.*; give a") as caught:
+            video.read_clip(tmp_path / name, 4, 48)
+        assert "\n" not in str(caught.value)
+        assert isinstance(caught.value.__cause__, video.VideoError)
+    # Tags that are not UTF-8 do no harm.
+    assert video.read_clip(tmp_path / "tags.mp4", 4, 48).shape == (4, 48, 48, 3)
 
 
-def test_tags_that_are_not_utf8_do_no_harm(hostile):
-    assert video.read_clip(hostile / "tags.mp4", 4, 48).shape == (4, 48, 48, 3)
-
-
-def test_other_containers_are_refused(tmp_path, clip):
-    clip(tmp_path / "bars.mp4", 4)
+def test_other_containers_are_refused(tmp_path):
+    write_clip(tmp_path / "bars.mp4", 4)
     flv = tmp_path / "bars.flv"
     with av.open(str(flv), "w") as container:
         stream = container.add_stream("flv", rate=24)
@@ -125,9 +118,9 @@ def test_other_containers_are_refused(tmp_path, clip):
         read(flv, [0])
 
 
-def test_caps_on_size(tmp_path, clip, monkeypatch):
+def test_caps_on_size(tmp_path, monkeypatch):
     path = tmp_path / "bars.mp4"
-    clip(path, 8)
+    write_clip(path, 8)
     monkeypatch.setattr(video, "MAX_FRAMES", 7)
     with pytest.raises(video.VideoError, match="more than 7 frames"):
         read(path, [0])
@@ -142,20 +135,20 @@ def test_caps_on_size(tmp_path, clip, monkeypatch):
         video.decode_chunk(video.encode_chunk(np.zeros((2, 64, 64, 3), np.uint8)), [0], 64)
 
 
-def test_a_missing_frame_is_an_error_never_padding(tmp_path, clip):
+def test_a_missing_frame_is_an_error_never_padding(tmp_path):
     path = tmp_path / "bars.mp4"
-    clip(path, 8)
+    write_clip(path, 8)
     with pytest.raises(video.VideoError, match="gave 1 of the 2 frames"):
         read(path, [7, 8])
 
 
-def test_resample_follows_the_clock(tmp_path, clip, numbers):
+def test_resample_follows_the_clock(tmp_path):
     path = tmp_path / "bars.mp4"
-    clip(path, 16, fps=24)
+    write_clip(path, 16, fps=24)
 
     def shown(fps):
         with open(path, "rb") as file:
-            return numbers(np.stack(list(video.resample(file, 48, fps))))
+            return frame_numbers(np.stack(list(video.resample(file, 48, fps))))
 
     assert shown(0) == shown(24) == list(range(16))
     assert shown(8) == [0, 3, 6, 9, 12, 15]
@@ -163,20 +156,28 @@ def test_resample_follows_the_clock(tmp_path, clip, numbers):
     assert shown(10) == [0, 2, 4, 7, 9, 12, 14]  # floor(2.4 n)
 
 
-def test_resample_of_avi_uses_its_rate(tmp_path, clip, numbers):
+def test_resample_of_avi_uses_its_rate(tmp_path):
     path = tmp_path / "bars.avi"
-    clip(path, 16, fps=24)
+    write_clip(path, 16, fps=24)
     with open(path, "rb") as file:
-        assert numbers(np.stack(list(video.resample(file, 48, 12)))) == list(range(0, 16, 2))
+        assert frame_numbers(np.stack(list(video.resample(file, 48, 12)))) == list(range(0, 16, 2))
 
 
-def test_chunks_round_trip_closely_and_by_number(clip, tmp_path):
-    truth = clip(tmp_path / "bars.mp4", 16)[:, :, :48]
+def test_chunks_round_trip_closely_and_by_number(tmp_path):
+    truth = write_clip(tmp_path / "bars.mp4", 16)[:, :, :48]
     data = video.encode_chunk(truth)
     decoded = video.decode_chunk(data, range(16), 48)
     assert np.abs(decoded.astype(float) - truth).mean() < 12
     np.testing.assert_array_equal(video.decode_chunk(data, [2, 7, 12], 48), decoded[[2, 7, 12]])
     assert video.decode_chunk(data, [0], 24).shape == (1, 24, 24, 3)
+
+
+def test_lossless_chunks_keep_every_pixel():
+    video_THWC = np.random.default_rng(0).integers(0, 256, (5, 13, 13, 3), dtype=np.uint8)
+    writer = video.ChunkWriter(5, 13, 13, lossless=True)
+    writer.write(video_THWC[:3])
+    writer.write(video_THWC[3:])
+    np.testing.assert_array_equal(video.decode_chunk(writer.finish(), range(5), 13), video_THWC)
 
 
 def test_broken_chunks_are_errors():

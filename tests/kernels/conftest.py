@@ -1,4 +1,4 @@
-"""Devices that need not be there, to compile for or to interpret."""
+"""Devices that the machine lacks: kernels are interpreted, or compiled ahead of time."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh
 
 @pytest.fixture
 def launch(monkeypatch):
-    """What launches a kernel where it cannot run: set `interpret` and other options."""
+    """Options that override those of every pallas_call; interpret=True at first."""
     options, pallas_call = dict(interpret=True), pl.pallas_call
     monkeypatch.setattr(pl, "pallas_call", lambda *args, **own: pallas_call(*args, **own | options))
     return options
@@ -17,11 +17,11 @@ def launch(monkeypatch):
 
 @pytest.fixture
 def tpu_devices(monkeypatch):
-    """Topology, "v5e:2x2" say, to its devices; skips without libtpu."""
+    """A function from a topology, e.g. "v5e:2x2", to its devices. Skips without libtpu."""
     pytest.importorskip("libtpu", reason="libtpu is not installed")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU machine to ask about itself
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # no metadata server
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
-    # A lock keeps a TPU for one process; compiling takes none, and tests run side by side.
+    # libtpu locks the TPU for one process. Tests only compile, in several processes.
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     return lambda topology: (
         topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -30,6 +30,6 @@ def tpu_devices(monkeypatch):
 
 @pytest.fixture
 def tpu_pod(tpu_devices):
-    """Sixteen such devices as a mesh with two along every axis."""
+    """A mesh of sixteen TPU devices, two along every axis."""
     devices = np.array(tpu_devices("v5e:4x4")).reshape(2, 2, 2, 2)
     return Mesh(devices, ("data", "fsdp", "tensor", "seq"), axis_types=(AxisType.Auto,) * 4)

@@ -1,4 +1,4 @@
-"""What tests of linear attention share: cases, inputs, all gradients, and what counts as equal."""
+"""Shared by the tests of recurrences: cases, inputs, all gradients, and bounds on errors."""
 
 import functools
 
@@ -13,95 +13,81 @@ from jaxvid.kernels.linear_attention import linear_attention
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 
-# name: (tokens, key width, value width, kind of decay, whether sequences are packed)
-CASES = {
-    "one token": (1, 16, 16, "token", False),
-    "no decay": (65, 96, 96, None, False),
-    "no decay, even": (64, 16, 24, None, False),
-    "no decay, packed": (130, 16, 16, None, True),
-    "decay of a head": (64, 128, 64, "head", False),
-    "decay of a token": (63, 64, 256, "token", False),
-    "decay of a token, packed": (63, 64, 64, "token", True),
-    "decay of a token, long": (1000, 16, 24, "token", True),
-    "decay of a channel": (65, 64, 16, "channel", False),
-    "decay of a channel, packed": (150, 24, 16, "channel", True),
-    "decay of a channel, long": (150, 24, 16, "channel", False),
-}
+FORMS = ("plain", "packed", "bfloat16")  # float32, float32 with segments, q, k and v in bfloat16
 
-
-EVERY = (
-    (linear_attention, "chunked"),
-    (linear_attention, "tpu"),
-    (linear_attention, "gpu"),
-    (gated_delta, "chunked"),
-    (gated_delta, "tpu"),
+# Every implementation over every length, width, decay, form and chunk. Any two values of two of the
+# columns tokens, K and chunk meet in one row (an orthogonal array).
+COVER = (
+    # op, implementation, tokens, K, V, decay per, strength, form, chunk
+    (linear_attention, "chunked", 1, 16, 24, None, "", "plain", None),
+    (linear_attention, "chunked", 63, 64, 16, "head", "some", "packed", 16),
+    (linear_attention, "chunked", 64, 96, 96, "token", "weak", "plain", 64),
+    (linear_attention, "chunked", 65, 128, 64, "token", "strong", "bfloat16", 128),
+    (linear_attention, "chunked", 300, 256, 256, "channel", "mixed", "packed", 1000),
+    (linear_attention, "tpu", 1, 64, 16, "token", "weak", "bfloat16", 1000),
+    (linear_attention, "tpu", 63, 96, 96, "token", "strong", "packed", None),
+    (linear_attention, "tpu", 64, 128, 64, "channel", "mixed", "plain", 16),
+    (linear_attention, "tpu", 65, 256, 256, None, "", "packed", 64),
+    (linear_attention, "tpu", 300, 16, 24, "head", "some", "plain", 128),
+    (linear_attention, "gpu", 1, 96, 96, "token", "mixed", "packed", 128),
+    (linear_attention, "gpu", 63, 128, 64, None, "", "plain", 1000),
+    (linear_attention, "gpu", 64, 256, 256, "head", "some", "bfloat16", None),
+    (linear_attention, "gpu", 65, 16, 24, "token", "weak", "packed", 16),
+    (linear_attention, "gpu", 300, 64, 16, "token", "strong", "plain", 64),
+    (gated_delta, "chunked", 1, 128, 64, "head", "some", "packed", 64),
+    (gated_delta, "chunked", 63, 256, 256, "token", "weak", "plain", 128),
+    (gated_delta, "chunked", 64, 16, 24, "token", "strong", "packed", 1000),
+    (gated_delta, "chunked", 65, 64, 16, "token", "mixed", "plain", None),
+    (gated_delta, "chunked", 300, 96, 96, None, "", "bfloat16", 16),
+    (gated_delta, "tpu", 1, 256, 256, "token", "strong", "plain", 16),
+    (gated_delta, "tpu", 63, 16, 24, "token", "mixed", "bfloat16", 64),
+    (gated_delta, "tpu", 64, 64, 16, None, "", "packed", 128),
+    (gated_delta, "tpu", 65, 96, 96, "head", "some", "plain", 1000),
+    (gated_delta, "tpu", 300, 128, 64, "token", "weak", "packed", None),
 )
-FORMS = ("plain", "packed", "plain", "bfloat16", "packed")
-_LENGTHS, _WIDTHS = (1, 63, 64, 65, 1000), (16, 64, 96, 128, 256)
-# One weak decay for all tokens is left out: of that the recurrence itself, a power of one rounded
-# factor, is off by more than the bound.
-_DECAYS = ((None, None), ("head", "some"), ("token", "weak"), ("token", "strong"))
-_CHUNKS = (None, 16, 64, 128, 1000)
 
 
-def cover():
-    """(op, implementation, tokens, width, (kind of decay, strength), form, chunk), 25 of them.
+def make(
+    L, K, V, decay=None, strength="mixed", *, packed=False, batch=2, heads=2, op=linear_attention
+):
+    """(arguments of `op` as float32 arrays, segment_ids or None).
 
-    An orthogonal array: every implementation meets each length, width, decay, form and chunk, and
-    any two values of two columns meet somewhere. A decay per channel is one per token to those that
-    have none.
-    """
-    for i, (op, implementation) in enumerate(EVERY):
-        by_channel = op is linear_attention and implementation != "gpu"
-        decays = (*_DECAYS, ("channel" if by_channel else "token", "mixed"))
-        columns = (_LENGTHS, _WIDTHS, decays, FORMS, _CHUNKS)
-        for row in range(5):
-            values = (column[(row + n * i) % 5] for n, column in enumerate(columns))
-            yield op, implementation, *values
-
-
-def inputs(case, strength="mixed", batch=2, heads=2):
-    """((q, k, v, log_decay, initial_state), segment_ids) of one of CASES."""
-    return make(*CASES[case], strength, batch, heads)
-
-
-def make(L, K, V, kind, packed, strength="mixed", batch=2, heads=2, op=linear_attention):
-    """Arrays of an op, and segment_ids or None, with decays by the name of their strength.
-
-    mixed: some next to nothing, some that forget, most between them. For the delta rule keys have
-    norm 1, and beta, in (0, 2), follows v.
+    decay: None or per "head", "token" or "channel". strength: "weak", about 1e-4; "some", about
+    0.3; "strong", 50; "mixed", all three. For the delta rule keys have norm 1, and beta in (0, 2)
+    follows v. The initial state is last.
     """
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(batch, L, heads, width)) for width in (K, K, V))
-    shape = {"head": (heads,), "token": (batch, L, heads), "channel": k.shape}.get(kind)
-    decay = None
-    if shape:
-        weak, strong, some = (
-            1e-4 * rng.random(shape),
-            np.full(shape, 50.0),
-            rng.exponential(0.3, shape),
-        )
-        mixed = np.choose(rng.integers(0, 6, shape), [weak, weak, strong, some, some, some])
-        decay = -{"weak": weak, "some": some, "strong": strong, "mixed": mixed}[strength]
+    g = None
+    if decay:
+        shape = {"head": (heads,), "token": (batch, L, heads), "channel": k.shape}[decay]
+        strengths = {
+            "weak": 1e-4 * rng.random(shape),
+            "strong": np.full(shape, 50.0),
+            "some": rng.exponential(0.3, shape),
+        }
+        weak, strong, some = strengths.values()
+        choice = rng.integers(0, 6, shape)
+        strengths["mixed"] = np.choose(choice, [weak, weak, strong, some, some, some])
+        g = -strengths[strength]
     state = rng.normal(size=(batch, heads, K, V))
-    # Segments of all lengths, one of them a single token, not the same in both rows.
-    cuts = np.stack(
-        [np.roll(np.isin(np.arange(L), [20, 21, 66, 128]), row) for row in range(batch)]
-    )
-    segment_ids = jnp.asarray(np.cumsum(cuts, axis=1)) if packed else None
-    arrays = (q, k, v, decay, state)
+    # Segments of several lengths, one of them a single token, shifted in the second row.
+    cuts = np.isin(np.arange(L), [20, 21, 66, 128])
+    segment_ids = np.stack([np.cumsum(np.roll(cuts, row)) for row in range(batch)])
+    arrays = (q, k, v, g, state)
     if op is gated_delta:
         k /= np.linalg.norm(k, axis=-1, keepdims=True)
-        arrays = (q, k, v, rng.uniform(0, 2, (batch, L, heads)), decay, state)
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays), segment_ids
+        arrays = (q, k, v, rng.uniform(0, 2, (batch, L, heads)), g, state)
+    arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays)
+    return arrays, jnp.asarray(segment_ids) if packed else None
 
 
 def value_and_grads(
     arrays, segment_ids=None, *, op=linear_attention, implementation="chunked", chunk=None
 ):
-    """{name: array} of the outputs and, under random cotangents, of all gradients.
+    """{name: array} of the outputs and, for random cotangents, of all gradients.
 
-    Traced anew in every call, as the kernels may not be those of the last one.
+    Every call traces again, because tests replace kernels.
     """
     run = jax.jit(functools.partial(_value_and_grads, op, implementation, chunk))
     return run(arrays, segment_ids)
@@ -128,7 +114,7 @@ def _value_and_grads(op, implementation, chunk, arrays, segment_ids):
 
 
 def assert_close(got, wanted, value=1e-5, gradient=1e-4):
-    """Errors of outputs and of gradients, each in units of the largest element (1e-6 at least)."""
+    """Bound the errors of outputs and gradients, relative to the largest element of each array."""
     assert got.keys() == wanted.keys()
     for name in wanted:
         exact = np.asarray(wanted[name], np.float64)
@@ -138,7 +124,7 @@ def assert_close(got, wanted, value=1e-5, gradient=1e-4):
 
 
 def assert_equals_reference(arrays, segment_ids=None, *, value=1e-5, gradient=1e-4, **run):
-    """That what `run` names, as for `value_and_grads`, is the token recurrence in float32."""
+    """Compare value_and_grads(**run) with the token recurrence in float32."""
     got = jax.block_until_ready(value_and_grads(arrays, segment_ids, **run))
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
     run |= dict(implementation="reference", chunk=None)
@@ -147,17 +133,17 @@ def assert_equals_reference(arrays, segment_ids=None, *, value=1e-5, gradient=1e
 
 
 def rounded(arrays):
-    """The same with q, k and v in bfloat16."""
+    """The arrays with q, k and v in bfloat16."""
     return (*(x.astype(jnp.bfloat16) for x in arrays[:3]), *arrays[3:])
 
 
 def interpreter(cores, seed=0):
-    """Programs in any order where axes are parallel; two cores find races, and take longer."""
+    """Run parallel axes in random order. Two cores detect races but are slower."""
     return pltpu.InterpretParams(detect_races=True, random_seed=seed, num_cores_or_threads=cores)
 
 
 def cost_estimates(run, *arguments):
-    """What the kernels of a program estimate to cost, by tracing it."""
+    """The cost estimates of the kernels in a program."""
     jaxprs, estimates = [jax.jit(run).trace(*arguments).jaxpr], []
     while jaxprs:
         for equation in jaxprs.pop().eqns:

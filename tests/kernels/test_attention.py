@@ -1,4 +1,4 @@
-"""Attention: every implementation against the definition, brute force, and the laws of a mask."""
+"""Attention: the reference against brute force, XLA against the reference, and masks."""
 
 import functools
 import re
@@ -58,7 +58,7 @@ def inputs(case, dtype=jnp.float32, batch=2, heads=3, width=16):
 
 
 def traced(arguments):
-    """The same positions, known only when the program runs."""
+    """The arguments with positions as traced arrays, which hide their values from tracing."""
     positions = {name: jnp.asarray(arguments[name]) for name in ("q_position_L", "k_position_M")}
     return {**arguments, **positions}
 
@@ -94,38 +94,47 @@ def brute_force(arrays, arguments):
 
 @pytest.fixture(params=["kept", "recomputed"])
 def probabilities(request, monkeypatch):
-    """Both ways in which the backward pass of `xla` comes by them, told by its products."""
+    """Whether the backward pass keeps the probabilities; the number of its products."""
     if request.param == "kept":
         return 4
-    monkeypatch.setattr(xla, "_KEPT", 0)
+    monkeypatch.setattr(xla, "_MAX_KEPT", 0)
     return 5
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize("case", ["one chunk", "one query", "one key", "empty slots"])
-def test_equals_brute_force(implementation, case):
+def test_reference_equals_brute_force(case):
     arrays, arguments = inputs(case)
-    y_BLAK = attention(*arrays[:3], implementation=implementation, **arguments)
-    np.testing.assert_allclose(y_BLAK, brute_force(arrays, arguments), atol=2e-6)
+    y_BLAK = attention(*arrays[:3], implementation="reference", **arguments)
+    np.testing.assert_allclose(y_BLAK, brute_force(arrays, arguments), atol=5e-6)
 
 
-@pytest.mark.parametrize("static", [True, False])
+def assert_equals_reference(arrays, arguments, static, *, atol=3e-5, rtol=1e-7):
+    exact = [x.astype(jnp.float32) for x in arrays]
+    expected = value_and_grads("reference", exact, arguments)
+    got = value_and_grads("xla", arrays, arguments if static else traced(arguments))
+    for x, wanted in zip(got, expected):
+        assert x.dtype == arrays[0].dtype
+        np.testing.assert_allclose(x.astype(jnp.float32), wanted, atol=atol, rtol=rtol)
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_equals_reference_forward_and_backward(case, static, probabilities):
-    arrays, arguments = inputs(case)
-    expected = value_and_grads("reference", arrays, arguments)
-    arguments = arguments if static else traced(arguments)
-    for got, wanted in zip(value_and_grads("xla", arrays, arguments), expected):
-        np.testing.assert_allclose(got, wanted, atol=1e-5)
+def test_static_positions(case):
+    assert_equals_reference(*inputs(case), static=True)
 
 
-@pytest.mark.parametrize("case", ["context", "window and sinks"])
-def test_bfloat16_keeps_its_dtype_and_the_sums_of_float32(case, probabilities):
-    arrays, arguments = inputs(case, jnp.bfloat16)
-    exact = value_and_grads("reference", [x.astype(jnp.float32) for x in arrays], arguments)
-    for got, wanted in zip(value_and_grads("xla", arrays, arguments), exact):
-        assert got.dtype == jnp.bfloat16
-        np.testing.assert_allclose(got.astype(jnp.float32), wanted, atol=0.02, rtol=0.02)
+@pytest.mark.parametrize("case", ["window and sinks", "queries without keys", "empty slots"])
+def test_traced_positions(case, probabilities):
+    assert_equals_reference(*inputs(case), static=False)
+
+
+def test_recomputed_probabilities(monkeypatch):
+    monkeypatch.setattr(xla, "_MAX_KEPT", 0)
+    assert_equals_reference(*inputs("window and sinks"), static=True)
+
+
+def test_bfloat16(probabilities):
+    arrays, arguments = inputs("window and sinks", jnp.bfloat16)
+    assert_equals_reference(arrays, arguments, static=True, atol=0.02, rtol=0.02)
 
 
 def test_scale_and_large_scores():
@@ -136,13 +145,12 @@ def test_scale_and_large_scores():
             attention(*arrays[:3], scale=scale, implementation=name, **arguments)
             for name in ("xla", "reference")
         )
-        np.testing.assert_allclose(got, wanted, atol=2e-5)
+        np.testing.assert_allclose(got, wanted, atol=1e-4)  # scores of +-400 round by 3e-5
 
 
 @pytest.mark.parametrize("static", [True, False])
-@pytest.mark.parametrize("case", ["chunks", "context", "window and sinks"])
-def test_masked_keys_leave_no_trace(case, static, probabilities):
-    arrays, arguments = inputs(case)
+def test_masked_keys_have_no_effect(static, probabilities):
+    arrays, arguments = inputs("window and sinks")
     arguments = arguments if static else traced(arguments)
     frame = int(arguments["q_position_L"].max()) // 2
     later = arguments["k_position_M"] > frame
@@ -162,7 +170,7 @@ def test_masked_keys_leave_no_trace(case, static, probabilities):
     assert np.any(before[0][:, ~earlier] != after_change[0][:, ~earlier])
 
 
-def test_queries_without_keys_are_zero_and_pass_no_gradient(probabilities):
+def test_queries_without_keys(probabilities):
     for static in (True, False):
         arrays, arguments = inputs("queries without keys")
         alone = arguments["q_position_L"] < 2
@@ -172,7 +180,7 @@ def test_queries_without_keys_are_zero_and_pass_no_gradient(probabilities):
 
 
 def pairs(case, products):
-    """Pairs of query and key that the forward pass and the `products` of the backward compute."""
+    """Pairs of query and key that forward and each of the `products` of backward compute."""
     arrays, arguments = inputs(case, batch=1, heads=1, width=16)
     forward = flops.count(
         lambda q, k, v: attention(q, k, v, implementation="xla", **arguments), *arrays[:3]
@@ -181,15 +189,15 @@ def pairs(case, products):
     return forward / (2 * 2 * 16), (both - forward) / (products * 2 * 16)
 
 
-def test_masked_blocks_are_not_computed(probabilities):
-    # Chunks of whole frames and at least 128 queries; the last takes what is left over.
+def test_masked_blocks_are_skipped(probabilities):
+    # Chunks of whole frames and at least 128 queries, and the rest in the last one.
     computed = (150, 150), (200, 350)
     expected = sum(queries * keys for queries, keys in computed)
     assert pairs("chunks", probabilities) == (expected, expected)
 
 
-def test_window_and_sinks_cut_out_the_middle():
-    chunks = xla.plan(*CASES["window and sinks"])
+def test_query_chunks_of_window_and_sinks():
+    chunks = xla.query_chunks(*CASES["window and sinks"])
     assert [(chunk.start, chunk.stop) for chunk in chunks] == [
         (start, start + 140) for start in range(0, 560, 140)
     ]
@@ -198,13 +206,13 @@ def test_window_and_sinks_cut_out_the_middle():
     assert chunks[0].runs == ((0, 11 + 2 * 70),)
 
 
-def test_where_all_is_allowed_there_is_no_mask():
-    chunks = xla.plan(*CASES["full"])
+def test_query_chunks_without_mask():
+    chunks = xla.query_chunks(*CASES["full"])
     assert [(chunk.runs, chunk.mask_GM) for chunk in chunks] == [(((0, 270),), None)] * 2
 
 
 def transformed(name, run, arrays):
-    """run(q, k, v), [3, 2, ...] arrays -> the same result by way of a transformation."""
+    """run over the first axis of [3, 2, ...] arrays by a transformation; "" is a loop."""
     if name == "vmap":
         return jax.vmap(run)(*arrays)
     if name == "scan":
@@ -214,8 +222,9 @@ def transformed(name, run, arrays):
     return jnp.stack([run(*x) for x in zip(*arrays)])
 
 
-@pytest.mark.parametrize("static", [True, False])
-@pytest.mark.parametrize("name", ["vmap", "scan", "remat"])
+@pytest.mark.parametrize(
+    "name, static", [("vmap", True), ("vmap", False), ("scan", True), ("remat", False)]
+)
 def test_transformations(name, static):
     arrays, arguments = inputs("context", batch=6)
     arguments = arguments if static else traced(arguments)
@@ -232,10 +241,10 @@ def test_transformations(name, static):
     for got, wanted in zip(
         jax.tree.leaves(loss_and_grads(name, arrays)), jax.tree.leaves(loss_and_grads("", arrays))
     ):
-        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=3e-5)
 
 
-def test_sharded_by_batch_and_heads_needs_no_exchange():
+def test_split_batch_and_heads_exchange_nothing():
     arrays, arguments = inputs("context", batch=4, heads=4)
     mesh = jax.make_mesh((4, 2), ("data", "tensor"))
     split = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
@@ -251,7 +260,7 @@ def test_sharded_by_batch_and_heads_needs_no_exchange():
     for got, wanted in zip(
         jax.tree.leaves(compiled(jax.device_put(arrays, split))), jax.tree.leaves(expected)
     ):
-        np.testing.assert_allclose(got, wanted, atol=1e-5)
+        np.testing.assert_allclose(got, wanted, atol=3e-5)
 
 
 @pytest.mark.gpu
@@ -269,5 +278,7 @@ def test_cudnn_equals_reference(case, static):
     )
     expected = value_and_grads("reference", [x.astype(jnp.float32) for x in even], arguments)
     arguments = arguments if static else traced(arguments)
+    run = functools.partial(attention, implementation="cudnn", **arguments)
+    assert flops.count(run, *even[:3]) == 4 * even[0].size * even[1].shape[1]
     for got, wanted in zip(value_and_grads("cudnn", even, arguments), expected):
         np.testing.assert_allclose(got.astype(jnp.float32), wanted, atol=0.02, rtol=0.02)

@@ -10,29 +10,29 @@ from jaxvid.layers.patch import haar, patchify, unhaar, unpatchify
 VIDEO = np.random.default_rng(0).standard_normal((2, 4, 8, 12, 3)).astype(np.float32)
 
 
-@pytest.mark.parametrize("there, back", [(patchify, unpatchify), (haar, unhaar)])
-@pytest.mark.parametrize("patch", [(1, 4, 4), (2, 4, 4), (4, 2, 1)])
-def test_inverse(there, back, patch):
-    t, h, w = patch
-    x = jax.jit(there, static_argnums=1)(VIDEO, patch)
-    assert x.shape == (2, 4 // t, 8 // h, 12 // w, 3 * t * h * w)
-    np.testing.assert_allclose(jax.jit(back, static_argnums=1)(x, patch), VIDEO, atol=1e-6)
+@pytest.mark.parametrize("forward, inverse", [(patchify, unpatchify), (haar, unhaar)])
+def test_inverse(forward, inverse):
+    for patch in ((1, 4, 4), (2, 4, 4), (4, 2, 1)):
+        t, h, w = patch
+        x = jax.jit(forward, static_argnums=1)(VIDEO, patch)
+        assert x.shape == (2, 4 // t, 8 // h, 12 // w, 3 * t * h * w)
+        np.testing.assert_allclose(jax.jit(inverse, static_argnums=1)(x, patch), VIDEO, atol=1e-6)
 
 
-def test_a_patch_is_read_channel_by_channel_frame_by_frame_row_by_row():
+def test_order_is_channel_frame_row_column():
     x = patchify(VIDEO, (2, 4, 4))
     block = VIDEO[1, 2:4, 4:8, 8:12]  # t, h, w, c
     np.testing.assert_array_equal(x[1, 1, 1, 2], block.transpose(3, 0, 1, 2).reshape(-1))
 
 
-def test_bands_come_as_time_height_width():
-    """A gradient along one axis lights up that axis' high band: LLH is width, HLL time."""
+def test_order_of_bands_is_time_height_width():
+    """A ramp along one axis has that axis' high band alone: LLH is width, HLL time."""
     for position, band in zip(np.indices((2, 2, 2)), (4, 2, 1)):
         ramp = position.astype(np.float32).reshape(1, 2, 2, 2, 1)
-        wanted = 0.5 * (np.arange(8) == 0) - 0.5 * (np.arange(8) == band)
-        np.testing.assert_array_equal(haar(ramp, (2, 2, 2)).reshape(-1), wanted)
+        expected = 0.5 * (np.arange(8) == 0) - 0.5 * (np.arange(8) == band)
+        np.testing.assert_array_equal(haar(ramp, (2, 2, 2)).reshape(-1), expected)
 
 
-def test_sides_that_cannot_be_halved():
-    with pytest.raises(UserError, match="powers of two"):
+def test_refusals():
+    with pytest.raises(UserError, match=r"^patch=\(2, 4, 6\): .* powers of two"):
         haar(VIDEO, (2, 4, 6))

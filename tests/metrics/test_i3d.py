@@ -1,4 +1,4 @@
-"""I3D without its weights: shapes, sizes, the import of both public namings, frozen batch norm."""
+"""I3D without its weights: shapes, sizes, import of both public namings, frozen batch norm."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def draw(*shape):
 
 
 def units(params):
-    """(path, unit) of every convolution with its norm."""
+    """(path, params) of every `Unit3D`."""
     for name, unit in params.items():
         if name == "logits":
             continue
@@ -64,7 +64,7 @@ def stored(shapes, naming):
 
 
 def test_the_network_has_the_published_size(shapes):
-    """57 convolutions, 12.7 M numbers with three vectors of each norm, 400 logits."""
+    """57 convolutions, 12.7 M numbers with three vectors per norm, 400 logits."""
     found = list(units(shapes))
     kernels = sum(unit["conv"]["kernel"].size for _, unit in found)
     vectors = 3 * sum(unit["shift"].size for _, unit in found)
@@ -86,20 +86,20 @@ def test_both_namings_are_imported(shapes, naming):
             i3d.convert({other: x for other, x in arrays.items() if other != name}, "file")
 
 
-def test_frozen_norm_is_batch_norm_with_these_statistics(shapes):
+def test_folded_norm_is_batch_norm(shapes):
     arrays = stored(shapes, "torch")
     unit = i3d.convert(arrays)["2b"]
     x = draw(1, 2, 3, 3, 64)
-    found = jax.jit(i3d.Unit(64).apply)({"params": unit}, x)
+    found = jax.jit(i3d.Unit3D(64).apply)({"params": unit}, x)
     kernel = arrays["Conv3d_2b_1x1.conv3d.weight"][:, :, 0, 0, 0].T
     bn = {part: arrays[f"Conv3d_2b_1x1.bn.{part}"] for part in ("weight", "bias")}
     mean, variance = (arrays[f"Conv3d_2b_1x1.bn.running_{part}"] for part in ("mean", "var"))
-    wanted = (x @ kernel - mean) / np.sqrt(variance + 1e-3) * bn["weight"] + bn["bias"]
-    np.testing.assert_allclose(found, np.maximum(wanted, 0), atol=1e-3)
+    expected = (x @ kernel - mean) / np.sqrt(variance + 1e-3) * bn["weight"] + bn["bias"]
+    np.testing.assert_allclose(found, np.maximum(expected, 0), atol=1e-3)
 
 
-def test_resizing_takes_pixels_where_tensorflow_did():
-    """Twice as large: every second pixel is an old one, those between are means."""
+def test_resize_has_the_grid_of_tensorflow():
+    """Twice as large: every second pixel is an old pixel, the others are means."""
     video = draw(1, 1, 3, 4, 1)
     large = i3d.resize(video, 8)[0, 0, :, :, 0]
     picture = video[0, 0, :, :, 0]
@@ -114,8 +114,8 @@ def test_resizing_takes_pixels_where_tensorflow_did():
     )
 
 
-def test_features_have_400_numbers_and_short_clips_are_refused(shapes):
+def test_features_and_refusals(shapes):
     video = jax.ShapeDtypeStruct((2, 16, 48, 64, 3), jnp.float32)
     assert jax.eval_shape(i3d.features, shapes, video).shape == (2, 400)
-    with pytest.raises(UserError, match=r"data\.frames=8: I3D needs 9"):
+    with pytest.raises(UserError, match=r"^frames=8: I3D needs 9"):
         i3d.features(None, np.zeros((1, 8, 24, 24, 3)))

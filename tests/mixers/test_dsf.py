@@ -1,20 +1,22 @@
 """Every linear mixer is one recurrence, h_t = A_t h_{t-1} + B_t u_t and y_t = C_t h_t + D_t u_t.
 
-That is the Dynamical Systems Framework (Sieber et al. 2024). `recurrence` is all of it, in
-float64; a row below says what A, B, C, u and the layer around them are, from the weights and by the
-papers' definitions: no logarithms, chunks or kernels. u_t has the values of a frame's N tokens as
-rows, h is the matrix [K, V] of a head. D is zero in all of them: a frame reads itself by way of h.
+This is the Dynamical Systems Framework (Sieber et al. 2024). `recurrence` computes it in float64. A
+row of ROWS gives A, B, C, u and the layer around them, from the weights and by the definitions of
+the papers, without logarithms, chunks or kernels. The rows of u_t are the values of the N tokens of
+a frame; h is the matrix [K, V] of a head. D is zero in all of them: a frame reads itself through h.
 
-softmax, alibi and routing have no such form of finite size: what they keep are tokens.
+softmax, alibi and routing keep tokens and have no such form of finite size.
 """
+
+import functools
 
 import jax
 import numpy as np
 import pytest
 
 from jaxvid.mixers import MIXERS
-from jaxvid.mixers.linear_attention import slopes
-from tests.mixers.test_mixers import disturbed
+from jaxvid.mixers.linear_attention import decay_slopes
+from tests import laws
 
 HEADS, WIDTH = 2, 8
 K = WIDTH // HEADS
@@ -30,7 +32,7 @@ def recurrence(frames, inputs):
 
 
 class Weights:
-    """The layers of a mixer's parameters, in numpy."""
+    """The layers of a mixer, computed from its parameters in numpy."""
 
     def __init__(self, params):
         self.params = params
@@ -71,7 +73,7 @@ def elu_plus_one(x):
 
 
 def linear(w, x):
-    """The normaliser of a query is part of its C."""
+    """C includes the normaliser of a query."""
     q, k, v = w.qkv(x)
     q, k = elu_plus_one(q), elu_plus_one(k)
     total = k.sum(1, keepdims=True).cumsum(0)
@@ -80,19 +82,20 @@ def linear(w, x):
 
 def lightning(w, x):
     q, k, v = (silu(part) for part in w.qkv(x))
-    decay_A = np.exp(-slopes("lightning", HEADS))
+    decay_A = np.exp(-decay_slopes("lightning", HEADS))
     return decay_A[:, None, None] * np.eye(K), k, q, v
 
 
-def gla(w, x):
+def gla(w, x, feature=lambda x: x):
     q, k, v = w.qkv(x)
+    q, k = feature(q), feature(k)
     gate = sigmoid(w.dense("decay_out", w.dense("decay_in", x))) ** (1 / 16)
     decay_TAK = np.exp(np.log(gate).mean(1)).reshape(-1, HEADS, K)
     return decay_TAK[..., None] * np.eye(K), k, q * K**-0.5, v
 
 
 def lightnet(w, x):
-    """Shares of exp(k) in its sum so far; A turns the shares of before into those of now."""
+    """Shares of exp(k) in its sum so far; A rescales the earlier shares to the new sum."""
     q, k, v = w.qkv(x)
     total_TAK = np.exp(k).sum(1).cumsum(0)
     before_TAK = np.concatenate([np.zeros((1, HEADS, K)), total_TAK[:-1]])
@@ -101,7 +104,7 @@ def lightnet(w, x):
 
 
 def aaren(w, x):
-    """One number for every head: the share of a token in the sum of exp(q k) so far."""
+    """One number per head: the share of a token in the sum of exp(q k) so far."""
     k, v = w.norm("k_norm", w.heads("k", x)), w.heads("v", x)
     weight = np.exp((w["query"] * k).sum(-1, keepdims=True) * K**-0.5)
     total_TA1 = weight.sum(1).cumsum(0)
@@ -110,13 +113,13 @@ def aaren(w, x):
 
 
 def gated_delta(w, x):
-    """Tokens in order: each write is carried on by the corrections of those after it."""
+    """Tokens write in order: the corrections of later tokens change each earlier write."""
 
     def mixed(name):
         kernel = np.float64(w.params[f"conv_{name}"]["kernel"])
         h = np.concatenate([np.zeros((len(kernel) - 1, *x.shape[1:])), w.dense(name, x)])
-        last = len(kernel) - 1
-        y = sum(kernel[i] * h[last - i : len(h) - i] for i in range(len(kernel)))
+        past = len(kernel) - 1
+        y = sum(kernel[i] * h[past - i : len(h) - i] for i in range(len(kernel)))
         return silu(y).reshape(*x.shape[:2], HEADS, K)
 
     q, k, v = (mixed(name) for name in "qkv")
@@ -152,7 +155,7 @@ def low_rank(w, y, x):
     return w.dense("out", y * silu(w.dense("gate", w.dense("gate_in", x))))
 
 
-# mixer -> its options, (A, B, C, u) of all frames and heads, and what follows the recurrence
+# mixer -> its options, (A, B, C, u) of all frames and heads, and the layer after the recurrence
 ROWS = {
     "linear": ({}, linear, plain),
     "lightning": ({}, lightning, gated(sigmoid)),
@@ -161,29 +164,26 @@ ROWS = {
     "aaren": ({}, aaren, plain),
     "gated_delta": ({}, gated_delta, gated(silu)),
 }
-TOKENS = {"softmax", "alibi", "routing"}
+VARIANTS = [("gla", {"feature": "silu"}, functools.partial(gla, feature=silu), gated(silu), 7, 1)]
 
 
-def test_every_mixer_is_a_recurrence_or_keeps_tokens():
-    assert ROWS.keys() | TOKENS == MIXERS.keys() and not ROWS.keys() & TOKENS
-
-
-@pytest.mark.parametrize("T, N", [(7, 1), (4, 3)])
-@pytest.mark.parametrize("name", ROWS)
-def test_equals_the_recurrence(name, T, N):
-    options, parametrisation, after = ROWS[name]
+@pytest.mark.parametrize(
+    "name, options, terms, after, T, N",
+    [(name, *ROWS[name], T, N) for name in ROWS for T, N in ((7, 1), (4, 3))] + VARIANTS,
+)
+def test_equals_the_recurrence(name, options, terms, after, T, N):
     mixer = MIXERS[name](width=WIDTH, heads=HEADS, grid=(1, N), **options)
     x_BTND = jax.random.normal(jax.random.key(0), (1, T, N, WIDTH))
-    params = disturbed(jax.jit(mixer.init)(jax.random.key(1), x_BTND))
+    params = laws.disturbed(jax.jit(mixer.init)(jax.random.key(1), x_BTND))
     y_BTND, _ = jax.jit(mixer.apply)(params, x_BTND)
 
     w, x = Weights(params["params"]), np.float64(x_BTND[0])
-    A, B, C, u = parametrisation(w, x)
+    A, B, C, u = terms(w, x)
     A = np.broadcast_to(A, (T, HEADS, *A.shape[-2:]))
-    none = np.zeros((N, N))
+    D = np.zeros((N, N))
     y_TNAV = np.stack(
         [
-            recurrence([(A[t, a], B[t, :, a].T, C[t, :, a], none) for t in range(T)], u[:, :, a])
+            recurrence([(A[t, a], B[t, :, a].T, C[t, :, a], D) for t in range(T)], u[:, :, a])
             for a in range(HEADS)
         ],
         axis=2,

@@ -1,4 +1,4 @@
-"""The DiT under the laws of a stream, at the paper's size, and its positions beyond training."""
+"""The DiT under the laws of a stream, at the size of the paper, and its rotary positions."""
 
 import functools
 
@@ -6,98 +6,66 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
+from jaxvid.errors import UserError
 from jaxvid.layers.embed import rotary_angles, rotate
-from jaxvid.mixers import MIXERS
-from jaxvid.models.dit import DiT
+from jaxvid.models.dit import ARRANGEMENTS, DiT
 from tests import laws
-from tests.mixers.test_mixers import disturbed
 
-ARRANGEMENTS = ("joint", "factorised")
+# One mixer per kind of state: a cache of one size, a matrix, a matrix and pasts of convolutions.
+MIXERS = [{"name": "softmax", "window": 3, "sinks": 1}, {"name": "linear"}, {"name": "gated_delta"}]
+FRAMES = 7
 
 
-def build(arrangement, frames=laws.FRAMES, scan=True, depth=2, **mixer):
-    """(apply, params, x): the DiT as a stream layer, started from a context."""
-    model = DiT(
-        width=16,
-        depth=depth,
-        heads=2,
-        grid=(2, 1),
-        arrangement=arrangement,
-        mixer={"name": "softmax"} | mixer,
-        input_skip=True,
-        scan=scan,
-    )
+def build(frames=FRAMES, **options):
+    """(model, layer, x): the DiT as a stream layer that starts with a context."""
+    model = DiT(width=16, heads=2, grid=(2, 1), input_skip=True, **options)
     rng = jax.random.key(0)
     x = jax.random.normal(rng, (1, frames, 2, 3))
     context = jax.random.normal(rng, (1, 3, 5))
-    params = disturbed(model.init(rng, x, jnp.zeros(x.shape[:2], jnp.int32), context))
+    t = jnp.zeros((1, 1), jnp.int32)
+    params = laws.disturbed(jax.jit(model.init)(rng, x[:, :1], t, context))
 
     def apply(params, x, state):
-        # A timestep that the frame itself carries, so that a chunk needs no more than its frames.
+        # The timestep of a frame is a function of the frame, so a chunk needs only its frames.
         t = jnp.abs(x[:, :, 0, 0]) * 100
         return model.apply(params, x, t, context if state is None else None, state)
 
-    return apply, params, x
+    return model, Partial(apply, params), x
 
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-@pytest.mark.parametrize("scan", [True, False])
-def test_streaming(arrangement, scan):
-    apply, params, x = build(arrangement, scan=scan, window=4, sinks=1)
-    laws.streaming(functools.partial(apply, params), x)
+def test_obeys_the_laws(arrangement):
+    """Two layers with a window of 3 see at least 4 frames back."""
+    _, layer, x = build(arrangement=arrangement, depth=2, mixer=MIXERS[0])
+    laws.streaming(layer, x, [[1, 2, 4], [0, 1, 6]])
+    laws.causality(layer, x, reach=5)
+    laws.gradients(layer, x)
 
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-@pytest.mark.parametrize("name", MIXERS)
-def test_streaming_with_every_mixer(arrangement, name):
-    """After a context, in one program, as little else is worth its compilation."""
-    apply, params, x = build(arrangement, frames=5, scan=False, depth=1, name=name)
+@pytest.mark.parametrize("mixer", MIXERS, ids=lambda mixer: mixer["name"])
+def test_streams_with_every_kind_of_state(arrangement, mixer):
+    """The state keeps its shapes, even through a call of no frame."""
+    _, layer, x = build(arrangement=arrangement, depth=1, mixer=mixer, scan=False)
 
     @jax.jit
-    def both(x):
-        layer = functools.partial(apply, params)
-        return laws.run(layer, x, [5]), laws.run(layer, x, [2, 3])
+    def both(layer, x):
+        y, whole = layer(x, None)
+        _, start = layer(x[:, :0], None)
+        first, early = layer(x[:, :2], start)
+        later, late = layer(x[:, 2:], early)
+        return y, jnp.concatenate([first, later], axis=1), (whole, early, late)
 
-    whole, cut = both(x)
-    assert np.abs(whole).max() > 0.1
-    np.testing.assert_allclose(cut, whole, atol=1e-5)
-
-
-@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-@pytest.mark.parametrize("name", MIXERS)
-def test_every_mixer_carries_a_state_of_one_shape_from_frame_to_frame(arrangement, name):
-    """By shapes alone: a context, no frame, one frame, one more."""
-    options = {"window": 2} if name in ("softmax", "alibi") else {}
-    model = DiT(16, 2, 2, (2, 1), arrangement=arrangement, mixer={"name": name, **options})
-    x, context = jnp.zeros((1, 1, 2, 3)), jnp.zeros((1, 3, 5))
-
-    def stream(x, context):
-        t = jnp.zeros((1, 1), jnp.int32)
-        params = model.init(jax.random.key(0), x, t, context)
-        _, state = model.apply(params, x[:, :0], t[:, :0], context)
-        y, first = model.apply(params, x, t, None, state)
-        return y, first, model.apply(params, x, t, None, first)[1]
-
-    y, first, second = jax.eval_shape(stream, x, context)
-    assert y.shape == x.shape
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), first) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), second
-    )
+    y, cut, states = both(layer, x)
+    assert np.abs(y).max() > 0.1
+    np.testing.assert_allclose(cut, y, atol=1e-5)
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), state) for state in states]
+    assert shapes[0] == shapes[1] == shapes[2]
 
 
-@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-def test_causality(arrangement):
-    apply, params, x = build(arrangement, frames=5, window=None)
-    laws.causality(functools.partial(apply, params), x, reach=5)
-
-
-@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-def test_gradients(arrangement):
-    laws.gradients(*build(arrangement, frames=3, window=3))
-
-
-def test_the_papers_network_has_the_papers_parameters():
+def test_the_network_of_the_paper_has_the_parameters_of_the_paper():
     """28 x 1152 x 16 heads, 32 latent tokens of 4 channels, 768 numbers in a context token."""
     model = DiT(width=1152, depth=28, heads=16, grid=(1, 32), qk_norm=False)
     shapes = jax.eval_shape(
@@ -110,10 +78,10 @@ def test_the_papers_network_has_the_papers_parameters():
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 671_864_836
 
 
-def test_remat_and_layers_apart_change_no_result():
+def test_remat_and_separate_layers_change_no_result():
     x, t = jnp.ones((1, 3, 2, 3)), jnp.zeros((1, 3), jnp.int32)
     plain = DiT(width=16, depth=2, heads=2, grid=(2, 1))
-    params = disturbed(plain.init(jax.random.key(0), x, t))
+    params = laws.disturbed(jax.jit(plain.init)(jax.random.key(0), x, t))
 
     def loss(params, **options):
         if not options.get("scan", True):
@@ -126,19 +94,39 @@ def test_remat_and_layers_apart_change_no_result():
     def gradient(**options):
         return jax.tree.leaves(jax.jit(jax.grad(functools.partial(loss, **options)))(params))
 
+    expected = gradient()
     for options in ({"remat": True}, {"scan": False}):
-        for got, wanted in zip(gradient(**options), gradient(), strict=True):
+        for got, wanted in zip(gradient(**options), expected, strict=True):
             np.testing.assert_allclose(got, wanted, atol=1e-6)
 
 
-def test_a_frame_is_modulated_by_its_own_timestep_alone():
+def test_the_timestep_of_a_frame_modulates_that_frame():
+    """Later frames see the change through the mixer; earlier ones do not."""
     model = DiT(width=16, depth=1, heads=2, grid=(2, 1))
     x, t = jnp.ones((1, 4, 2, 3)), jnp.full((1, 4), 500)
-    params = disturbed(model.init(jax.random.key(0), x, t))
-    y = model.apply(params, x, t)[0]
-    changed = model.apply(params, x, t.at[0, 2].set(0))[0]
+    params = laws.disturbed(jax.jit(model.init)(jax.random.key(0), x, t))
+    apply = jax.jit(model.apply)
+    y = apply(params, x, t)[0]
+    changed = apply(params, x, t.at[0, 2].set(0))[0]
     np.testing.assert_array_equal(changed[:, :2], y[:, :2])
     assert (np.abs(changed - y)[0, 2:].max((1, 2)) > 0).all()
+
+
+def test_options_that_cannot_work_are_refused_in_one_line():
+    for field, value, words in (
+        ("width", 0, "must be at least 1"),
+        ("depth", 0, "must be at least 1"),
+        ("heads", -2, "must be at least 1"),
+        ("heads", 3, "does not divide width=16 into even heads; use a divisor of 8"),
+        ("mlp_ratio", 0.01, "leaves width=16 no hidden unit; use 4"),
+        ("mlp_ratio", float("nan"), "leaves width=16 no hidden unit; use 4"),
+        ("arrangement", "mixed", "unknown; use one of joint, factorised"),
+        ("mixer", {"name": "gla", "feature": "elu"}, "mixer.feature='elu': unknown; use one of"),
+        ("mixer", {"name": "lightning", "slopes": "1"}, "mixer.slopes='1': has 1 numbers; give 2"),
+    ):
+        line = words if field == "mixer" else f"{field}={value!r}: {words}"
+        with pytest.raises(UserError, match=f"^{line}"):
+            DiT(**{"width": 16, "depth": 1, "heads": 2, "grid": (1, 1), field: value})
 
 
 def test_rotary_scores_depend_on_distance_alone():

@@ -1,4 +1,4 @@
-"""Every tokenizer is a causal stream: no leak, no seam, and an image is a video of one frame."""
+"""Tokenizers are causal streams, and an image is a video of one frame."""
 
 import functools
 
@@ -6,292 +6,263 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 from jaxvid.errors import UserError
+from jaxvid.layers.conv import depthwise_conv3d
 from jaxvid.layers.quantize import BSQ, FSQ, KL, LFQ, VQ
 from jaxvid.models.ar_vae import ARVAE
 from jaxvid.models.blocks import PEG, WindowAttention
 from jaxvid.models.cvivit import CViViT
+from jaxvid.models.discriminator import PatchDiscriminator, StyleDiscriminator
 from jaxvid.models.omnitokenizer import OmniTokenizer
-from jaxvid.models.tokenizer import Codec, Tokenizer
+from jaxvid.models.pixels import PixelTokenizer
+from jaxvid.models.stem import Head, Stem
+from jaxvid.models.tokenizer import Codec, FrozenTokenizer, Tokenizer
 from tests import laws
 
 SIZE = (6, 10)  # of frames: grids of 3 x 5
 SMALL = dict(features=8, channels=4, width=16, heads=2)
-VIT = dict(patch=2, temporal_depth=1, **SMALL)
+VIT = dict(patch=2, temporal_depth=1, encode_blocks="t", decode_blocks="t", **SMALL)
 
-# One row per variant: a network and the frames in a latent. A new tokenizer joins by its row.
-# With a window, all later pieces of a stream share a compiled program.
-ROWS = {
-    "cvivit": (
-        CViViT(encode_blocks="t", decode_blocks="t", mixer={"name": "alibi", "window": 3}, **VIT),
-        2,
-    ),
+# name -> (network, frames in a latent). One mixer with a cache, one with a recurrent state.
+NETWORKS = {
+    "cvivit": (CViViT(**VIT | dict(mixer={"name": "alibi", "window": 3})), 2),
     "omnitokenizer": (
         OmniTokenizer(
-            encode_blocks="tw",
-            decode_blocks="t",
-            window=2,
+            **VIT | dict(encode_blocks="tw", window=2, mixer={"name": "linear"}),
             stem="shared",
             patchify="haar",
             patch_norm=True,
-            mixer={"name": "softmax", "window": 2},
-            **VIT,
         ),
         4,
     ),
     "ar_vae": (ARVAE(size=SIZE, patch=2, tokens=3, depth=1, window=2, **SMALL), 1),
 }
-QUANTIZERS = {
-    "vq": VQ(codes=64, channels=4),
-    "fsq": FSQ(levels=(8, 8, 8, 5)),
-    "lfq": LFQ(channels=4),
-    "bsq": BSQ(channels=4),
-    "kl": KL(channels=4),
+QUANTIZED = {
+    "vq": ("cvivit", VQ(codes=64, channels=4)),
+    "lfq": ("cvivit", LFQ(channels=4)),
+    "bsq": ("cvivit", BSQ(channels=4)),
+    "fsq": ("omnitokenizer", FSQ(levels=(8, 8, 8, 5))),
+    "kl": ("ar_vae", KL(channels=4)),
 }
 
 
+def apply(network, method, params, x, state):
+    return network.apply(params, x, state, method=method)
+
+
 @functools.cache
-def opened(name):
-    """(encode, decode, video, z, params): both sides as stream layers, and what they are given."""
-    network, _ = ROWS[name]
+def streams(name):
+    """(encode, decode, video, z): both directions with random weights as layers, and inputs."""
+    network, _ = NETWORKS[name]
     rng = np.random.default_rng(0)
     video = rng.uniform(-1, 1, (1, laws.FRAMES, *SIZE, 3)).astype(np.float32)
     T, (H, W) = network.latents_for_frames(laws.FRAMES), network.grid(SIZE)
     z = rng.standard_normal((1, T, H, W, network.channels), np.float32)
     shapes = jax.eval_shape(network.init, jax.random.key(0), video)
     params = jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), shapes)
-
-    def encode(x, state):
-        return network.apply(params, x, state, method="encode")
-
-    def decode(z, state):
-        return network.apply(params, z, state, method="decode")
-
-    return encode, decode, video, z, params
+    methods = (functools.partial(apply, network, method) for method in ("encode", "decode"))
+    return *(Partial(method, params) for method in methods), video, z
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_encoding_is_a_causal_stream(name):
-    """A latent ends with the last frame of its group and knows them all."""
-    encode, _, video, z, _ = opened(name)
+    """A latent ends with the last frame of its group and depends on all of them."""
+    encode, _, video, z = streams(name)
     assert jax.eval_shape(encode, video, None)[0].shape[:-1] == z.shape[:-1]
     laws.streaming(encode, video, gradients=False)
     laws.image(encode, video)
-    t = ROWS[name][1]
+    t = NETWORKS[name][1]
     laws.causality(encode, video, reach=t, first=lambda k: -(-k // t), gradients=False)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_decoding_is_a_causal_stream(name):
-    _, decode, video, z, _ = opened(name)
+    _, decode, video, z = streams(name)
     assert jax.eval_shape(decode, z, None)[0].shape == video.shape
-    T, t = z.shape[1], ROWS[name][1]
+    T, t = z.shape[1], NETWORKS[name][1]
     laws.streaming(decode, z, plans=([1] * T, [1, 1, 0, T - 2]), gradients=False)
     laws.image(decode, z)
     laws.causality(decode, z, first=lambda k: max(1 + (k - 1) * t, 0), gradients=False)
 
 
-@functools.cache
-def compiled(name):
-    """The same for one compilation of every shape, and the features of the whole clip.
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_codes_are_a_causal_stream(name):
+    """In pieces a clip has the same codes and pixels; a change leaves those before it as they are.
 
-    Features are spread around zero, so that not all fall to the same code.
+    Features are spread around zero, so that they do not all fall to one code.
     """
-    encode, decode, video, _, _ = opened(name)
-    encode, decode = jax.jit(encode), jax.jit(decode)
-    whole = np.asarray(encode(video, None)[0])
-    mean_Z, std_Z = whole.mean((0, 1, 2, 3)), whole.std((0, 1, 2, 3))
-
-    def spread(x, state):
-        y, state = encode(x, state)
-        return (np.asarray(y) - mean_Z) / std_Z, state
-
-    return spread, decode, video, (whole - mean_Z) / std_Z
-
-
-@functools.cache
-def quantized(name):
-    """A quantizer of the first of 8 features, jitted."""
-    quantizer = QUANTIZERS[name]
+    arch, quantizer = QUANTIZED[name]
+    encode, decode, video, _ = streams(arch)
+    encode, decode = (functools.partial(laws.call, layer) for layer in (encode, decode))
+    network, t = NETWORKS[arch]
+    features = np.asarray(encode(video, None)[0])
+    mean_Z, std_Z = features.mean((0, 1, 2, 3)), features.std((0, 1, 2, 3))
     trained, carried = jax.jit(quantizer.init)(jax.random.key(0))
-    codebook = {**trained, **carried}
-    return jax.jit(lambda z: quantizer(z[..., : quantizer.features], codebook)[:2])
 
+    @jax.jit
+    def quantize(z):
+        z = (z - mean_Z) / std_Z
+        return quantizer(z[..., : quantizer.features], {**trained, **carried})[:2]
 
-@pytest.mark.parametrize("arch", ROWS)
-@pytest.mark.parametrize("name", QUANTIZERS)
-def test_pixels_to_codes_to_pixels_leaks_nothing(name, arch):
-    """Latents, ids and pixels before a change are the same to the bit, and it shows from there."""
-    encode, decode, video, features = compiled(arch)
-    quantize, t = quantized(name), ROWS[arch][1]
     z, ids = quantize(features)
-    pixels = decode(z, None)[0]
-    shown = []  # a code of few bits may outlive the change of one frame
+    pixels, T = decode(z, None)[0], z.shape[1]
+    assert (ids is None) == (name == "kl")
+
+    found, found_ids = quantize(laws.run(encode, video, laws.PLANS[0]))
+    np.testing.assert_allclose(found, z, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, found_ids, ids)
+    np.testing.assert_allclose(laws.run(decode, z, [1] * T), pixels, atol=1e-5)
+
+    changes = []  # a code of few bits may not change with one frame
     for frame in (1, 6, 12):
         changed = video.copy()
         changed[:, frame] *= -1
-        group = -(-frame // t)
         other, other_ids = quantize(encode(changed, None)[0])
+        group = -(-frame // t)
+        first = network.frames_for_latents(group)
         np.testing.assert_array_equal(other[:, :group], z[:, :group])
         if ids is not None:
             np.testing.assert_array_equal(other_ids[:, :group], ids[:, :group])
-        first = ROWS[arch][0].frames_for_latents(group)
-        seen = decode(other, None)[0]
-        np.testing.assert_array_equal(seen[:, :first], pixels[:, :first])
-        moved = np.abs(other[:, group] - z[:, group]).max() > 0
-        assert moved == (np.abs(seen - pixels)[:, first : first + t].max() > 0)
-        shown.append(moved)
-    assert any(shown)
+        rebuilt = decode(other, None)[0]
+        np.testing.assert_array_equal(rebuilt[:, :first], pixels[:, :first])
+        is_changed = np.abs(other[:, group] - z[:, group]).max() > 0
+        assert is_changed == (np.abs(rebuilt - pixels)[:, first : first + t].max() > 0)
+        changes.append(is_changed)
+    assert any(changes)
 
 
-@pytest.mark.parametrize("arch", ROWS)
-@pytest.mark.parametrize("name", QUANTIZERS)
-def test_pixels_to_codes_to_pixels_is_one_stream(name, arch):
-    """In single latents and in uneven pieces: the same codes, and the same pixels of them."""
-    encode, decode, video, features = compiled(arch)
-    quantize, network = quantized(name), ROWS[arch][0]
-    z, ids = quantize(features)
-    pixels, T = decode(z, None)[0], z.shape[1]
-    for plan in ([1] * T, [1, 0, 2, T - 3]):
-        ends = np.cumsum([0, *plan])
-        in_frames = np.diff([network.frames_for_latents(end) if end else 0 for end in ends])
-        found, found_ids = quantize(laws.run(encode, video, in_frames))
-        np.testing.assert_allclose(found, z, atol=1e-5)
-        if ids is not None:
-            np.testing.assert_array_equal(found_ids, ids)
-        np.testing.assert_allclose(laws.run(decode, z, plan), pixels, atol=1e-5)
+class Patches(CViViT):
+    """A network without layers between its ends; its state says that the first frame is past."""
+
+    def setup(self):
+        self.embed, self.pixels = Stem(self.features, 2, 2), Head(2, 2)
+
+    def encode(self, video_BTHWC, state=None):
+        return self.embed(video_BTHWC, is_first=state is None), ()
+
+    def decode(self, z_BTHWZ, state=None):
+        return self.pixels(z_BTHWZ, is_first=state is None), ()
 
 
-def test_tokens_say_all_of_a_clip():
-    tokenizer = Tokenizer(ROWS["cvivit"][0].clone(features=4), QUANTIZERS["fsq"])
-    _, _, video, _, params = opened("cvivit")
-    to_latent = jax.tree.map(lambda x: x[..., :4], params["params"]["to_latent"])
-    params = {"network": {**params["params"], "to_latent": to_latent}, "codebook": {}}
-    shapes, carried = jax.eval_shape(lambda: tokenizer.init(jax.random.key(0), SIZE))
-    assert jax.tree.structure(shapes) == jax.tree.structure(params) and carried == {}
-    both = jax.jit(lambda x: (tokenizer.tokens(params, x)[0], tokenizer.encode(params, x)[0]))
-    ids, z = both(video)
-    assert ids.shape == (1, tokenizer.latents_for_frames(13), 15) and ids.dtype == jnp.int32
-    np.testing.assert_array_equal(jax.jit(tokenizer.lookup)(params, ids), z)
-    assert z.shape[-1] == tokenizer.channels
-    shape = jax.eval_shape(lambda z: tokenizer.decode(params, z, tokenizer.grid(SIZE))[0], z).shape
-    assert shape == video.shape and tokenizer.frames_for_latents(7) == 13
-
-
-@pytest.mark.parametrize("name", ["vq", "kl"])
-def test_a_codec_is_its_tokenizer_on_whole_clips(name):
-    quantizer = QUANTIZERS[name]
-    network = ROWS["cvivit"][0].clone(features=quantizer.features, channels=quantizer.channels)
+def test_tokenizers_of_one_network_agree():
+    """Codec, tokenizer in pieces, stored ids and latents, frozen tokenizer: one encoding."""
+    network, quantizer = Patches(4, 4, patch=2), QUANTIZED["vq"][1]
     codec, tokenizer = Codec(network, quantizer), Tokenizer(network, quantizer)
-    video = opened("cvivit")[2]
-    params = jax.jit(codec.init)(jax.random.key(0), video)["params"]
+    video = streams("cvivit")[2][:, :5]
+    params = codec.init(jax.random.key(0), video)["params"]
     shapes, carried = jax.eval_shape(lambda: tokenizer.init(jax.random.key(0), SIZE))
     shapes["codebook"] |= carried
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
+    grid = tokenizer.grid(SIZE)
 
-    @jax.jit
-    def both(params, video):
-        encoded = codec.apply({"params": params}, video, method="encode")
-        pixels = codec.apply({"params": params}, encoded, method="decode")
-        z_BTNZ, _ = tokenizer.encode(params, video)
-        ids_BTN, _ = tokenizer.tokens(params, video)
-        return (*encoded, pixels), (z_BTNZ, ids_BTN, tokenizer.decode(params, z_BTNZ, (3, 5))[0])
+    def in_pieces(method, x, *grid):
+        first, state = method(params, x[:, :1], *grid)
+        return jnp.concatenate([first, method(params, x[:, 1:], *grid, state)[0]], axis=1)
 
-    ours, theirs = both(params, video)
-    assert ours[0].shape == (1, 7, 3, 5, tokenizer.channels)
-    for found, wanted in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(found.reshape(wanted.shape), wanted, atol=1e-6)
+    z, ids = (in_pieces(method, video) for method in (tokenizer.encode, tokenizer.tokens))
+    assert z.shape == (1, tokenizer.latents_for_frames(5), 15, tokenizer.channels)
+    assert ids.shape == z.shape[:3] and ids.dtype == jnp.int32
+    for found in (z, ids):
+        np.testing.assert_allclose(tokenizer.from_stored(params, found), z, atol=1e-6)
+    rebuilt = in_pieces(tokenizer.decode, z, grid)
+    assert rebuilt.shape == video.shape and tokenizer.frames_for_latents(3) == 5
+
+    encoded = codec.apply({"params": params}, video, method="encode")
+    np.testing.assert_allclose(encoded.z_BTHWZ, z.reshape(1, 3, 3, 5, 4), atol=1e-6)
+    np.testing.assert_array_equal(encoded.ids_BTHW, ids.reshape(1, 3, 3, 5))
+    for latents in (encoded, encoded.z_BTHWZ):
+        found = codec.apply({"params": params}, latents, method="decode")
+        np.testing.assert_allclose(found, rebuilt, atol=1e-5)
+
+    measured = {"mean_Z": np.arange(4, dtype=np.float32), "var": np.float32(9)}
+    frozen = FrozenTokenizer(tokenizer, {**params, "latents": measured}, "digest")
+    assert (frozen.grid(SIZE), frozen.latents_for_frames(5), frozen.frames_for_latents(3)) == (
+        (grid, 3, 5)
+    )
+    assert (frozen.channels, frozen.digest) == (4, "digest")
+    unit = frozen.encode(frozen.params, video)[0]
+    for found in (
+        unit,
+        frozen.from_stored(frozen.params, z),
+        frozen.from_stored(frozen.params, ids),
+    ):
+        np.testing.assert_allclose(found, (z - np.arange(4)) / 3, atol=1e-6)
+    found = frozen.decode(frozen.params, unit, grid)[0]
+    np.testing.assert_allclose(found, rebuilt, atol=1e-5)
 
 
-@pytest.mark.parametrize("frames, size, t_patch, tokens", [(11, 128, 2, 1536), (17, 256, 4, 5120)])
-def test_the_papers_token_counts(frames, size, t_patch, tokens):
-    network = CViViT(features=8, channels=8, t_patch=t_patch)
-    tokenizer = Tokenizer(network, VQ())
-    H, W = tokenizer.grid(size)
-    assert tokenizer.latents_for_frames(frames) * H * W == tokens
+def test_pixels_are_tokens_and_back():
+    tokenizer = PixelTokenizer(2)
+    video = np.random.default_rng(0).uniform(-1, 1, (2, 3, *SIZE, 3))
+    z, state = tokenizer.encode({}, video)
+    assert z.shape == (2, 3, 15, tokenizer.channels) and state is None
+    np.testing.assert_array_equal(z[1, 2, 6], video[1, 2, 2:4, 2:4].ravel())
+    np.testing.assert_array_equal(tokenizer.decode({}, z, tokenizer.grid(SIZE))[0], video)
+    assert tokenizer.grid(8) == (4, 4) and tokenizer.from_stored({}, z) is z
+    assert tokenizer.latents_for_frames(5) == tokenizer.frames_for_latents(5) == 5
+    assert (dict(tokenizer.params), tokenizer.digest) == ({}, "")
 
 
-def test_the_papers_network_has_the_peers_parameters():
-    """512 wide, 4 + 4 layers a side, patches of 2 x 8 x 8: 51.3 M in the public C-ViViT."""
+@pytest.mark.parametrize(
+    "frames, t, about, pieces",
+    [
+        (1, 2, 32, [1]),
+        (9, 2, 4, [5, 4]),
+        (11, 2, 4, [5, 4, 2]),
+        (9, 2, 5, [5, 4]),
+        (9, 4, 1, [5, 4]),
+        (100, 1, 32, [33, 32, 32, 3]),
+    ],
+)
+def test_streams_are_cut_between_latents(frames, t, about, pieces):
+    tokenizer = PixelTokenizer(2) if t == 1 else Tokenizer(CViViT(8, 8, t_patch=t), VQ())
+    assert tokenizer.pieces(frames, about) == pieces
+
+
+def test_the_papers_sizes():
+    """Tokens of a clip in both papers, and the 51.3 M parameters of the public C-ViViT."""
+    for frames, size, t_patch, tokens in ((11, 128, 2, 1536), (17, 256, 4, 5120)):
+        tokenizer = Tokenizer(CViViT(features=8, channels=8, t_patch=t_patch), VQ())
+        assert tokenizer.latents_for_frames(frames) * np.prod(tokenizer.grid(size)) == tokens
     network = CViViT(features=8, channels=8, patch_norm=True)
     shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 3, 16, 16, 3)))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert abs(count / 1e6 - 51.3) < 0.1
 
 
-def test_windows_know_nothing_of_each_other_nor_of_what_lies_beyond_the_grid():
+def test_windows_are_independent_of_each_other_and_of_the_padding():
     """A grid of 3 x 5 in windows of 2: the odd row and column make windows of their own."""
     layer = WindowAttention(heads=2, window=2)
     x = np.random.default_rng(0).standard_normal((1, 3, 5, 8), np.float32)
     params = jax.jit(layer.init)(jax.random.key(0), x)
     apply = jax.jit(layer.apply)
     y = apply(params, x)
+    rows, columns = np.mgrid[:3, :5]
     for row, column in ((0, 0), (1, 3), (2, 4)):
         changed = x.copy()
         changed[0, row, column, 0] += 1
-        moved = np.abs(apply(params, changed) - y)[0].max(-1) > 0
-        rows, columns = np.mgrid[:3, :5]
-        np.testing.assert_array_equal(
-            moved, (rows // 2 == row // 2) & (columns // 2 == column // 2)
-        )
+        is_changed = np.abs(apply(params, changed) - y)[0].max(-1) > 0
+        in_window = (rows // 2 == row // 2) & (columns // 2 == column // 2)
+        np.testing.assert_array_equal(is_changed, in_window)
     np.testing.assert_allclose(apply(params, x[:, :2, 4:]), y[:, :2, 4:], atol=1e-6)
 
 
-def test_position_generator_is_a_convolution_padded_with_the_past():
+def test_position_generator_reads_two_frames_of_the_past():
     rng = np.random.default_rng(0)
-    x, dy = (rng.standard_normal((2, 4, 3, 5, 6), np.float32) for _ in range(2))
-    layer = PEG()
-    params = jax.jit(layer.init)(jax.random.key(0), x)
-
-    def wanted(params, x):
-        return params["params"]["bias"] + jax.lax.conv_general_dilated(
-            x,
-            params["params"]["kernel"],
-            window_strides=(1, 1, 1),
-            padding=((2, 0), (1, 1), (1, 1)),
-            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
-            feature_group_count=6,
-        )
-
-    def value_and_gradients(convolve):
-        y, pull = jax.vjp(convolve, params, x)
-        return y, pull(dy)
-
-    found = jax.jit(lambda: value_and_gradients(lambda *given: layer.apply(*given)[0]))()
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, atol=1e-4),
-        found,
-        jax.jit(lambda: value_and_gradients(wanted))(),
-    )
-
-
-@pytest.mark.parametrize(
-    "shape, started, message",
-    [
-        ((10, 6, 10), False, "frames=10: .* use 9 or 11"),
-        ((3, 6, 10), True, "frames=3: .* use 2 or 4"),
-        ((9, 6, 9), False, "patch=2: does not divide frames of 6 x 9"),
-    ],
-)
-def test_what_does_not_fit_is_refused_with_what_does(shape, started, message):
-    encode, _, video, _, _ = opened("cvivit")
-    x = jax.ShapeDtypeStruct((1, *shape, 3), jnp.float32)
-    state = jax.eval_shape(encode, video, None)[1] if started else None
-    with pytest.raises(UserError, match=message):
-        jax.eval_shape(encode, x, state)
-
-
-def test_a_tokenizer_of_one_size_refuses_others():
-    with pytest.raises(UserError, match=r"size=\(8, 8\)"):
-        ROWS["ar_vae"][0].grid((8, 8))
+    x, bias = rng.standard_normal((2, 4, 3, 5, 6), np.float32), np.arange(6, dtype=np.float32)
+    kernel = rng.standard_normal((3, 3, 3, 1, 6), np.float32)
+    y, state = PEG().apply({"params": {"kernel": kernel, "bias": bias}}, x)
+    seen = np.pad(x, ((0, 0), (2, 0), (0, 0), (0, 0), (0, 0)))
+    np.testing.assert_allclose(y, bias + depthwise_conv3d(seen, kernel), atol=1e-5)
+    np.testing.assert_array_equal(state, x[:, 2:])
 
 
 def test_latents_of_ar_vae_begin_near_their_places():
     """Before training a corner moves the latents around it most, and these the corner's pixels."""
-    network = ARVAE(
-        size=(24, 24), patch=4, tokens=16, depth=1, **SMALL | dict(features=4, width=32)
-    )
+    small = dict(patch=4, tokens=16, depth=1, width=32, heads=2, features=4, channels=4)
+    network = ARVAE(size=(24, 24), **small)
     rng = np.random.default_rng(0)
     video = rng.uniform(-1, 1, (8, 1, 24, 24, 3)).astype(np.float32)
     params = jax.jit(network.init)(jax.random.key(0), video)
@@ -305,10 +276,67 @@ def test_latents_of_ar_vae_begin_near_their_places():
     changed = video.copy()
     changed[:, :, :8, :8] *= -1
     z = encode(video)
-    moved_M = np.abs(encode(changed) - z).mean((0, 1, 2, 4))
-    assert moved_M[near].mean() > 2 * moved_M[far].mean()
+    change_M = np.abs(encode(changed) - z).mean((0, 1, 2, 4))
+    assert change_M[near].mean() > 2 * change_M[far].mean()
 
     changed = np.array(z)
     changed[..., near, :] *= -1
-    moved_HW = np.abs(decode(changed) - decode(z)).mean((0, 1, 4))
-    assert moved_HW[:8, :8].mean() > 2 * moved_HW[-8:, -8:].mean()
+    change_HW = np.abs(decode(changed) - decode(z)).mean((0, 1, 4))
+    assert change_HW[:8, :8].mean() > 2 * change_HW[-8:, -8:].mean()
+
+
+def cvivit(**options):
+    return lambda: CViViT(**VIT | options)
+
+
+def ar_vae(**options):
+    return lambda: ARVAE(size=SIZE, **SMALL | options)
+
+
+def encoded(frames, is_first):
+    """Shapes of a clip of C-ViViT, or of the next piece of a stream."""
+    encode, _, video, _ = streams("cvivit")
+    state = None if is_first else jax.eval_shape(encode, video, None)[1]
+    return jax.eval_shape(encode, jax.ShapeDtypeStruct((1, frames, *SIZE, 3), jnp.float32), state)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (cvivit(width=0), "width=0: must be at least 1"),
+        (cvivit(heads=0), "heads=0: must be at least 1"),
+        (cvivit(heads=3), "heads=3: does not divide width=16 into even heads"),
+        (cvivit(heads=16), "heads=16: does not divide width=16 into even heads"),
+        (cvivit(mlp_ratio=np.nan), "mlp_ratio=nan: must be a finite"),
+        (cvivit(mlp_ratio=0.0), "mlp_ratio=0.0: must be more than 0"),
+        (cvivit(mlp_ratio=0.01), "mlp_ratio=0.01: leaves width=16 no hidden unit"),
+        (cvivit(patch=0), "patch=0: must be at least 1"),
+        (cvivit(t_patch=-2), "t_patch=-2: must be at least 1"),
+        (cvivit(temporal_depth=0), "temporal_depth=0: must be at least 1"),
+        (cvivit(window=-1), "window=-1: must be at least 1"),
+        (cvivit(encode_blocks="tx"), "encode_blocks='tx': .* t for all cells"),
+        (cvivit(decode_blocks=""), "decode_blocks='': use a letter"),
+        (cvivit(position="shared"), "position='shared': unknown; use one of rel, rope"),
+        (cvivit(stem="two"), "stem='two': unknown; use one of split, shared"),
+        (cvivit(patchify="dct"), "patchify='dct': unknown; use one of linear, haar"),
+        (cvivit(patchify="haar", patch=3), "patch=3: Haar bands need powers of two"),
+        (cvivit(patchify="haar", t_patch=6), "t_patch=6: Haar bands need powers of two"),
+        (cvivit(mixer={"name": "rnn"}), "mixer.name='rnn': unknown"),
+        (cvivit(mixer={"name": "gla", "window": 8}), "mixer.window=8: gla has no such option"),
+        (ar_vae(heads=3), "heads=3: does not divide width=16 into even heads"),
+        (ar_vae(patch=0), "patch=0: must be at least 1"),
+        (ar_vae(tokens=0), "tokens=0: must be at least 1"),
+        (ar_vae(depth=0), "depth=0: must be at least 1"),
+        (ar_vae(window=0), "window=0: must be at least 1"),
+        (lambda: PatchDiscriminator(width=7), "width=7: must be at least 8"),
+        (lambda: StyleDiscriminator(width=7), "width=7: must be at least 8"),
+        (lambda: encoded(10, True), "frames=10: .* use 9 or 11"),
+        (lambda: encoded(3, False), "frames=3: .* use 2 or 4"),
+        (lambda: cvivit()().grid((6, 9)), "patch=2: does not divide frames of 6 x 9"),
+        (lambda: ar_vae()().grid((8, 8)), r"size=\(8, 8\): .* frames of \(6, 10\)"),
+        (lambda: PixelTokenizer(4).grid(10), "patch=4: does not divide frames of 10 x 10"),
+    ],
+)
+def test_refusals(make, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        make()

@@ -1,17 +1,28 @@
+"""Where parameters, moments, activations and batches are placed on a mesh."""
+
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from jaxvid.config import read
+from jaxvid.data import batch_shapes
 from jaxvid.parallel.mesh import make_mesh
-from jaxvid.parallel.sharding import batch_sharding, partition, shard, shard_params
-
-RULES = (
-    (r"query/kernel$", ("fsdp", "tensor")),
-    (r"query/bias$", ("tensor",)),
-    (r"whole", None),
+from jaxvid.parallel.sharding import (
+    PARAM_RULES,
+    batch_sharding,
+    find_rule,
+    partition,
+    path_name,
+    shard,
+    shard_params,
 )
+from jaxvid.runs import make_task
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -22,12 +33,13 @@ def mesh():
 @pytest.mark.parametrize(
     "name, shape, expected",
     [
-        ("params/query/kernel", (16, 8), P(("fsdp",), ("tensor",))),
-        ("params/layers/query/kernel", (3, 16, 8), P(None, ("fsdp",), ("tensor",))),
-        ("opt_state/0/mu/query/kernel", (16, 8), P(("fsdp",), ("tensor",))),
-        ("params/query/kernel", (16, 7), P(("fsdp",), None)),  # 7 does not split: whole
-        ("params/query/bias", (8,), P(("tensor",))),
-        ("params/whole/kernel", (16, 16), P(None, None)),
+        ("params/q/kernel", (16, 8), P(("fsdp",), ("tensor",))),
+        ("params/layers/q/kernel", (3, 16, 8), P(None, ("fsdp",), ("tensor",))),
+        ("opt_state/0/mu/up/kernel", (16, 8), P(("fsdp",), ("tensor",))),
+        ("params/out/kernel", (16, 8), P(("tensor",), ("fsdp",))),
+        ("params/decay_out/kernel", (16, 8), P(("fsdp",), ("tensor",))),
+        ("params/q/kernel", (16, 7), P(("fsdp",), None)),  # 7 does not split: whole
+        ("params/q/bias", (8,), P(("tensor",))),
         ("params/other/kernel", (6, 16), P(None, "fsdp")),  # fallback: the largest divisible
         ("params/other/kernel", (9, 6), P(None, "fsdp")),
         ("params/other/kernel", (9, 7), P()),
@@ -36,17 +48,34 @@ def mesh():
     ],
 )
 def test_partition(mesh, name, shape, expected):
-    assert partition(name, shape, mesh, RULES) == expected
+    assert partition(name, shape, mesh) == expected
 
 
-def test_moments_lie_where_their_parameters_do(mesh):
-    params = {"query": {"kernel": jnp.zeros((16, 8)), "bias": jnp.zeros(8)}}
+def test_moments_are_placed_like_their_parameters(mesh):
+    params = {"q": {"kernel": jnp.zeros((16, 8)), "bias": jnp.zeros(8)}}
     state = {"params": params, "opt_state": optax.adam(1.0).init(params)}
-    shardings = shard_params(jax.eval_shape(lambda: state), mesh, RULES)
+    shardings = shard_params(jax.eval_shape(lambda: state), mesh)
     moments = shardings["opt_state"][0].mu
-    assert moments["query"]["kernel"].spec == shardings["params"]["query"]["kernel"].spec
+    assert moments["q"]["kernel"].spec == shardings["params"]["q"]["kernel"].spec
     placed = jax.device_put(state, shardings)
-    assert placed["params"]["query"]["kernel"].addressable_shards[0].data.shape == (8, 4)
+    assert placed["params"]["q"]["kernel"].addressable_shards[0].data.shape == (8, 4)
+
+
+def test_every_rule_matches_a_parameter_of_some_task():
+    """By shapes alone."""
+    paths = []
+    for file, options in (("ar_diffusion", "cond=class,mixer=gla"), ("tokenizer", "")):
+        config = read(f"{ROOT}/configs/{file}.py:{options}")
+        task = make_task(config.task)
+        batch = batch_shapes(config.data, 1)
+        params, _ = jax.eval_shape(
+            lambda task=task, batch=batch: task.init(
+                jax.random.key(0), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
+            )
+        )
+        paths += [path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+    for rule in PARAM_RULES:
+        assert any(find_rule(path) is rule for path in paths), rule.pattern
 
 
 def test_shard_is_a_no_op_without_a_mesh():

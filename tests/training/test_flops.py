@@ -1,4 +1,4 @@
-"""Counted FLOPs against arithmetic done by hand."""
+"""Counted FLOPs against arithmetic by hand."""
 
 from types import SimpleNamespace
 
@@ -40,7 +40,7 @@ def test_convolutions():
 
 
 def test_cudnn_attention():
-    """jax.nn.dot_product_attention on a GPU is one opaque primitive; here is one of its name."""
+    """A stand-in for the opaque primitive of jax.nn.dot_product_attention on a GPU."""
     primitive = jax.extend.core.Primitive("dot_product_attention_fwd_wrapper")
     primitive.def_abstract_eval(lambda q, k, v: q)
     q_BLAK, kv_BMAK = (jax.ShapeDtypeStruct((2, n, 4, 8), jnp.bfloat16) for n in (6, 10))
@@ -49,8 +49,8 @@ def test_cudnn_attention():
 
 
 @pytest.mark.parametrize("all_pairs", [False, True])
-def test_masked_pairs_count_where_asked(all_pairs):
-    """Two chunks of 128 queries; the first reads its own 128 keys, of which the mask hides half."""
+def test_all_pairs(all_pairs):
+    """Two chunks of 128 queries. The first reads only its own 128 keys."""
     q_BLAK = jax.ShapeDtypeStruct((2, 256, 4, 8), jnp.float32)
 
     @jax.checkpoint
@@ -83,8 +83,8 @@ def test_control_flow():
 
 
 @pytest.mark.parametrize("remat, products", [(False, 3), (True, 4)])
-def test_a_backward_pass_is_two_forward_passes(remat, products):
-    """... and three under remat, when both gradients are wanted and the product is repeated."""
+def test_backward_pass(remat, products):
+    """A forward pass and two gradients; remat repeats the forward pass."""
 
     def layer(x, w):
         return jnp.tanh(x @ w)
@@ -111,16 +111,16 @@ def test_peak():
     assert flops.bandwidth(device("TPU v5 lite", "tpu")) == 0.82e12
 
 
-def test_the_machine_is_the_sum_of_its_devices(monkeypatch):
+def test_machine(monkeypatch):
     def device(kind, platform, process=0):
         return SimpleNamespace(device_kind=kind, platform=platform, process_index=process)
 
     assert flops.machine([device("TPU v4", "tpu")] * 4) == 4 * 275e12
     assert flops.machine([device("TPU v4", "tpu"), device("TPU v99", "tpu")]) is None
     monkeypatch.setattr(flops, "measured", lambda: 1e9)
-    assert flops.machine([device("cpu", "cpu")] * 8) == 1e9  # eight parts of one processor
+    assert flops.machine([device("cpu", "cpu")] * 8) == 1e9  # one process
     assert flops.machine([device("cpu", "cpu", process) for process in (0, 0, 1)]) == 2e9
 
 
-def test_measured_is_a_rate_that_a_machine_can_have():
+def test_measured():
     assert 1e8 < flops.measured(size=256, repeats=2) < 1e16

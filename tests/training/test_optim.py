@@ -13,18 +13,21 @@ from jaxvid.training.optim import decayed, make_optimizer, make_schedule
     "field, value",
     [
         ("name", "adam"),
-        ("lr", 0.0),
-        ("lr", -1.0),
+        ("schedule", "cosin"),
+        *(("lr", value) for value in (0.0, -1.0, float("nan"), float("inf"))),
         ("muon_lr", 0.0),
         ("b1", 1.0),
         ("b2", -0.1),
         ("ema", 1.0),
-        ("schedule", "cosin"),
+        ("clip", float("nan")),
+        ("weight_decay", float("inf")),
+        ("warmup", -1),
+        ("accumulate", 0),
     ],
 )
 def test_bad_values_are_one_line_naming_the_field(field, value):
     config = toy.config(**{f"optim__{field}": value})
-    with pytest.raises(UserError, match=f"optim.{field}={value}") as error:
+    with pytest.raises(UserError, match=f"^{field}={value!r}: ") as error:
         make_optimizer(config.optim, config.steps)
     assert "\n" not in str(error.value)
 
@@ -96,7 +99,7 @@ def test_muon_orthogonalises_the_matrices_of_layers_and_leaves_the_rest_to_adamw
 
 
 def test_a_group_is_clipped_and_updated_by_its_own_fields():
-    """Beside the branch that has a section of its own, everything is as without it."""
+    """The other branches are updated as without that section."""
     config = toy.config(optim__lr=1.0, optim__warmup=0, optim__weight_decay=0.0).optim
     rng = np.random.default_rng(0)
     names = ("network", "codebook", "discriminator")
@@ -119,15 +122,6 @@ def test_a_group_is_clipped_and_updated_by_its_own_fields():
     wanted |= updates(own, only(params, *apart), only(grads, *apart))
     config.discriminator = {"lr": 0.1, "b1": 0.5}
     jax.tree.map(np.testing.assert_array_equal, updates(config, params, grads), wanted)
-    with pytest.raises(UserError, match=r"optim\.lr=-1"):
+    with pytest.raises(UserError, match=r"^discriminator\.lr=-1\.0: must be more than 0"):
         config.discriminator.lr = -1.0
-        make_optimizer(config, 10)
-
-
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
-@pytest.mark.parametrize("field", ["lr", "muon_lr"])
-def test_learning_rates_are_positive_and_finite(field, value):
-    config = toy.config().optim
-    config[field] = value
-    with pytest.raises(UserError, match=rf"optim\.{field}={value}: .* positive and finite"):
         make_optimizer(config, 10)

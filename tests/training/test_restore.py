@@ -11,7 +11,7 @@ from configs import ar_diffusion
 from jaxvid import config as config_lib
 from jaxvid import data
 from jaxvid.errors import UserError
-from jaxvid.inference import open_run
+from jaxvid.runs import open_run
 from jaxvid.train import train
 from jaxvid.training import restore
 
@@ -92,7 +92,7 @@ def test_a_schedule_without_s_refuses_one(tmp_path):
 def test_another_model_is_refused_without_a_mesh_too(finished):
     config = toy.config(task__width=8)
     task = toy.Task(width=8)
-    with pytest.raises(UserError, match=r"hidden/bias has shape \(16,\), not \(8,\)"):
+    with pytest.raises(UserError, match=r"kernel has shape \(16, 48\), not \(8, 48\)"):
         restore.restore_weights(str(finished[0]), config, task)
 
 
@@ -105,4 +105,4 @@ def test_batch_shapes_are_those_of_the_iterator(tokens):
     fields = toy.config(data__text_tokens=tokens).data
     batch = next(data.make_iterator(fields, split="train", seed=0, batch_size=8))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-    assert restore.batch_shapes(fields, 8) == shapes
+    assert data.batch_shapes(fields, 8) == shapes

@@ -127,7 +127,7 @@ def test_a_step_follows_from_its_number_alone():
     norm = optax.tree.norm(grads)
     grads = jax.tree.map(lambda g: g / jnp.maximum(norm, 1.0), grads)
     history, after = run(config, steps=1, devices=jax.devices()[:1])
-    for path in (("hidden", "kernel"), ("hidden", "bias"), ("out", "kernel")):
+    for path in (("up", "kernel"), ("up", "bias"), ("out", "kernel")):
         old, grad = state.params[path[0]][path[1]], grads[path[0]][path[1]]
         decay = 0.01 * old if path[1] == "kernel" else 0.0
         new = old - 1e-2 * (grad / (jnp.abs(grad) + 1e-8) + decay)
@@ -150,7 +150,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
 def test_one_program_that_donates_and_never_recompiles_or_talks_to_the_host():
     config = toy.config(optim__accumulate=2, mesh__data=1, mesh__fsdp=2, mesh__tensor=4)
     mesh, state, _, step = build(config)
-    for leaf in (state.opt_state[1][0].mu["hidden"]["kernel"], state.params["out"]["kernel"]):
+    for leaf in (state.opt_state[1][0].mu["up"]["kernel"], state.params["out"]["kernel"]):
         assert leaf.addressable_shards[0].data.size * 8 == leaf.size, "not split"
     feed = [to_global(batch, batch_sharding(mesh)) for batch in batches(config, 4)]
     frozen = jax.device_put(toy.Task().frozen(), replicated(mesh))

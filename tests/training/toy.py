@@ -14,33 +14,25 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxvid import data, inference
+from jaxvid.data import source
 from jaxvid.errors import UserError
 from jaxvid.parallel.sharding import path_name, shard
+from jaxvid.tasks import base
 
 
-class Task:
+class Task(base.Task):
     """Two-layer regression of the last frame from the first; optional noise, NaN and state."""
-
-    sharding_rules = (
-        (r"hidden/kernel$", ("fsdp", "tensor")),
-        (r"hidden/bias$", ("tensor",)),
-        (r"out/kernel$", ("tensor", "fsdp")),
-    )
 
     def __init__(self, width=16, noise=0.1, nan_from=-1, nan_until=10**9, refuse_to_sample=False):
         self.width, self.noise, self.refuse_to_sample = width, noise, refuse_to_sample
         self.nan_from, self.nan_until = nan_from, nan_until
 
-    def check(self, source):
-        """Any video will do."""
-
     def init(self, rng, batch):
         size = batch["video"][0, 0].size
-        hidden, out = jax.random.split(rng)
+        up, out = jax.random.split(rng)
         params = {
-            "hidden": {
-                "kernel": jax.random.normal(hidden, (size, self.width)) / size**0.5,
+            "up": {
+                "kernel": jax.random.normal(up, (size, self.width)) / size**0.5,
                 "bias": jnp.zeros(self.width),
             },
             "out": {"kernel": jax.random.normal(out, (self.width, size)) / self.width**0.5},
@@ -52,9 +44,9 @@ class Task:
 
     def predict(self, params, batch, frozen):
         video_BTX = batch["video"].reshape(*batch["video"].shape[:2], -1) / 255.0
-        hidden_BF = jnp.tanh(video_BTX[:, 0] @ params["hidden"]["kernel"])
-        hidden_BF = shard(hidden_BF + params["hidden"]["bias"], "BF")
-        return frozen["scale"] * hidden_BF @ params["out"]["kernel"], video_BTX[:, -1]
+        hidden_BA = jnp.tanh(video_BTX[:, 0] @ params["up"]["kernel"])
+        hidden_BA = shard(hidden_BA + params["up"]["bias"], "BA")
+        return frozen["scale"] * hidden_BA @ params["out"]["kernel"], video_BTX[:, -1]
 
     def loss(self, params, batch, rng, *, step, frozen, extra):
         guess_BX, truth_BX = self.predict(params, batch, frozen)
@@ -71,17 +63,17 @@ class Task:
 
     def sample(self, params, rng, cond, *, frozen, frames=None):
         if self.refuse_to_sample:
-            raise UserError("task.refuse_to_sample=True: ask for something else")
+            raise UserError("refuse_to_sample=True: ask for something else")
         B, T, size = cond["num"], frames or 4, int((params["out"]["kernel"].shape[1] / 3) ** 0.5)
         noise_BX = jax.random.normal(rng, (B, self.width))
         frame_BHWC = (noise_BX @ params["out"]["kernel"]).reshape(B, 1, size, size, 3)
         return jnp.clip(jnp.repeat(frame_BHWC, T, axis=1), -1, 1)
 
 
-class Source:
+class Source(source.Source):
     """Clip i is a function of i: random frames, label i % 7."""
 
-    num_classes, captions = 7, False
+    num_classes = 7
 
     def __init__(self, config, split):
         self.config, self.length = config, 64 if split == "train" else 16
@@ -91,7 +83,7 @@ class Source:
 
     def read(self, index, rng):
         shape = (self.config.frames, self.config.size, self.config.size, 3)
-        time.sleep(float(os.environ.get("TOY_DELAY", 0)))  # not a field: it changes nothing learnt
+        time.sleep(float(os.environ.get("TOY_DELAY", 0)))  # not a field: it changes no result
         video_THWC = np.random.default_rng(int(index)).integers(0, 256, shape, dtype=np.uint8)
         return {"video": video_THWC, "label": index % 7, "caption": ""}
 
@@ -102,8 +94,6 @@ class Source:
 def install():
     """Make `task.name = "toy"` and `data.name = "toy"` what the trainer finds."""
     sys.modules["jaxvid.tasks.toy"] = sys.modules["jaxvid.data.toy"] = sys.modules[__name__]
-    data.SOURCES = (*data.SOURCES, "toy")
-    inference.TASKS = (*inference.TASKS, "toy")
 
 
 def config(**changes):
@@ -119,7 +109,7 @@ CONFIG = """{
   "seed": 0, "steps": 8,
   "task": {"name": "toy", "width": 16, "noise": 0.1, "nan_from": -1, "nan_until": 1000},
   "data": {"name": "toy", "frames": 3, "size": 4, "batch_size": 8, "workers": 0, "threads": 1,
-           "text_tokens": 0, "text_width": 4},
+           "stride": 1, "crop": "center", "flip": false, "text_tokens": 0, "text_width": 4},
   "optim": {"name": "adamw", "lr": 0.01, "muon_lr": 0.02, "warmup": 2, "schedule": "constant",
             "b1": 0.9, "b2": 0.99, "weight_decay": 0.01, "clip": 1.0, "ema": 0.9,
             "accumulate": 1, "skip_nonfinite": 2},

@@ -1,5 +1,10 @@
 """Softmax attention under a mask of positions."""
 
+from collections.abc import Callable
+
+import jax
+
+from jaxvid.kernels import dispatch
 from jaxvid.kernels.attention import cudnn, reference, xla
 
 IMPLEMENTATIONS = {
@@ -10,26 +15,34 @@ IMPLEMENTATIONS = {
 
 
 def attention(
-    q_BLAK, k_BMAK, v_BMAK, *, q_position_L, k_position_M, allow, scale=None, implementation="auto"
-):
-    """Attention of L queries to the M >= 1 keys that `allow(q_position, k_position)` -> y_BLAK.
+    q_BLAK: jax.Array,
+    k_BMAK: jax.Array,
+    v_BMAK: jax.Array,
+    *,
+    q_position_L,
+    k_position_M,
+    allow: Callable,
+    scale: float | None = None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Attention of L queries to M >= 1 keys where allow(q_position, k_position) holds -> y_BLAK.
 
-    softmax(scale q k^T) v (Vaswani et al. 2017, eq. 1) with scale K^-1/2 unless given; y has the
-    dtype of v, softmax and sums are float32. A query that may see no key gets zeros. Positions are
-    numpy arrays where they are known while tracing, so that what is masked is not computed, or
-    traced integers. `allow` broadcasts over arrays of either kind. implementation: a name of
-    IMPLEMENTATIONS, which raises NotImplementedError where it does not apply, or "auto", the first
-    that applies.
+    softmax(scale q k^T) v (Vaswani et al. 2017, eq. 1), with scale K^-1/2 unless given. y has the
+    dtype of v; softmax and sums are float32. A query without an allowed key gets zeros. Positions
+    are integers: numpy arrays if known while tracing, so that masked pairs can be skipped, or
+    traced arrays. `allow` broadcasts over both kinds. implementation: a name of IMPLEMENTATIONS, or
+    "auto" for the first of cudnn and xla that applies. Raises UserError for an unknown name, and
+    NotImplementedError where the named implementation does not apply.
     """
-    arguments = dict(
+    return dispatch.run(
+        IMPLEMENTATIONS,
+        implementation,
+        ("cudnn", "xla"),
+        q_BLAK,
+        k_BMAK,
+        v_BMAK,
         q_position_L=q_position_L,
         k_position_M=k_position_M,
         allow=allow,
         scale=q_BLAK.shape[-1] ** -0.5 if scale is None else scale,
     )
-    if implementation != "auto":
-        return IMPLEMENTATIONS[implementation](q_BLAK, k_BMAK, v_BMAK, **arguments)
-    try:
-        return cudnn.attention(q_BLAK, k_BMAK, v_BMAK, **arguments)
-    except NotImplementedError:
-        return xla.attention(q_BLAK, k_BMAK, v_BMAK, **arguments)

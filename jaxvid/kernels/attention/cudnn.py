@@ -1,20 +1,32 @@
-"""Attention by cuDNN's flash kernel, on NVIDIA GPUs from Ampere on."""
+"""Attention by cuDNN's flash kernel, on NVIDIA GPUs since Ampere."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxvid.kernels.dispatch import FLOPS, Flops
+from jaxvid.parallel.devices import cuda_capability
+
+
+def _flops(q_BLAK, k_BMAK, *_):
+    """FLOPs of both products. cuDNN computes masked pairs too."""
+    return 4 * q_BLAK.size * k_BMAK.shape[1]
+
+
+# The primitives of jax.nn.dot_product_attention, whose products are not in the jaxpr.
+for _name in ("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper"):
+    FLOPS[_name] = Flops(all_pairs=_flops, executed=_flops)
+
 
 def attention(q_BLAK, k_BMAK, v_BMAK, *, q_position_L, k_position_M, allow, scale):
-    """As `reference.attention`, half precision only; else NotImplementedError."""
+    """As `reference.attention`. Raises NotImplementedError where cuDNN does not support it."""
     L, M, K = q_BLAK.shape[1], k_BMAK.shape[1], q_BLAK.shape[3]
-    capability = getattr(jax.devices()[0], "compute_capability", "")  # "9.0"; "gfx942" by AMD
-    if not capability[:1].isdigit() or float(capability) < 8:
-        raise NotImplementedError("cuDNN's flash attention needs an NVIDIA GPU from Ampere on")
+    if (cuda_capability() or 0) < 8:
+        raise NotImplementedError("cuDNN's flash attention needs an NVIDIA GPU of Ampere or later")
     if not q_BLAK.dtype == k_BMAK.dtype == v_BMAK.dtype or q_BLAK.dtype.itemsize != 2:
         raise NotImplementedError("cuDNN's flash attention needs bfloat16 or float16")
     if K % 8 or K > 128 or L % 2 or M % 2:
-        raise NotImplementedError("cuDNN wants heads of 8, 16 .. 128 and masks of even sides")
+        raise NotImplementedError("cuDNN needs head widths of 8, 16 .. 128 and even L and M")
     mask_LM = allow(q_position_L[:, None], k_position_M[None, :])
     everything = isinstance(mask_LM, np.ndarray) and mask_LM.all()
     y_BLAK = jax.nn.dot_product_attention(

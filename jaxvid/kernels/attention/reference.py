@@ -1,10 +1,10 @@
-"""Attention as it is defined, one matrix of scores for all."""
+"""Attention by its definition, with one matrix of all scores."""
 
 import jax.numpy as jnp
 
 
 def attention(q_BLAK, k_BMAK, v_BMAK, *, q_position_L, k_position_M, allow, scale):
-    """softmax(scale q k^T) v over the allowed keys, float32 inside; rows without a key are zero."""
+    """softmax(scale q k^T) v over the allowed keys, float32 inside; zero if there are none."""
     score_BALM = jnp.einsum("BLAK,BMAK->BALM", q_BLAK, k_BMAK, preferred_element_type=jnp.float32)
     mask_LM = allow(q_position_L[:, None], k_position_M[None, :])
     score_BALM = jnp.where(mask_LM, scale * score_BALM, -jnp.inf)

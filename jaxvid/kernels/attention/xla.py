@@ -1,35 +1,38 @@
-"""Attention in plain XLA: no pair is computed of which it is known beforehand that it is masked.
+"""Attention in plain XLA that skips pairs known to be masked while tracing.
 
-Queries are taken in chunks of whole positions. Where positions are known while tracing, a chunk
-reads only the keys that some query of it may see, and carries no mask if all of them may see all.
-Where there are many pairs, the backward pass keeps the softmax's peaks and sums and recomputes the
-probabilities from them (FlashAttention, Dao et al. 2022, algorithm 4). Its products are those that
-XLA runs fast on CPU, which rules out a left operand contracted over its rows: the gradients of keys
-and values come out transposed.
+Queries are split into chunks of whole positions. If positions are known while tracing, a chunk
+reads only the keys that one of its queries may see, and has no mask if all its queries see all of
+these keys. If there are many pairs, the backward pass keeps only the peaks and sums of the softmax
+and recomputes the probabilities from them (FlashAttention, Dao et al. 2022, algorithm 4). XLA on
+CPU is slow where the left operand is contracted over its rows, so the gradients of keys and values
+are computed transposed.
 """
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-_CHUNK = 128  # queries of a chunk at least; fewer waste less, but products run slower
-_CHUNKS = 16  # at most, as each is traced on its own
-_GAP = 64  # masked keys at least, to be worth cutting out
-_SMALL = 4096  # scores of a matrix that is quicker to transpose than to contract over its rows
-_KEPT = 2**26  # bytes of probabilities that are kept for the backward pass at most
-_MASKED = -1e30  # in the place of -inf, which makes NaN of a row without keys
+from jaxvid.kernels.dispatch import FLOPS, Flops
+
+_MIN_QUERIES = 128  # per chunk; fewer would waste fewer pairs, but slow the products down
+_MAX_CHUNKS = 16  # each chunk is traced separately
+_MIN_GAP = 64  # masked keys between two runs; a smaller gap is read and masked
+_SMALL = 4096  # scores of a matrix that is faster to transpose than to contract over its rows
+_MAX_KEPT = 2**26  # bytes of probabilities to keep for the backward pass
+_MASKED = -1e30  # instead of -inf, which would give NaN for a query without keys
 
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 class Chunk(NamedTuple):
-    """Queries [start, stop), the runs [start, stop) of keys they read, and the mask over these.
+    """Queries [start, stop), the runs [start, stop) of keys that they read, and a mask over both.
 
-    No mask means that all is allowed.
+    mask_GM is None if every query may see every key.
     """
 
     start: int
@@ -39,41 +42,48 @@ class Chunk(NamedTuple):
 
 
 def attention(q_BLAK, k_BMAK, v_BMAK, *, q_position_L, k_position_M, allow, scale):
-    """As `reference.attention`; positions in numpy are static, others give a dynamic mask."""
+    """As `reference.attention`. Numpy positions are static; traced positions give a traced mask."""
     if isinstance(q_position_L, np.ndarray) and isinstance(k_position_M, np.ndarray):
-        chunks, mask_LM = plan(q_position_L, k_position_M, allow), None
+        chunks, mask_LM = query_chunks(q_position_L, k_position_M, allow), None
     else:
         mask_LM = allow(q_position_L[:, None], k_position_M[None, :])
         mask_LM = jnp.broadcast_to(mask_LM, (q_position_L.size, k_position_M.size))
         chunks = [Chunk(0, q_position_L.size, ((0, k_position_M.size),), None)]
     q_BALK, k_BAMK, v_BAMK = (x.swapaxes(1, 2) for x in (q_BLAK * scale, k_BMAK, v_BMAK))
 
-    def softmax_attention(*arrays):  # a call of its own, as `training.flops` looks for the name
+    def softmax_attention(*arrays):  # a call with a name, the key in FLOPS
         return _attend(chunks, *arrays)
 
     return jax.jit(softmax_attention)(q_BALK, k_BAMK, v_BAMK, mask_LM).swapaxes(1, 2)
 
 
-def plan(q_position_L, k_position_M, allow):
+FLOPS["softmax_attention"] = Flops(
+    all_pairs=lambda q_BALK, k_BAMK, *_: 4 * q_BALK.size * k_BAMK.shape[2]
+)
+
+
+def query_chunks(
+    q_position_L: np.ndarray, k_position_M: np.ndarray, allow: Callable
+) -> list[Chunk]:
     """The chunks for static positions."""
     L, M = q_position_L.size, k_position_M.size
-    least = max(_CHUNK, -(-L // _CHUNKS))
+    least = max(_MIN_QUERIES, -(-L // _MAX_CHUNKS))
     cuts = [0]
     for change in np.flatnonzero(np.diff(q_position_L)) + 1:
         if change - cuts[-1] >= least <= 2 * (L - change):
             cuts.append(int(change))
     return [
-        _chunk(start, stop, np.broadcast_to(mask_GM, (stop - start, M)))
+        _make_chunk(start, stop, np.broadcast_to(mask_GM, (stop - start, M)))
         for start, stop in itertools.pairwise([*cuts, L])
         for mask_GM in [allow(q_position_L[start:stop, None], k_position_M[None, :])]
     ]
 
 
-def _chunk(start, stop, mask_GM):
+def _make_chunk(start, stop, mask_GM):
     seen = np.flatnonzero(mask_GM.any(axis=0))
     if seen.size == 0:
-        seen = np.zeros(1, int)  # a masked key, as there must be one
-    ends = np.flatnonzero(np.diff(seen) > _GAP)
+        seen = np.zeros(1, int)  # a chunk must read a key, so it reads a masked one
+    ends = np.flatnonzero(np.diff(seen) > _MIN_GAP)
     runs = tuple(
         (int(seen[first]), int(seen[last]) + 1)
         for first, last in zip([0, *(ends + 1)], [*ends, seen.size - 1])
@@ -93,7 +103,7 @@ def _forward(chunks, q_BALK, k_BAMK, v_BAMK, mask_LM):
         score_BAGM = _scores(chunk, q_BALK, k_BAMK, mask_LM)
         peak = score_BAGM.max(axis=-1, keepdims=True)
         p_BAGM = jnp.exp(score_BAGM - peak)
-        # A row without keys takes no share of anything.
+        # Zero for a query without keys.
         share = jnp.where(peak > _MASKED / 2, 1 / p_BAGM.sum(axis=-1, keepdims=True), 0)
         v_chunk = _read(chunk, v_BAMK)
         y_BAGK = _einsum("BAGM,BAMK->BAGK", p_BAGM.astype(v_chunk.dtype), v_chunk)
@@ -102,7 +112,7 @@ def _forward(chunks, q_BALK, k_BAMK, v_BAMK, mask_LM):
         shares.append(share)
         kept.append(p_BAGM)
     y_BALK, peak_BAL1, share_BAL1 = (jnp.concatenate(parts, 2) for parts in (ys, peaks, shares))
-    if sum(p_BAGM.nbytes for p_BAGM in kept) > _KEPT:
+    if sum(p_BAGM.nbytes for p_BAGM in kept) > _MAX_KEPT:
         kept = [None] * len(chunks)
     return y_BALK, (q_BALK, k_BAMK, v_BAMK, mask_LM, y_BALK, peak_BAL1, share_BAL1, kept)
 
@@ -132,7 +142,7 @@ def _backward(chunks, residuals, dy_BALK):
         dk_BAMK.astype(dtype),
         dv_BAMK.astype(v_BAMK.dtype),
     )
-    # Fused into what comes next, the sums would be computed once per use.
+    # Without the barrier, XLA fuses the sums into their users and computes them once per use.
     return *jax.lax.optimization_barrier(grads), None
 
 
@@ -143,7 +153,7 @@ def _over_queries(x_BAGK, p_BAGM):
     """Sum over queries of x times p, float32 [B, A, K, M]."""
     if p_BAGM.shape[2] * p_BAGM.shape[3] > _SMALL:
         return _einsum("BAGK,BAGM->BAKM", x_BAGK, p_BAGM)
-    # XLA would undo the transposition, and take several times as long for small matrices.
+    # Without the barrier, XLA undoes the transposition, several times slower for small matrices.
     p_BAMG = jax.lax.optimization_barrier(p_BAGM.swapaxes(2, 3))
     return _einsum("BAMG,BAGK->BAMK", p_BAMG, x_BAGK).swapaxes(2, 3)
 
@@ -162,10 +172,10 @@ def _read(chunk, x_BAMK):
 
 
 def _total(chunks, parts, size):
-    """Sum over chunks of [B, A, K, keys read], each in its place among all `size` keys.
+    """The sum over chunks of [B, A, K, keys read], each at its keys' place among all `size` keys.
 
-    Built from pieces between the ends of runs: XLA on CPU would fuse a sum of padded parts into
-    what follows, and compute it once for every use.
+    The result is concatenated from pieces between the ends of runs. XLA on CPU would fuse a sum of
+    padded parts into its users and compute it once per use.
     """
     ends = {0, size}.union(*(run for chunk in chunks for run in chunk.runs))
     pieces = []
@@ -181,7 +191,7 @@ def _total(chunks, parts, size):
 
 
 def _offsets(chunk, key):
-    """Where among the keys that a chunk reads `key` is: [] or [offset]."""
+    """The place of `key` among the keys that a chunk reads: [offset], or [] if it is not read."""
     before = 0
     for start, stop in chunk.runs:
         if start <= key < stop:

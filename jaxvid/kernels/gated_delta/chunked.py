@@ -1,8 +1,8 @@
 """The gated delta rule in plain XLA, a chunk at a time (Yang et al. 2025, section 3.3).
 
-The writes of a chunk hang together: each takes out what the earlier ones put in. They solve a
-triangular system, whose inverse is found once for all states; only what the state before a chunk
-adds to them is sequential.
+The writes of a chunk depend on each other, because each subtracts what its key reads from earlier
+writes. They solve a triangular system. Its inverse does not depend on the state, so only the
+part of the writes that comes from the state before the chunk is sequential.
 """
 
 import functools
@@ -10,9 +10,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxvid.kernels.linear_attention.chunked import CHUNK, LONGEST, decays, einsum, join, split
+from jaxvid.kernels.chunks import LONGEST, decays, einsum, join, split
 
-WHOLE = 16  # tokens of the largest matrix that is inverted as a whole
+CHUNK = 64
+WHOLE = 16  # tokens of the largest matrix that `by_halves` does not split
 
 
 def gated_delta(
@@ -45,7 +46,7 @@ def gated_delta(
 
 @functools.partial(jax.checkpoint, static_argnums=(0,))
 def _within(invert, q, k, v, beta_SBAG, g_SBAG):
-    """What a chunk does whatever the state S before it: its writes are `own` - `taken` S."""
+    """The work that does not depend on the state S before a chunk, which writes own - taken S."""
     factor_GH, read, write, keep = decays(g_SBAG)
     beta = beta_SBAG.astype(jnp.float32)[..., None]
     G = q.shape[3]
@@ -69,7 +70,7 @@ def _within(invert, q, k, v, beta_SBAG, g_SBAG):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _inverted(invert, lower_GG):
-    """`invert` of lower_GG, with the gradient of an inverse, d(A^-1) = -A^-1 dA A^-1."""
+    """invert(lower_GG) with the gradient of an inverse, d(A^-1) = -A^-1 dA A^-1."""
     return invert(lower_GG)
 
 
@@ -89,10 +90,10 @@ _inverted.defvjp(_inverted_forward, _inverted_backward)
 
 
 def by_halves(lower_GG):
-    """As `inverse`, of many large matrices: their corners are inverted alone, and then joined.
+    """As `inverse`, faster for many large matrices: the corners are inverted first and then joined.
 
-    `inverse` multiplies whole matrices of which most is zero, which is what a kernel on one of them
-    is good at. Done by halves down to WHOLE tokens that work is a tenth.
+    `inverse` multiplies whole matrices that are mostly zero, which suits a kernel on one matrix.
+    Halving down to WHOLE tokens takes a tenth of that work.
     """
     G = lower_GG.shape[-1]
     if G <= WHOLE:
@@ -110,17 +111,17 @@ def by_halves(lower_GG):
 def inverse(lower_GG, *, rolled=False):
     """(1 + lower)^-1 of strictly lower triangular matrices, in full float32.
 
-    Blocks of 1, 2, 4 .. tokens are joined by pairs: ((a, 0), (c, b))^-1 = ((a', 0), (-b' c a', b'))
-    with a' and b' the inverses of a and b. No power of `lower` is formed: where keys resemble each
-    other, as in a still video, powers are far larger than the inverse that they add up to.
-    rolled: as a loop, a smaller program.
+    Blocks of 1, 2, 4 .. tokens are joined in pairs: ((a, 0), (c, b))^-1 = ((a', 0), (-b' c a', b'))
+    with a' and b' the inverses of a and b. Powers of `lower` are avoided: if keys are similar, as
+    in a still video, powers are far larger than the inverse, which is their sum. rolled: use a
+    loop, for a smaller program.
     """
     G = lower_GG.shape[-1]
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (G, G), axis) for axis in (0, 1))
 
     def between(level):
-        """What lies between the two blocks of the pairs of a level."""
-        # The highest bit in which i and j differ is that of this level.
+        """The entries between the two blocks of each pair of a level."""
+        # Pairs of tokens whose highest different bit is that of this level.
         pair_GG = jax.lax.shift_right_logical(i ^ j, level) == 1
         return jnp.where(pair_GG, lower_GG, 0)
 

@@ -1,4 +1,4 @@
-"""The gated delta rule as it is defined: one token after the other."""
+"""The gated delta rule by its definition, token by token."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 def gated_delta(q_BLAK, k_BLAK, v_BLAV, beta_BLA, log_decay, *, scale, state_BAKV, chunk):
     """S_t = R_t + beta_t k_t^T (v_t - k_t R_t) with R_t = exp(g_t) S_{t-1}; y_t = scale q_t S_t.
 
-    log_decay: None or [B, L, A]. Returns (y_BLAV, state_BAKV); all is float32 inside.
+    log_decay: None or [B, L, A]. Returns (y_BLAV, state_BAKV). Float32 inside.
     """
     del chunk
     if log_decay is None:

@@ -1,8 +1,8 @@
 """The gated delta rule in Pallas for TPU: one pass over the chunks, the state in VMEM.
 
-As in `chunked` (Yang et al. 2025, section 3.3), but a chunk takes what its keys already read out
-of its values before it solves its triangular system, so that the inverse is applied once. The
-backward pass is that of `chunked`.
+As `chunked` (Yang et al. 2025, section 3.3), but a chunk subtracts what its keys read from the
+state before it solves the triangular system, so that the inverse is applied once. The backward pass
+is that of `chunked`.
 """
 
 import functools
@@ -12,13 +12,23 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxvid.kernels.chunks import LONGEST
 from jaxvid.kernels.gated_delta import chunked
-from jaxvid.kernels.linear_attention import tpu
-from jaxvid.kernels.linear_attention.chunked import LONGEST
-from jaxvid.kernels.linear_attention.tpu import LANES, dot, inner, iota, times
+from jaxvid.kernels.pallas_tpu import (
+    IN_ORDER,
+    LANES,
+    arrange,
+    decays,
+    dot,
+    inner,
+    iota,
+    state_spec,
+    times,
+    token_specs,
+)
 
-CHUNK = 128  # the inverse of a larger chunk would outweigh all else
-# Of the backward pass: XLA takes long to compile every product in full float32 for a TPU.
+CHUNK = 128  # the inverse of a larger chunk would dominate the cost
+# For the backward pass. XLA for TPU compiles products in full float32 slowly, so a loop has fewer.
 INVERT = functools.partial(chunked.inverse, rolled=True)
 
 
@@ -57,9 +67,9 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _forward(chunk, q_BLAK, k_BLAK, v_BLAV, beta_BLA, g_BLA, state_BAKV):
     (B, L, A, K), V = q_BLAK.shape, v_BLAV.shape[3]
-    q, k, v = (tpu.arrange(x, chunk) for x in (q_BLAK, k_BLAK, v_BLAV))
-    beta, g = (tpu.arrange(x, chunk)[:, :, None] for x in (beta_BLA, g_BLA))
-    token, state = tpu.token_specs(chunk, lambda n: n), tpu.state_spec(K, V)
+    q, k, v = (arrange(x, chunk) for x in (q_BLAK, k_BLAK, v_BLAV))
+    beta, g = (arrange(x, chunk)[:, :, None] for x in (beta_BLA, g_BLA))
+    token, state = token_specs(chunk, lambda n: n), state_spec(K, V)
     inputs = (q, k, v, beta, g, state_BAKV)
     shapes = (
         jax.ShapeDtypeStruct(v.shape, v.dtype),
@@ -72,7 +82,7 @@ def _forward(chunk, q_BLAK, k_BLAK, v_BLAV, beta_BLA, g_BLA, state_BAKV):
         in_specs=[token(K), token(K), token(V), token(None), token(None), state],
         out_specs=(token(V), state),
         scratch_shapes=[pltpu.VMEM((K, V), jnp.float32)],
-        compiler_params=tpu.IN_ORDER,
+        compiler_params=IN_ORDER,
         cost_estimate=cost(chunk, K, V, inputs, shapes),
         name="gated_delta_forward",
     )(*inputs)
@@ -80,7 +90,7 @@ def _forward(chunk, q_BLAK, k_BLAK, v_BLAV, beta_BLA, g_BLA, state_BAKV):
 
 
 def cost(chunk, K, V, inputs, outputs):
-    """What the kernel executes, whole [G, G] tiles included, and what it moves."""
+    """What the kernel computes, with whole [G, G] tiles, and the bytes that it moves."""
     batch, heads, length, _ = inputs[0].shape
     levels = (chunk - 1).bit_length()
     inverse = 2 * (levels - 1) * chunk**2
@@ -99,7 +109,7 @@ def _kernel(q_ref, k_ref, v_ref, beta_ref, g_ref, first_ref, y_ref, last_ref, st
 
     q, k, v, state_KV = q_ref[...], k_ref[...], v_ref[...], state_ref[...]
     G = q.shape[0]
-    [(factor_GH, _, _)], read_G1, write_G1, keep = tpu.by_head(g_ref[...])
+    factor_GH, read_G1, write_G1, keep = decays(g_ref[...])
     beta_G1 = jnp.sum(jnp.where(iota(G, 0) == iota(G, 1), beta_ref[...], 0), axis=1, keepdims=True)
     lower_GH = beta_G1 * factor_GH * dot(k, k, "GK,HK->GH")
     inverse_GH = chunked.inverse(lower_GH).astype(v.dtype)

@@ -1,41 +1,41 @@
 """Linear attention in Pallas for NVIDIA GPUs, lowered by Triton: two kernels in each direction.
 
-The programs of a GPU's grid run side by side in no order, so what is sequential is kept apart from
-what is not. `_states` walks along the tokens with a tile of a state in registers and leaves the
-state before every chunk behind; `_mix` then works on all blocks of tokens at once, each from the
-state before its chunk and from the tokens of its chunk (Dao & Gu 2024, Mamba-2, section 6; the
-split of Flash Linear Attention, Yang & Zhang 2024). The gradients are linear attentions themselves,
-two of them backwards in time:
+The programs of a GPU's grid run in parallel and in any order, so the sequential work has a kernel
+of its own. `_states` walks along the tokens with a tile of a state in registers and saves the state
+before every chunk. `_mix` then computes all blocks of tokens at once, each from the state before
+its chunk and the tokens of its chunk (Dao & Gu 2024, Mamba-2, section 6; split into kernels as in
+Flash Linear Attention, Yang & Zhang 2024). The gradients are linear attentions too, two of them in
+reverse time:
 
     y  of (q, k, v)  reads the states S before          dk of (v, dy, q)  reads the dS^T after
     dq of (dy, v, k) reads the S^T before               dv of (k, q, dy)  reads the dS after
 
-`_states` finds the dS as it finds the S, and `_gradients` all three gradients of a block of tokens,
-which read the same q, k, v and dy.
+`_states` computes the dS in the same way as the S. `_gradients` computes all three gradients of a
+block of tokens, because they read the same q, k, v and dy.
 
-Products take operands of the dtype of the inputs and add up in float32; states between chunks have
-the dtype of the inputs. Pallas can lower to Triton in all of jax 0.10 to 0.12, but means to give
-it up, and says so when it compiles; without it `chunked` takes over.
+Products have operands in the dtype of the inputs and add up in float32. States between chunks have
+the dtype of the inputs. Pallas lowers to Triton in jax 0.10 to 0.12, but warns when it compiles
+that this support will end; without it, "auto" selects `chunked`.
 """
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jaxvid.kernels.linear_attention.chunked import GRAIN
+from jaxvid.kernels.chunks import GRAIN
+from jaxvid.parallel.devices import cuda_capability
 
 try:
     from jax.experimental.pallas import triton
 except ImportError:  # a later jax
     triton = None
 
-CHUNK = 256  # tokens between two saved states: the fewer states, the less to write and read
-BLOCK = 64  # tokens, and at most that wide tiles of a state, that a program works on at once
-NARROWEST = 16  # of the operands of a product
-WIDEST = 512  # bytes of a key or value, by the memory that programs have
+CHUNK = 256  # tokens between two saved states; fewer states mean less to write and read
+BLOCK = 64  # tokens that a program computes at once; also the maximal side of a tile of a state
+NARROWEST = 16  # width of an operand of a product
+WIDEST = 512  # bytes of a key or value, by the memory of a program
 COARSE, FINE, SINCE, UNTIL = range(4)  # rows of `decays`
 GATHERED, SENT = range(2)  # rows of the sums of `_gradients`
 
@@ -53,7 +53,7 @@ def linear_attention(q_BLAK, k_BLAK, v_BLAV, log_decay, *, scale, state_BAKV, ch
     g_BLA = jnp.zeros((B, L, A)) if log_decay is None else log_decay
 
     def fill(x_BLA, width=None):
-        """[B, L, A, ...] filled up with zeros to whole chunks, and to a width of a power of two."""
+        """[B, L, A, ...] padded with zeros to whole chunks, and the width to a power of two."""
         widths = [(0, 0)] * (x_BLA.ndim - 2)
         if width is not None:
             widths[-1] = (0, padded(width) - width)
@@ -67,32 +67,31 @@ def linear_attention(q_BLAK, k_BLAK, v_BLAV, log_decay, *, scale, state_BAKV, ch
 
 
 def check(q_BLAK, k_BLAK, v_BLAV, log_decay):
-    """Raise NotImplementedError for what `linear_attention` says."""
+    """Raise NotImplementedError where `linear_attention` does not apply."""
     if triton is None:
-        raise NotImplementedError(f"jax {jax.__version__} does not lower Pallas by Triton")
-    # Not known on another machine than the one that will run the program.
-    capability = getattr(jax.devices()[0], "compute_capability", "8.0")
-    if not re.match(r"([89]|\d\d)\.", capability):
-        raise NotImplementedError(f"a GPU of compute capability {capability}: 8.0 or more needed")
+        raise NotImplementedError(f"jax {jax.__version__} does not lower Pallas to Triton")
+    capability = cuda_capability()
+    if capability is not None and capability < 8:
+        raise NotImplementedError(f"compute capability {capability}: 8.0 or more is needed")
     if log_decay is not None and log_decay.ndim == 4:
-        raise NotImplementedError("a decay per channel has no kernel for GPU")
+        raise NotImplementedError("a decay per channel has no GPU kernel")
     dtypes = {x.dtype for x in (q_BLAK, k_BLAK, v_BLAV)}
     if dtypes not in ({jnp.dtype(jnp.float32)}, {jnp.dtype(jnp.bfloat16)}):
         names = ", ".join(sorted(map(str, dtypes)))
-        raise NotImplementedError(f"q, k, v of {names}: must all be float32 or all bfloat16")
+        raise NotImplementedError(f"q, k, v of {names}: all must be float32, or all bfloat16")
     for x in (k_BLAK, v_BLAV):
         if padded(x.shape[3]) * x.dtype.itemsize > WIDEST:
-            raise NotImplementedError(f"keys or values of width {x.shape[3]} in {x.dtype}")
+            raise NotImplementedError(f"width {x.shape[3]} in {x.dtype}: at most {WIDEST} bytes")
 
 
 def padded(width):
-    """Width of an array in which Triton can hold `width` channels and multiply by them."""
+    """The least width of at least `width` that Triton can multiply by."""
     return max(NARROWEST, pl.next_power_of_2(width))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(chunk, q_BLAK, k_BLAK, v_BLAV, g_BLA, state_BAKV):
-    """(y_BLAV, state_BAKV) of whole chunks and of widths that are `padded`."""
+    """(y_BLAV, state_BAKV) for a whole number of chunks and `padded` widths."""
     return _attend_forward(chunk, q_BLAK, k_BLAK, v_BLAV, g_BLA, state_BAKV)[0]
 
 
@@ -109,9 +108,9 @@ def _attend_backward(chunk, residuals, cotangents):
     after, dfirst = _states(chunk, q, dy, decays_BARL, dlast, reverse=True)
     dq, dk, dv, sums_BARL = _gradients(chunk, q, k, v, dy, decays_BARL, before, after)
 
-    # A decay multiplies what passes it on its way from a key to a query. On its way within the
-    # chunk: what the queries from here on gather, less what the keys from here on sent them. To
-    # the states after the chunk: from the state before it, and from the keys before this one.
+    # A decay multiplies what passes from an earlier key to a query at or after its token. Within
+    # the chunk: q dq of the queries from here on, minus k dk of the keys from here on. To the state
+    # after the chunk: the contributions of the state before it and of the keys before this token.
     def by_chunk(x_BAL):
         return x_BAL.reshape(*x_BAL.shape[:2], -1, chunk)
 
@@ -130,12 +129,12 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 
 def decays(g_BLA):
-    """[B, A, R, L] float32: what decays up to each token of a block of BLOCK, and from it on.
+    """[B, A, R, L] float32: decays from the start of a block of BLOCK tokens to each token, and on.
 
-    Rows COARSE and FINE are sums of g from the block's start to the token: what is a multiple of
-    GRAIN adds up exactly, and the rest is small (as in `chunked.decays`). SINCE is their exp, what
-    is left of a state before the block; UNTIL what is left of the token at the block's end. The
-    last of SINCE is thus what is left over a block.
+    Rows COARSE and FINE are sums of g from the start of the block to the token: multiples of GRAIN,
+    which add up exactly, and the rest, which is small (as in `chunks.decays`). SINCE is the decay
+    from the state before the block to the token, exp(COARSE + FINE), and UNTIL the decay from the
+    token to the end of the block. The last entry of SINCE is the decay over the block.
     """
     g_BANG = g_BLA.swapaxes(1, 2).reshape(g_BLA.shape[0], g_BLA.shape[2], -1, BLOCK)
     coarse = jnp.round(g_BANG / GRAIN) * GRAIN
@@ -145,16 +144,16 @@ def decays(g_BLA):
     return rows.reshape(*rows.shape[:3], -1)
 
 
-# Launches. Arrays keep their layout [B, L, A, K]; heads and rows of a batch are one axis of the
-# grid, the last, so that programs that share tokens follow each other and find them in cache.
+# Launches. Arrays keep their layout [B, L, A, K]. Heads and rows of a batch share the last axis of
+# the grid, so that programs that read the same tokens run close together and find them in cache.
 
 
 def _states(chunk, k_BLAK, v_BLAV, decays_BARL, first_BAKV, *, reverse=False):
-    """(before_BASKV, last_BAKV): the states before all S chunks, and after the last, of
+    """(before_BASKV, last_BAKV): the states before all S chunks, and after the last chunk, of
 
         S_t = exp(g_t) S_{t-1} + k_t^T v_t
 
-    from first_BAKV on; in reverse, those after all chunks, and before the first, of
+    from first_BAKV. In reverse: the states after all chunks, and before the first chunk, of
     S_{t-1} = exp(g_t) (S_t + k_t^T v_t).
     """
     (B, L, A, K), V = k_BLAK.shape, v_BLAV.shape[3]
@@ -186,13 +185,13 @@ def _states(chunk, k_BLAK, v_BLAV, decays_BARL, first_BAKV, *, reverse=False):
 
 
 def _mix(chunk, q_BLAK, k_BLAK, v_BLAV, decays_BARL, before_BASKV):
-    """y_BLAV, what the q gather from their chunk and from the states before it."""
+    """y_BLAV, from the tokens of each chunk and the state before it."""
     (B, L, A, K), V = q_BLAK.shape, v_BLAV.shape[3]
     columns = min(V, _columns(K))
     own, of_chunk, decay, state = _specs(chunk, A)
     inputs = (q_BLAK, k_BLAK, v_BLAV, decays_BARL, before_BASKV)
     shape = jax.ShapeDtypeStruct(v_BLAV.shape, v_BLAV.dtype)
-    products = _seen(chunk) * (K * (V // columns) + V) + K * V
+    products = _mean_context(chunk) * (K * (V // columns) + V) + K * V
     return pl.pallas_call(
         _mix_kernel,
         shape,
@@ -206,7 +205,7 @@ def _mix(chunk, q_BLAK, k_BLAK, v_BLAV, decays_BARL, before_BASKV):
         ],
         out_specs=own(columns, _each),
         cost_estimate=_cost(B * A * L, products, BLOCK * (V // columns), inputs, [shape]),
-        # The registers of fewer warps do not hold a wide query beside a wide result.
+        # Fewer warps have too few registers for a wide query and a wide result.
         compiler_params=triton.CompilerParams(
             num_warps=8 if max(K, columns) > BLOCK else 4, num_stages=2
         ),
@@ -217,18 +216,17 @@ def _mix(chunk, q_BLAK, k_BLAK, v_BLAV, decays_BARL, before_BASKV):
 def _gradients(chunk, q_BLAK, k_BLAK, v_BLAV, dy_BLAV, decays_BARL, before_BASKV, after_BASKV):
     """(dq, dk, dv, sums_BARL) from the states before all chunks and the cotangents after them.
 
-    Row GATHERED of the sums is q dq - k dk, from the tokens of the chunk and, for q dq, the state
-    before it, each token by itself left out; row SENT is k dk from the states after the chunk.
+    Row GATHERED of the sums is q dq - k dk from the other tokens of the chunk and, in q dq, the
+    state before the chunk. Row SENT is k dk from the states after the chunk.
     """
     (B, L, A, K), V = q_BLAK.shape, v_BLAV.shape[3]
-    # The registers hold one tile of a gradient beside what it is made of. Every tile finds the
-    # scores again.
+    # The registers hold one tile of a gradient and its operands. Every tile recomputes the scores.
     tiles = max(1, min(max(K, V) // _columns(max(K, V)), min(K, V) // NARROWEST))
     own, of_chunk, decay, state = _specs(chunk, A)
     inputs = (q_BLAK, k_BLAK, v_BLAV, dy_BLAV, decays_BARL, before_BASKV, after_BASKV)
     sums = jax.ShapeDtypeStruct((B, A, tiles, 2, L), jnp.float32)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs[:3]]
-    products = _seen(chunk) * (tiles * (K + 2 * V) + 2 * K + V) + 3 * K * V
+    products = _mean_context(chunk) * (tiles * (K + 2 * V) + 2 * K + V) + 3 * K * V
     *gradients, sums = pl.pallas_call(
         functools.partial(_gradients_kernel, tiles),
         (*shapes, sums),
@@ -246,10 +244,11 @@ def _gradients(chunk, q_BLAK, k_BLAK, v_BLAV, dy_BLAV, decays_BARL, before_BASKV
 
 
 def _specs(chunk, heads):
-    """What `_mix` and `_gradients` read and write, on a grid (columns, blocks, rows and heads).
+    """The blocks that `_mix` and `_gradients` use on a grid (columns, blocks, rows and heads).
 
-    Functions of a width and of which columns of it: a block's own tokens, all tokens of its chunk,
-    and the chunk's state, of that many columns; beside them the decays of the chunk.
+    Returns three functions of a width and a choice of columns (`_first` or `_each`), for the own
+    tokens of the block, all tokens of its chunk, and the state of its chunk; and the decays of the
+    chunk.
     """
     blocks = chunk // BLOCK
 
@@ -285,27 +284,27 @@ def _each(j):
 
 
 def _columns(width):
-    """How many columns of a result a program holds, where operands are that wide."""
+    """Columns of a result that a program holds if operands have this width."""
     return BLOCK if width > 2 * BLOCK else 2 * BLOCK
 
 
-def _seen(chunk):
-    """Tokens of its chunk that a token is multiplied by, on average: whole blocks, its own too."""
+def _mean_context(chunk):
+    """Tokens of its chunk that a token is multiplied by, on average: whole blocks, with its own."""
     return (chunk + BLOCK) // 2
 
 
 def _cost(tokens, products, exponentials, inputs, outputs):
-    """What a kernel executes, and what it moves if the cache serves all programs but the first.
+    """What a kernel computes, and what it moves if only the first program misses the cache.
 
-    Products (multiply-adds) and exponentials are per token and head. With C tokens a chunk, of
-    which a token meets C' = (C + BLOCK) / 2, as blocks that it cannot see are not computed, and
-    with I tiles of y and J of the gradients, each of which finds the scores again, the kernels of a
-    direction take together, in FLOPs and in numbers moved per token and head,
+    Products (multiply-adds) and exponentials are per token and head. A token meets
+    C' = (C + BLOCK) / 2 of the C tokens of its chunk, as later blocks are not computed. With I
+    tiles of y and J tiles of the gradients, each of which recomputes the scores, the kernels of
+    each direction take together, in FLOPs and in numbers moved per token and head,
 
         forward     2 C' (I K + V) + 4 K V                       3 K + 3 V + 2 K V / C
         backward    2 C' (J (K + 2 V) + 2 K + V) + 8 K V         5 K + 4 V + 3 K V / C
 
-    beside float32 decays (4 to a token, read twice), sums (2 J) and states at both ends.
+    plus, in float32, decays (4 per token, read twice), sums (2 J) and states at both ends.
     """
     return pl.CostEstimate(
         flops=2 * tokens * products,
@@ -348,7 +347,7 @@ def _mix_kernel(q_ref, k_ref, v_ref, decays_ref, before_ref, y_ref):
 
 
 def _gradients_kernel(tiles, *refs):
-    """One gradient after the other, so that the registers need to hold one of them at a time."""
+    """One gradient after the other, so that registers hold only one of them at a time."""
     q_ref, k_ref, v_ref, dy_ref, decays_ref, before_ref, after_ref, *outputs = refs
     dq_ref, dk_ref, dv_ref, sums_ref = outputs
     block, tokens = _own(decays_ref)
@@ -384,16 +383,16 @@ def _gradients_kernel(tiles, *refs):
 
 
 def _own(decays_ref):
-    """Which block of its chunk a program works on, and its tokens within the chunk."""
+    """The index of a program's block within its chunk, and its tokens within the chunk."""
     block = jax.lax.rem(pl.program_id(1), decays_ref.shape[1] // BLOCK)
     return block, pl.ds(BLOCK * block, BLOCK)
 
 
 def _near(block, decays_ref, q_GK, k_ref, v_ref, columns, *, reverse=False):
-    """What the queries of a block gather from earlier tokens of their chunk, in reverse later ones.
+    """The part of y from earlier tokens of the same chunk; in reverse, from later tokens.
 
-    k_ref and v_ref are keys and values of the chunk, of which `columns` are gathered. Returns
-    (near_GV, what is left at each query of the state that it reads, [G, 1]).
+    k_ref and v_ref are keys and values of the chunk; `columns` of the values are read. Returns
+    (near_GV, the decay from the state that it reads to each query, [G, 1]).
     """
     blocks = decays_ref.shape[1] // BLOCK
     read, write = (UNTIL, SINCE) if reverse else (SINCE, UNTIL)
@@ -404,7 +403,7 @@ def _near(block, decays_ref, q_GK, k_ref, v_ref, columns, *, reverse=False):
         return _dot(p_GH.astype(v_HV.dtype), v_HV, "GH,HV->GV")
 
     def step(count, carry):
-        """Gathers from one more block away, of which `keep` is left at the border of this one."""
+        """Adds the next block away. `keep` is the decay from it to the border of this block."""
         y_GV, keep = carry
         start = BLOCK * (block + 1 + count if reverse else block - 1 - count)
         tokens = pl.ds(start, BLOCK)
@@ -430,16 +429,16 @@ def _near(block, decays_ref, q_GK, k_ref, v_ref, columns, *, reverse=False):
 
 
 def _times(x_GK, factor_G1):
-    """A key with its decay, for the next product."""
+    """A key times its decay, in its own dtype."""
     return (x_GK * factor_G1).astype(x_GK.dtype)
 
 
 def _inner(x_GK, y_GK):
-    """The inner product of every token of x with that of y, [G]."""
+    """The inner product of x and y at every token, float32 [G]."""
     return jnp.sum(x_GK.astype(jnp.float32) * y_GK.astype(jnp.float32), axis=1)
 
 
 def _dot(a, b, letters):
-    """An einsum of two matrices; float32 operands count in full."""
+    """An einsum of two matrices that adds up in float32; float32 operands are not rounded."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.einsum(letters, a, b, precision=precision, preferred_element_type=jnp.float32)

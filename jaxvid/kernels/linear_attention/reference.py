@@ -1,4 +1,4 @@
-"""Linear attention as it is defined: one token after the other."""
+"""Linear attention by its definition, token by token."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 def linear_attention(q_BLAK, k_BLAK, v_BLAV, log_decay, *, scale, state_BAKV, chunk):
     """S_t = exp(g_t) S_{t-1} + k_t^T v_t and y_t = scale q_t S_t -> (y_BLAV, state_BAKV).
 
-    log_decay: None, [B, L, A] or [B, L, A, K]. All is float32 inside.
+    log_decay: None, [B, L, A] or [B, L, A, K]. Float32 inside.
     """
     del chunk
     if log_decay is None:

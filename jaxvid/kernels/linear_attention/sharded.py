@@ -1,9 +1,10 @@
-"""Linear attention on a mesh: batch and heads apart, and a sequence over the axis `seq` by state.
+"""Linear attention with the sequence split over the mesh axis `seq`.
 
-The state after a part of the sequence is a sum of what came in, decayed, and of what the part adds;
-so every device works from a state of zero, all exchange what they added and how much they decayed,
-and each takes in what came before it (sequence parallelism of Lightning Attention, Sun et al. 2024,
-with decays per token). The exchange is one state per head and device, however long the sequence.
+The state after a part of the sequence is the decayed incoming state plus what the part adds. So
+every device starts from a state of zero, all devices exchange what they added and how much they
+decayed, and each device then adds what came before its part (sequence parallelism of Lightning
+Attention, Sun et al. 2024, with decays per token). The exchange is one state per head and device,
+whatever the length of the sequence.
 """
 
 import functools
@@ -12,19 +13,32 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxvid.parallel.sharding import partition_letters
+from jaxvid.kernels import dispatch
 
 SEQUENCE = "seq"
 
 
+def split(implementations):
+    """The table of implementations, wrapped for the ambient mesh.
+
+    A sequence that the axis `seq` splits evenly is split; else kernels are split by head.
+    """
+    mesh = dispatch.mesh_to_split()
+    if mesh is None or mesh.shape.get(SEQUENCE, 1) == 1:
+        return dispatch.split_kernels(implementations)
+    return {
+        name: functools.partial(linear_attention, attend)
+        for name, attend in implementations.items()
+    }
+
+
 def linear_attention(attend, q_BLAK, k_BLAK, v_BLAV, log_decay, *, scale, state_BAKV, chunk):
     """`attend`, one of the implementations, on this device's part of the ambient mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    batch, heads = _axes(q_BLAK.shape, mesh)
-    parts = mesh.shape.get(SEQUENCE, 1)
-    sequence = SEQUENCE if parts > 1 and q_BLAK.shape[1] % parts == 0 else None
-    tokens, state = PartitionSpec(batch, sequence, heads), PartitionSpec(batch, heads)
-    attend = functools.partial(attend, scale=scale, chunk=chunk)
+    inputs = (q_BLAK, k_BLAK, v_BLAV, log_decay)
+    if q_BLAK.shape[1] % jax.sharding.get_abstract_mesh().shape[SEQUENCE]:
+        return dispatch.by_head(attend, *inputs, scale=scale, state_BAKV=state_BAKV, chunk=chunk)
+    batch, heads = dispatch.batch_and_head_axes(q_BLAK.shape)
+    tokens, state = PartitionSpec(batch, SEQUENCE, heads), PartitionSpec(batch, heads)
 
     @functools.partial(
         jax.shard_map,
@@ -33,63 +47,30 @@ def linear_attention(attend, q_BLAK, k_BLAK, v_BLAV, log_decay, *, scale, state_
         check_vma=False,  # a pallas_call does not say over which axes its outputs vary
     )
     def run(q, k, v, g, state):
-        if sequence is None:
-            return attend(q, k, v, g, state_BAKV=state)
-        y, added = attend(q, k, v, g, state_BAKV=jnp.zeros_like(state))
-        before, state = _combine(state, added, _kept(g))
+        zero = jnp.zeros_like(state)
+        y, added = attend(q, k, v, g, scale=scale, state_BAKV=zero, chunk=chunk)
+        before, state = _combine(state, added, _decay_of_part(g))
         until = 1.0 if g is None else jnp.exp(jnp.cumsum(g, axis=1))
         until = until[..., None] if jnp.ndim(until) == 3 else until
         y += jnp.einsum("BLAK,BAKV->BLAV", scale * q * until, before).astype(y.dtype)
         return y, state
 
-    return run(q_BLAK, k_BLAK, v_BLAV, log_decay, state_BAKV)
+    return run(*inputs, state_BAKV)
 
 
-def by_head(attend, *tokens, scale, state_BAKV, chunk):
-    """`attend` of `tokens`, arrays [B, L, A, ...] or None, with sequences whole on every device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    batch, heads = _axes(tokens[0].shape, mesh)
-    token, state = PartitionSpec(batch, None, heads), PartitionSpec(batch, heads)
-
-    @functools.partial(
-        jax.shard_map,
-        in_specs=(state, *(token for _ in tokens)),
-        out_specs=(token, state),
-        check_vma=False,  # a pallas_call does not say over which axes its outputs vary
-    )
-    def run(state_BAKV, *tokens):
-        return attend(*tokens, scale=scale, state_BAKV=state_BAKV, chunk=chunk)
-
-    return run(state_BAKV, *tokens)
-
-
-def _axes(shape_BLAK, mesh):
-    """The axes of the mesh that split batch and heads, without those that this mesh does not have.
-
-    shard_map knows no other names, where a sharding of arrays takes them for axes of one part.
-    """
-
-    def known(axes):
-        axes = (axes,) if isinstance(axes, str) else axes or ()
-        return tuple(name for name in axes if name in mesh.shape)
-
-    batch, _, heads, _ = partition_letters("BLAK", shape_BLAK, mesh)
-    return known(batch), known(heads)
-
-
-def _kept(g):
-    """What is left of a state after all tokens of this part: [B, A, K or 1, 1], or 1."""
+def _decay_of_part(g):
+    """The decay of a state over all tokens of this part: [B, A, K or 1, 1], or 1."""
     if g is None:
         return jnp.ones(())
-    kept = jnp.exp(g.sum(axis=1))
-    return kept[..., None] if g.ndim == 4 else kept[..., None, None]
+    decay = jnp.exp(g.sum(axis=1))
+    return decay[..., None] if g.ndim == 4 else decay[..., None, None]
 
 
-def _combine(state_BAKV, added_BAKV, kept):
-    """The states before this device's part and after the last one's."""
-    added, kept = jax.lax.all_gather((added_BAKV, kept), SEQUENCE)
+def _combine(state_BAKV, added_BAKV, decay):
+    """The states before this device's part and after the last device's part."""
+    added, decay = jax.lax.all_gather((added_BAKV, decay), SEQUENCE)
     before = []
     for part in range(len(added)):
         before.append(state_BAKV)
-        state_BAKV = kept[part] * state_BAKV + added[part]
+        state_BAKV = decay[part] * state_BAKV + added[part]
     return jnp.stack(before)[jax.lax.axis_index(SEQUENCE)], state_BAKV

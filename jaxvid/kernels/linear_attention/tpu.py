@@ -1,9 +1,9 @@
-"""Linear attention in Pallas for TPU: one pass over the chunks forward, one in reverse backward.
+"""Linear attention in Pallas for TPU: one forward pass over the chunks, one backward in reverse.
 
-The state stays in VMEM while the chunks of a head pass by. The forward pass saves it at the start
-of every chunk, so that the backward pass computes no state again (the chunk form of GLA, Yang et
-al. 2024, with one decay per head that of Lightning Attention-2, Qin et al. 2024). Products take
-operands of the dtype of the inputs and add up in float32.
+The state of a head stays in VMEM from chunk to chunk. The forward pass saves the state before every
+chunk, so the backward pass recomputes no state. The chunk form is that of GLA (Yang et al. 2024),
+and with one decay per head that of Lightning Attention-2 (Qin et al. 2024). Products have operands
+in the dtype of the inputs and add up in float32.
 """
 
 import functools
@@ -14,11 +14,22 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxvid.kernels.linear_attention.chunked import GRAIN, LONGEST
+from jaxvid.kernels.chunks import LONGEST
+from jaxvid.kernels.pallas_tpu import (
+    IN_ORDER,
+    LANES,
+    arrange,
+    decays,
+    dot,
+    inner,
+    iota,
+    state_spec,
+    times,
+    token_specs,
+)
 
-CHUNK = 256  # below about 350 (v5e) to 990 (v6e) the memory is the limit, so larger costs nothing
-CHUNK_BY_CHANNEL = 128  # each doubling is one more product of this size
-LANES = 128
+CHUNK = 256  # up to about 350 (v5e) to 990 (v6e) the memory is the limit, so size costs no time
+CHUNK_PER_CHANNEL = 128  # every doubling adds one product of this size
 
 
 def linear_attention(q_BLAK, k_BLAK, v_BLAV, log_decay, *, scale, state_BAKV, chunk):
@@ -26,7 +37,7 @@ def linear_attention(q_BLAK, k_BLAK, v_BLAV, log_decay, *, scale, state_BAKV, ch
     B, L, A = q_BLAK.shape[:3]
     g = jnp.zeros((B, L, A)) if log_decay is None else log_decay
     by_channel = g.ndim == 4
-    chunk = chunk or (CHUNK_BY_CHANNEL if by_channel else CHUNK)
+    chunk = chunk or (CHUNK_PER_CHANNEL if by_channel else CHUNK)
     chunk = LANES * pl.cdiv(min(chunk, LONGEST, L), LANES)
     if by_channel:
         chunk = pl.next_power_of_2(chunk)
@@ -36,15 +47,9 @@ def linear_attention(q_BLAK, k_BLAK, v_BLAV, log_decay, *, scale, state_BAKV, ch
     return y_BALV[:, :, :L].swapaxes(1, 2), state_BAKV
 
 
-def arrange(x_BLA, chunk):
-    """[B, L, A, ...] -> [B, A, L, ...], filled up with zeros to whole chunks."""
-    rest = [(0, 0)] * (x_BLA.ndim - 2)
-    return jnp.pad(x_BLA, [(0, 0), (0, -x_BLA.shape[1] % chunk), *rest]).swapaxes(1, 2)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(chunk, q_BALK, k_BALK, v_BALV, g, state_BAKV):
-    """(y_BALV, state_BAKV) of whole chunks; g is [B, A, 1, L] or [B, A, L, K]."""
+    """(y_BALV, state_BAKV) for a whole number of chunks; g is [B, A, 1, L] or [B, A, L, K]."""
     return _forward(chunk, q_BALK, k_BALK, v_BALV, g, state_BAKV, save=False)[:2]
 
 
@@ -120,30 +125,12 @@ def _backward(chunk, q_BALK, k_BALK, v_BALV, g, before_BASKV, dy_BALV, dstate_BA
     )(*inputs)
 
 
-IN_ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
-
-
-def token_specs(chunk, order):
-    """width -> the block [G, width] of a chunk's tokens; None -> [1, G], one number for each."""
-
-    def spec(width):
-        if width is None:
-            return pl.BlockSpec((None, None, 1, chunk), lambda b, a, n: (b, a, 0, order(n)))
-        return pl.BlockSpec((None, None, chunk, width), lambda b, a, n: (b, a, order(n), 0))
-
-    return spec
-
-
-def state_spec(K, V):
-    return pl.BlockSpec((None, None, K, V), lambda b, a, n: (b, a, 0, 0))
-
-
 def _saved_spec(K, V, order):
     return pl.BlockSpec((None, None, None, K, V), lambda b, a, n: (b, a, order(n), 0, 0))
 
 
 def cost(chunk, K, V, inputs, outputs, *, by_channel, backward=False):
-    """What a kernel executes, whole [G, G] tiles included, and what it moves."""
+    """What a kernel computes, with whole [G, G] tiles, and the bytes that it moves."""
     tokens = math.prod(inputs[0].shape[:3])
     levels = chunk.bit_length() - 1 if by_channel else 1
     if backward:
@@ -158,7 +145,7 @@ def cost(chunk, K, V, inputs, outputs, *, by_channel, backward=False):
     )
 
 
-# Kernels: a chunk of one head, with the state or its cotangent in scratch memory
+# Kernels: one chunk of one head, with the state or its cotangent in scratch memory
 
 
 def _forward_kernel(by_channel, q_ref, k_ref, v_ref, g_ref, first_ref, y_ref, last_ref, *rest):
@@ -171,7 +158,7 @@ def _forward_kernel(by_channel, q_ref, k_ref, v_ref, g_ref, first_ref, y_ref, la
     q, k, v, state_KV = q_ref[...], k_ref[...], v_ref[...], state_ref[...]
     for before_ref in saved:
         before_ref[...] = state_KV.astype(before_ref.dtype)
-    parts, read, write, keep = (_by_channel if by_channel else by_head)(g_ref[...])
+    parts, read, write, keep = (_decays_per_channel if by_channel else _decays_per_head)(g_ref[...])
     p_GH = sum(factor * dot(times(q, r), times(k, w), "GK,HK->GH") for factor, r, w in parts)
     y_GV = inner(q, k) * v + dot(p_GH.astype(v.dtype), v, "GH,HV->GV")
     y_GV += dot(times(q, read), state_KV.astype(q.dtype), "GK,KV->GV")
@@ -193,9 +180,9 @@ def _backward_kernel(by_channel, *refs):
 
     q, k, v, dy, before_KV = q_ref[...], k_ref[...], v_ref[...], dy_ref[...], before_ref[...]
     dstate_KV = dstate_ref[...]
-    parts, read, write, keep = (_by_channel if by_channel else by_head)(g_ref[...])
+    parts, read, write, keep = (_decays_per_channel if by_channel else _decays_per_head)(g_ref[...])
 
-    # Between tokens of the chunk, each with itself left out: no decay has a part in that.
+    # Between different tokens of the chunk. No decay acts from a token to itself; see the end.
     scores_GH = dot(dy, v, "GV,HV->GH")
     p_GH, dq, dk = 0.0, 0.0, 0.0
     for factor, r, w in parts:
@@ -210,8 +197,8 @@ def _backward_kernel(by_channel, *refs):
     dk_state = write * dot(v, dstate_KV.astype(v.dtype), "GV,KV->GK")
     dv += dot(times(k, write), dstate_KV.astype(k.dtype), "GK,KV->GV")
 
-    # b, the sum of decays up to a token, grows with its query and falls with its key. The last of
-    # a chunk grows with all that the next state takes over, but not with its own key.
+    # The gradient of b, the sum of log decays up to a token: plus q dq of the token, minus k dk. At
+    # the last token, plus what the state after the chunk receives, except from the token's own key.
     token_G1 = jax.lax.broadcasted_iota(jnp.int32, (q.shape[0], 1), 0)
     not_last = token_G1 < q.shape[0] - 1
     taken = jnp.where(not_last, k * dk_state, 0)
@@ -239,40 +226,26 @@ def _backward_kernel(by_channel, *refs):
         dfirst_ref[...] = dstate_ref[...]
 
 
-# The decays of a chunk: (parts, read, write, keep). The score of query i and an earlier key j is a
-# sum over the parts (factor_GH, r, w) of factor_ij (q_i r_i) (k_j w_j); a query reads the state
-# before the chunk with `read`, a key enters the state after it with `write`, where `keep` is left
-# of the state before. As everywhere, no exponent is positive.
+# The decays of a chunk: (parts, read, write, keep). The score of query i and an earlier key j is
+# the sum over the parts (factor_GH, r, w) of factor_ij (q_i r_i) (k_j w_j). `read` is the decay
+# from the state before the chunk to a query, `write` from a key to the state after the chunk,
+# `keep` from state to state. No exponent is positive.
 
 
-def by_head(g_1G):
-    """As `chunked._by_head`: what is a multiple of GRAIN adds up exactly, the rest is small."""
-    G = g_1G.shape[1]
-    i, j = iota(G, 0), iota(G, 1)
-    coarse_1G = jnp.round(g_1G / GRAIN) * GRAIN
-
-    def cumulative(x_1G):
-        """The sums up to each token, along a column and along a row."""
-        sum_G1 = jnp.sum(jnp.where(j <= i, x_1G, 0), axis=1, keepdims=True)
-        return sum_G1, jnp.sum(jnp.where(i == j, sum_G1, 0), axis=0, keepdims=True)
-
-    (coarse_G1, coarse_1G), (fine_G1, fine_1G) = map(cumulative, (coarse_1G, g_1G - coarse_1G))
-    between_GH = (coarse_G1 - coarse_1G) + (fine_G1 - fine_1G)
-    factor_GH = jnp.where(j < i, jnp.exp(jnp.where(j < i, between_GH, 0)), 0)
-    to_last_G1 = (coarse_G1[G - 1 :] - coarse_G1) + (fine_G1[G - 1 :] - fine_G1)
-    from_first_G1 = jnp.exp(coarse_G1 + fine_G1)
-    return [(factor_GH, 1.0, 1.0)], from_first_G1, jnp.exp(to_last_G1), from_first_G1[G - 1 :]
+def _decays_per_head(g_1G):
+    factor_GH, read, write, keep = decays(g_1G)
+    return [(factor_GH, 1.0, 1.0)], read, write, keep
 
 
-def _by_channel(g_GK):
-    """As `chunked._by_channel`: blocks are joined by pairs, each pair a part."""
+def _decays_per_channel(g_GK):
+    """As `chunked._within_per_channel`: blocks are joined in pairs, each level of pairs a part."""
     G = g_GK.shape[0]
     i, j = iota(G, 0), iota(G, 1)
     token_G1 = jax.lax.broadcasted_iota(jnp.int32, (G, 1), 0)
     since, until = g_GK, jnp.zeros_like(g_GK)
     parts, level = [], 0
     while (size := 1 << level) < G:
-        # The highest bit in which i and j differ is that of this level.
+        # Pairs of tokens whose highest different bit is that of this level.
         pair_GH = (j < i) & (jax.lax.shift_right_logical(i ^ j, level) == 1)
         parts.append((pair_GH.astype(jnp.float32), jnp.exp(since), jnp.exp(until)))
         right_G1, total = (token_G1 & size) != 0, since + until
@@ -280,23 +253,3 @@ def _by_channel(g_GK):
         until += jnp.where(right_G1, 0, pltpu.roll(total, G - size, 0))
         level += 1
     return parts, jnp.exp(since), jnp.exp(until), jnp.exp(since[G - 1 :]).T
-
-
-def times(x_GK, factor):
-    """A query or key with its decay, for the next product."""
-    return (x_GK * factor).astype(x_GK.dtype)
-
-
-def inner(x_GK, y_GK):
-    """The inner product of every token with itself, [G, 1]."""
-    return jnp.sum(x_GK.astype(jnp.float32) * y_GK.astype(jnp.float32), axis=1, keepdims=True)
-
-
-def iota(size, axis):
-    return jax.lax.broadcasted_iota(jnp.int32, (size, size), axis)
-
-
-def dot(a, b, letters):
-    """An einsum of two matrices; float32 operands count in full."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(letters, a, b, precision=precision, preferred_element_type=jnp.float32)

@@ -7,7 +7,7 @@ from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.sharding import shard_params
 from jaxvid.training import logging
 from jaxvid.training.guard import Guard
-from jaxvid.training.logging import Progress, duration, parameter_table
+from jaxvid.training.log import Progress, duration, parameter_table
 
 
 @pytest.mark.parametrize(

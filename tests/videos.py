@@ -1,12 +1,22 @@
-"""Small videos, made on the spot with PyAV."""
+"""Small videos, made with PyAV, and fields of config.data."""
 
 import av
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
+
+from jaxvid import prepare
+
+
+def data_config(name, path="", /, **changes):
+    """config.data of a source: windows of 4 frames of 48 pixels, without chance."""
+    fields = dict(name=name, path=str(path), frames=4, size=48, stride=1, batch_size=2, flip=False)
+    fields |= dict(crop="center", difficulty=0.0, num_clips=10, workers=0, threads=0)
+    return ConfigDict(fields | dict(text_tokens=0, text_width=8) | changes)
 
 
 def moving_bars(frames, height=48, width=64):
-    """uint8 [T, H, W, 3]: a bright bar whose place tells the frame's number."""
+    """uint8 [T, H, W, 3]: a bright bar; its position is the number of the frame."""
     video_THWC = np.full((frames, height, width, 3), 40, np.uint8)
     for number, picture_HWC in enumerate(video_THWC):
         left = number % (width // 4) * 4
@@ -14,10 +24,17 @@ def moving_bars(frames, height=48, width=64):
     return video_THWC
 
 
+def frame_numbers(video_THWC, period=16):
+    """The numbers, modulo `period` bars across, of frames of moving bars."""
+    columns = video_THWC.astype(float).mean((1, 3))
+    return (columns.argmax(1) * period // columns.shape[1]).tolist()
+
+
 def write_clip(path, frames=24, *, height=48, width=64, fps=24, codec=None, gop=8, metadata=None):
-    """Writes moving bars; the container is the path's suffix. Returns what was written."""
+    """Write moving bars; the suffix of the path is the container. Returns the frames."""
     codec = codec or {".webm": "libvpx", ".avi": "mpeg4"}.get(path.suffix, "libx264")
     video_THWC = moving_bars(frames, height, width)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         container.metadata.update(metadata or {})
         stream = container.add_stream(codec, rate=fps, options={"g": str(gop)})
@@ -30,29 +47,8 @@ def write_clip(path, frames=24, *, height=48, width=64, fps=24, codec=None, gop=
     return video_THWC
 
 
-def frame_numbers(video_THWC, period=16):
-    """The number (modulo `period` bars across) that the bar of each frame shows."""
-    columns = video_THWC.astype(float).mean((1, 3))
-    return (columns.argmax(1) * period // columns.shape[1]).tolist()
-
-
-@pytest.fixture
-def clip():
-    """The function (path, frames=24, ...) that writes a clip of moving bars."""
-    return write_clip
-
-
-@pytest.fixture
-def numbers():
-    """The function that reads frame numbers, modulo 16, off moving bars."""
-    return frame_numbers
-
-
-@pytest.fixture
-def hostile(tmp_path):
-    """A directory of files that are not what their names say, and one good clip."""
-    folder = tmp_path / "hostile"
-    folder.mkdir()
+def write_hostile(folder):
+    """Fill a folder with one good clip, one with broken tags, and four files that are no videos."""
     write_clip(folder / "good.mp4", frames=40)
     whole = (folder / "good.mp4").read_bytes()
     (folder / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
@@ -70,3 +66,10 @@ def hostile(tmp_path):
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return folder
+
+
+def prepare_here(src, out, *, size=48, frames=8, fps=0.0):
+    """The manifest of a prepared set; decodes in this process, as others take a second to start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "in_processes", lambda work, names, _: zip(names, map(work, names)))
+        return prepare.prepare(src, out, prepare.Recipe(size, frames, fps), workers=1)

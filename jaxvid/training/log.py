@@ -1,8 +1,7 @@
-"""What a run says while it runs, and how fast it is."""
+"""The console lines of a run and its speed."""
 
 import contextlib
 import math
-import resource
 import time
 
 import jax
@@ -12,7 +11,7 @@ from jaxvid.parallel.sharding import path_name
 
 
 class Log:
-    """Metrics of each step, looked at while the next one runs: logging never stalls the device."""
+    """Metrics of each step, fetched while the next one runs: logging never stalls the device."""
 
     def __init__(self, config, writer, progress, guard):
         self.every, self.steps = config.log.every, config.steps
@@ -25,9 +24,9 @@ class Log:
         self.pending = step, metrics, ids
 
     def settle(self, evaluation=None, always=False):
-        """Fetch the pending step, let the guard judge it, write it down when its turn has come.
+        """Fetch the metrics of the pending step, check them, and write them every `every` steps.
 
-        Or if it has been evaluated, or `always`.
+        Also written: a step with an evaluation, and any step if `always`.
         """
         if self.pending is None:
             return
@@ -41,11 +40,11 @@ class Log:
             self.writer.scalars(step, values)
             say(self.progress.line(step, values))
 
-    def make_up(self, step, evaluation):
-        """Write down the evaluation of a step that was settled without, before a stop."""
+    def catch_up(self, step, evaluation):
+        """Write the evaluation of a step that a stop prevented."""
         scores = _scores(evaluation)
         self.writer.amend(step, scores)
-        say("  ".join([f"step {step} made up", *_shown(scores)]))
+        say("  ".join([f"step {step} evaluated", *_shown(scores)]))
 
 
 def _scores(evaluation):
@@ -60,7 +59,7 @@ class Progress:
     """Speeds between two log lines, from the wall clock.
 
     `frames` and `flops` per step over all hosts; `machine` FLOP/s of all devices, None if unknown.
-    The clock starts when the first step is done, so that its compilation is in no figure.
+    The clock starts when the first step is done, so no figure includes its compilation.
     """
 
     def __init__(self, steps, frames, flops, machine):
@@ -69,7 +68,7 @@ class Progress:
         self.created, self.step = time.perf_counter(), None
 
     def settled(self, step):
-        """Tell that `step` is done; starts the clock once."""
+        """Note that `step` is done; the first call starts the clock."""
         if self.step is None:
             say(f"first step done, {duration(time.perf_counter() - self.created)} with compilation")
             self._restart(step)
@@ -78,7 +77,7 @@ class Progress:
         self.step, self.begin, self.waited, self.aside = step, time.perf_counter(), 0.0, 0.0
 
     def next(self, iterator):
-        """next(iterator), on the account of waiting for data."""
+        """next(iterator), counted as waiting for data."""
         begin = time.perf_counter()
         batch = next(iterator)
         if self.step is not None:
@@ -87,9 +86,9 @@ class Progress:
 
     @contextlib.contextmanager
     def outside(self, metrics):
-        """What happens within (evaluation, samples) is no part of a step's time.
+        """A context (evaluation, samples) that does not count as time of a step.
 
-        Waits first for the step that makes `metrics`, whose time it would swallow.
+        Waits first for the step that computes `metrics`, which does count.
         """
         jax.block_until_ready(metrics)
         begin = time.perf_counter()
@@ -130,7 +129,7 @@ class Progress:
 
 
 def figure(value, digits=5):
-    """A number to read: whole numbers and large ones without decimals, others to `digits`."""
+    """A number for people: whole and large numbers without decimals, others to `digits`."""
     value = float(value)
     is_whole = value.is_integer() or 10**digits <= abs(value) < math.inf
     return f"{value:.0f}" if is_whole else f"{value:.{digits}g}"
@@ -143,14 +142,6 @@ def duration(seconds):
     if hours:
         return f"{hours}h {minutes:02d}m"
     return f"{minutes}m {seconds:02d}s" if minutes else f"{seconds}s"
-
-
-def peak_bytes(device):
-    """Most memory ever in use: of the device where it keeps count, else of this process."""
-    stats = device.memory_stats()
-    if stats:
-        return stats["peak_bytes_in_use"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def say(*text):

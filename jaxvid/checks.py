@@ -1,0 +1,56 @@
+"""Checks of single values. Each raises UserError, one line with the field, its value and a remedy.
+
+A check stands beside the field that it bounds. `field` is the name that the field has there;
+`errors.within` adds the sections of the config around it.
+"""
+
+import math
+
+from jaxvid.errors import UserError
+
+
+def require(holds, field, value, remedy):
+    """Raise UserError with `remedy` unless `holds`. For rules that no other check states."""
+    if not holds:
+        raise UserError(f"{field}={value!r}: {remedy}")
+
+
+def choose(field, value, choices):
+    """`value` must be one of `choices`."""
+    require(value in choices, field, value, f"unknown; use one of {', '.join(map(str, choices))}")
+
+
+def finite(field, value):
+    """`value` must be neither infinite nor NaN."""
+    require(math.isfinite(value), field, value, "must be a finite number")
+
+
+def at_least(field, value, low):
+    """`value` must be finite and `low` or more."""
+    finite(field, value)
+    require(value >= low, field, value, f"must be at least {low}")
+
+
+def positive(field, value):
+    """`value` must be finite and more than 0."""
+    finite(field, value)
+    require(value > 0, field, value, "must be more than 0")
+
+
+def between(field, value, low, high):
+    """`value` must lie in [low, high]."""
+    require(low <= value <= high, field, value, f"must lie between {low} and {high}")
+
+
+def divides(field, value, whole, of):
+    """`value` must divide `whole`, which is called `of`."""
+    message = f"does not divide {of}={whole}; use a divisor of {whole}"
+    require(value >= 1 and whole % value == 0, field, value, message)
+
+
+def whole_numbers(field, values, low=1):
+    """`values` must be whole numbers of `low` or more. A sequence from the command line may hold
+    anything."""
+    for value in values:
+        is_whole = type(value) is int and value >= low
+        require(is_whole, field, values, f"{value!r} is not a whole number of at least {low}")

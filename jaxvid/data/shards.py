@@ -1,0 +1,236 @@
+"""The files of a data set that `jaxvid.prepare` or `jaxvid.tokenize` writes.
+
+Shards are ArrayRecord files; dataset.json, the manifest, lists them. A record is the length of its
+header (4 bytes, little-endian), the header (JSON: name, label, ...) and its content. A set grows in
+a folder beside its place and is moved there as a whole.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import struct
+import sys
+import time
+from collections.abc import Iterable, Iterator
+
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from jaxvid.errors import UserError
+
+SCHEMA = 1
+MANIFEST = "dataset.json"
+COMMANDS = {"h264": "jaxvid.prepare", "latents": "jaxvid.tokenize"}  # codec -> its command
+SHARD_BYTES = 2**28
+# Files in the folder where a set grows.
+_OWN = re.compile(r"(train|validation)-\d{5}.*|(dataset|journal)\.json(\.tmp\d+)?")
+
+
+def pack(header: dict, content: bytes) -> bytes:
+    """Header and content -> record."""
+    text = json.dumps(header).encode()
+    return struct.pack("<I", len(text)) + text + content
+
+
+def unpack(record: bytes) -> tuple[dict, bytes]:
+    """Record -> (header, content); ValueError if it is not a record."""
+    if len(record) < 4:
+        raise ValueError("is too short for a record")
+    (length,) = struct.unpack_from("<I", record)
+    return json.loads(record[4 : 4 + length]), record[4 + length :]
+
+
+# Reading
+
+
+def read_manifest(path: str, codec: str) -> dict:
+    """The dataset.json of a directory. Raises UserError unless it has this schema and codec.
+
+    codec: of the records, "h264" (`jaxvid.prepare`) or "latents" (`jaxvid.tokenize`).
+    """
+    remedy = f"write it with python -m {COMMANDS[codec]}"
+    try:
+        manifest = json.loads(pathlib.Path(path, MANIFEST).read_text())
+    except FileNotFoundError:
+        raise UserError(f"path={str(path)!r}: holds no {MANIFEST}; {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"path={str(path)!r}: bad {MANIFEST} ({error}); {remedy}") from error
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if schema != SCHEMA:
+        raise UserError(
+            f"path={str(path)!r}: {MANIFEST} has schema {schema}, not {SCHEMA}; {remedy} again"
+        )
+    if manifest["codec"] != codec:
+        raise UserError(f"path={str(path)!r}: holds {manifest['codec']}, not {codec}; {remedy}")
+    return manifest
+
+
+def open_split(path: str, manifest: dict, split: str):
+    """The records of a split, by index.
+
+    Raises UserError for a shard name with a directory in it and for a file of the wrong size.
+    """
+    paths = []
+    for shard in manifest["splits"][split]["shards"]:
+        file = pathlib.Path(path, shard["file"])
+        if file.name != shard["file"]:
+            raise UserError(
+                f"path={str(path)!r}: {MANIFEST} names the shard {shard['file']!r}, "
+                "which is not a plain file name; do not trust this set"
+            )
+        size = file.stat().st_size if file.is_file() else "no"
+        if size != shard["bytes"]:
+            raise UserError(
+                f"path={str(path)!r}: shard {file.name} has {size} bytes, "
+                f"{MANIFEST} says {shard['bytes']}; copy or prepare the set again"
+            )
+        paths.append(str(file))
+    return ArrayRecordDataSource(paths) if paths else []
+
+
+# Writing
+
+
+def reserve(out: str) -> tuple[pathlib.Path, pathlib.Path]:
+    """(absolute path of the new set, the folder beside it in which it grows).
+
+    Raises UserError unless `out` is free or an empty directory.
+    """
+    out = pathlib.Path(out).absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out={out}: exists already; remove it or choose another directory")
+    return out, out.with_name(out.name + ".partial")
+
+
+def clear(partial: pathlib.Path) -> None:
+    """Remove the files of a killed run from the folder in which a set grows.
+
+    Raises UserError if the folder holds any other file.
+    """
+    if not os.path.lexists(partial):
+        return
+    found = sorted(path.name for path in partial.iterdir()) if partial.is_dir() else ["is a file"]
+    foreign = [name for name in found if not _OWN.fullmatch(name)]
+    if foreign:
+        raise UserError(
+            f"out={partial}: is in the way and not from a killed run ({foreign[0]}); "
+            "move it, or choose another directory"
+        )
+    shutil.rmtree(partial)
+
+
+@contextlib.contextmanager
+def writing(out: str) -> Iterator[None]:
+    """Turn an OSError, such as that of a full disk, into a UserError that names `out`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"out={out}: {reason}; make room, or choose another directory") from error
+
+
+@contextlib.contextmanager
+def _as_os_error():
+    """ArrayRecordWriter raises RuntimeError for a full disk and similar failures."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+
+
+class Shards:
+    """Writes the ArrayRecord files of one split, each of SHARD_BYTES or little more.
+
+    records: the number of records in each file, at first of those that an earlier process wrote.
+    """
+
+    def __init__(self, folder: pathlib.Path, split: str, records: Iterable[int] = ()):
+        self._folder, self._split = folder, split
+        self._writer, self._size = None, 0
+        self.records = list(records)
+
+    def write(self, record: bytes) -> None:
+        if self._writer is None or self._size >= SHARD_BYTES:
+            self.close()
+            self.records.append(0)
+            # Random access reads groups, and neither H.264 nor latents compress further.
+            path = self._folder / f"{self._split}-{len(self.records) - 1:05d}"
+            self._writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+        with _as_os_error():
+            self._writer.write(record)
+        self._size += len(record)
+        self.records[-1] += 1
+
+    def close(self) -> None:
+        """Complete the current file; the next record begins another."""
+        if self._writer is not None:
+            with _as_os_error():
+                self._writer.close()
+            self._writer, self._size = None, 0
+
+    def finish(self) -> dict:
+        """Close, name the files by their number, and return their entry in the manifest."""
+        self.close()
+        shards = []
+        for number, records in enumerate(self.records):
+            stem = f"{self._split}-{number:05d}"
+            name = f"{stem}-of-{len(self.records):05d}.array_record"
+            path = self._folder / name
+            if not path.exists():  # a process may have been killed in this loop
+                (self._folder / stem).rename(path)
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            size = path.stat().st_size
+            shards.append({"file": name, "records": records, "bytes": size, "sha256": digest})
+        return {"records": sum(self.records), "shards": shards}
+
+
+def write_manifest(
+    folder: pathlib.Path,
+    codec: str,
+    fields: dict,
+    splits: dict[str, dict],
+    skipped: list[tuple[str, str]],
+) -> dict:
+    """Write dataset.json, the last file of a set, and return its content.
+
+    fields: of this codec alone. splits: {split: entry of its Shards}. skipped: (name, reason).
+    """
+    manifest = {"schema": SCHEMA, "codec": codec, **fields, "splits": splits}
+    manifest["skipped"] = [{"name": name, "reason": reason} for name, reason in skipped]
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    return manifest
+
+
+def refuse_empty(src: str, clips: dict[str, int]) -> None:
+    """Raise UserError if a split has no clips, {split: number}: training needs both."""
+    for split, number in clips.items():
+        if not number:
+            raise UserError(
+                f"src={src}: gives no clips for {split}; add videos of other scenes, readable "
+                "and long enough (names that differ only in a final _c<number> are one scene)"
+            )
+
+
+def progress(outcomes: Iterable[tuple], total: int, unit: str = "clips") -> Iterator[tuple]:
+    """Pass (name, outcome) pairs through and draw a bar on stderr, in place on a terminal.
+
+    An outcome that is a str is the reason for which a file was skipped.
+    """
+    begin = shown = time.monotonic()
+    skipped = 0
+    for done, (name, outcome) in enumerate(outcomes, 1):
+        yield name, outcome
+        skipped += isinstance(outcome, str)
+        now = time.monotonic()
+        if done == total or now - shown > (0.2 if sys.stderr.isatty() else 10.0):
+            shown = now
+            left = round((now - begin) / done * (total - done))
+            bar = "#" * (30 * done // total)
+            line = f"[{bar:<30}] {done}/{total} {unit}, {skipped} skipped, {left} s left"
+            end = "\r" if sys.stderr.isatty() and done < total else "\n"
+            print(f"{line:<75}", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,36 @@
+"""The interface of a data source."""
+
+import numpy as np
+
+SPLITS = ("train", "validation")
+
+
+class Source:
+    """The clips of one split, by index. `data.make_source` calls the class with (config, split).
+
+    num_classes: labels lie in [0, num_classes), or are all 0. captions: whether there are any.
+    tokenizer: digest of the tokenizer that encoded the clips; "" for a source of video.
+    """
+
+    num_classes: int = 0
+    captions: bool = False
+    tokenizer: str = ""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """The name of a clip in messages."""
+        raise NotImplementedError
+
+    def read(self, index: int, rng: np.random.Generator | None = None) -> dict:
+        """An example of clip `index`; `rng` makes the random choices, None takes the default.
+
+        "video" uint8 [T, H, W, 3], "label" and "caption" ("" if there is none). A source of encoded
+        clips has "latents" float32 [T, N, Z] or "tokens" int32 [T, N]; its "video" is present for
+        validation only.
+        """
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> dict:
+        return self.read(index)

@@ -1,0 +1,1 @@
+"""Evaluators: functions that take a run and return figures."""

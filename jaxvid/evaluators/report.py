@@ -1,0 +1,71 @@
+"""Figures as tables, and held-out clips as pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxvid import files
+from jaxvid.data import video
+from jaxvid.data.transforms import to_uint8
+from jaxvid.evaluators.held_out import mean, open_held_out, samples
+from jaxvid.tasks.base import Run
+from jaxvid.training.log import figure
+from jaxvid.training.state import EVALUATE, step_rng
+from jaxvid.training.writer import FPS
+
+SHOWN = 4  # clips in the pictures
+BASELINE = "_copy_last"  # suffix of a metric's baseline
+
+
+def tables(scores: dict[str, np.ndarray]) -> str:
+    """Scores as tables: by noise level, by frame, then single figures."""
+    scores = dict(scores)
+    parts = []
+    if (levels := scores.pop("loss_by_level", None)) is not None:
+        edges = np.linspace(0, 1, len(levels) + 1)
+        rows = [(f"{a:.1f} - {b:.1f}", f"{x:.5f}") for a, b, x in zip(edges, edges[1:], levels)]
+        parts.append(table(("noise level", "loss"), rows))
+    curves = {name: value for name, value in scores.items() if value.ndim == 1}
+    if curves:
+        frames = np.flatnonzero(~np.all(np.isnan(list(curves.values())), axis=0))
+        rows = [
+            # Blank if a metric is not defined, as a change is not at the first frame.
+            (str(f), *("" if np.isnan(c[f]) else f"{c[f]:.3f}" for c in curves.values()))
+            for f in frames
+        ]
+        rows.append(("mean", *(f"{mean(curve):.3f}" for curve in curves.values())))
+        parts.append(table(("frame", *curves), rows))
+        parts += [_comparison(name, curves) for name in curves if name + BASELINE in curves]
+    parts += [f"{name}  {figure(value)}" for name, value in scores.items() if value.ndim == 0]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells aligned to the right under their head."""
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in (head, *rows)
+    )
+
+
+def write_pictures(run: Run, folder: Path) -> None:
+    """Real clips above the model's output: evaluate.png a row each, evaluate.mp4 tiled."""
+    with open_held_out(run) as clips:
+        _, batch, _ = next(clips.batches(1))
+    batch = {name: np.asarray(rows[:SHOWN]) for name, rows in batch.items()}
+    real = batch["video"]
+    output = samples(run, batch, step_rng(run.config.seed, EVALUATE))
+    pairs = np.stack([real, to_uint8(np.asarray(output))])  # [2, B, T, H, W, 3]
+    rows = pairs.swapaxes(0, 1).reshape(-1, *real.shape[1:])
+    files.write(folder / "evaluate.png", video.contact_sheet(rows))
+    _, B, T, H, W, C = pairs.shape
+    tiled_THWC = pairs.transpose(2, 0, 3, 1, 4, 5).reshape(T, 2 * H, B * W, C)
+    video.write_mp4(folder / "evaluate.mp4", tiled_THWC, FPS)
+    print(f"pictures: {folder / 'evaluate.png'}, {folder / 'evaluate.mp4'}")
+
+
+def _comparison(name, curves):
+    better = np.flatnonzero(curves[name] > curves[name + BASELINE]).tolist()
+    frames = ", ".join(map(str, better)) or "none"
+    return f"{name} beats {name}{BASELINE} at frames: {frames}"

@@ -1,0 +1,74 @@
+"""The base of the mixers whose state has a constant size, and what several of them share."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxvid.layers.linear import Linear
+
+LOG_ZERO = -1e30  # the logarithm of an empty sum; differences of -inf would be NaN
+_SILU_INVERSE_OF_ONE = 1.2784645427610738
+
+
+class Recurrent(nn.Module):
+    """Fields, projections, context and gated output of a mixer with a state of constant size.
+
+    width: D. heads: A, divides D. grid: (H, W) of the tokens of a frame, for mixers with positions.
+    qk_norm: RMS-normalise queries and keys per head.
+    """
+
+    width: int
+    heads: int
+    grid: tuple[int, int] = (1, 1)
+    qk_norm: bool = True
+    dtype: Any = jnp.float32
+
+    window: ClassVar[int | None] = None
+    streams: ClassVar[bool] = True
+    constant_state: ClassVar[bool] = True
+
+    def prefill(self, context_BMD, tokens: int):
+        """Read the context as a frame before the first -> (y_BMD, state); it sees only itself."""
+        del tokens
+        y_B1MD, state = self(context_BMD[:, None])
+        return y_B1MD[:, 0], state
+
+    def _dense(self, features: int, name: str) -> Linear:
+        init = nn.initializers.xavier_uniform()
+        return Linear(features, dtype=self.dtype, kernel_init=init, name=name)
+
+    def _norm(self, name: str) -> nn.RMSNorm:
+        return nn.RMSNorm(dtype=self.dtype, name=name)
+
+    def _qkv(self, x_BTND):
+        """x_BTND -> q, k, v [B, T, N, A, K], queries and keys normalised."""
+        heads = (*x_BTND.shape[:3], self.heads, self.width // self.heads)
+        q, k, v = (self._dense(self.width, name)(x_BTND).reshape(heads) for name in "qkv")
+        return (self._norm("q_norm")(q), self._norm("k_norm")(k), v) if self.qk_norm else (q, k, v)
+
+    def _gated_out(self, y_BTNAK, x_BTND, gate: Callable):
+        """Normalise each head, join the heads, multiply by a gate of the input, and project.
+
+        At the start of training the gate lies within 1% of a constant: 1 for silu, 1/2 for the
+        sigmoid. A gate that starts as noise multiplies the output by random signs and by values
+        near zero, and training takes long to find out what is worth recalling.
+        """
+        y_BTND = self._norm("out_norm")(y_BTNAK).reshape(*y_BTNAK.shape[:3], self.width)
+        bias = _SILU_INVERSE_OF_ONE if gate is nn.silu else 0.0
+        logit_BTND = Linear(
+            self.width,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.variance_scaling(1e-4, "fan_in", "normal"),
+            bias_init=nn.initializers.constant(bias),
+            name="gate",
+        )(x_BTND)
+        return self._dense(self.width, "out")(y_BTND * gate(logit_BTND))
+
+
+def unit_length(x):
+    """x [..., K] -> x / |x|, computed in float32, in the dtype of x."""
+    h = x.astype(jnp.float32)
+    return (h * jax.lax.rsqrt(jnp.square(h).sum(-1, keepdims=True) + 1e-6)).astype(x.dtype)
