@@ -17,7 +17,7 @@ def unavailable(params, clips: int) -> str:
     if params is None:
         return "unavailable: no weights of I3D were given (--i3d)"
     if clips < frechet.MIN_SAMPLES:
-        return f"unavailable: needs at least {frechet.MIN_SAMPLES} held-out clips, and here are {clips}"
+        return f"unavailable: needs at least {frechet.MIN_SAMPLES} held-out clips; here are {clips}"
     return ""
 
 

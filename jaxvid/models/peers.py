@@ -11,6 +11,7 @@ import functools
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -85,6 +86,27 @@ class PeerWindow(nn.Module):
         y = attend(q, k, v, bias_ALM).reshape(B, H // side, W // side, side, side, D)
         y = y.swapaxes(2, 3).reshape(x_BHWD.shape)
         return Linear(D, dtype=self.dtype, name="out")(y)
+
+
+class PeerConv(nn.Module):
+    """Depth-wise 3 x 3 x 3 convolution that reads a frame and the two before, x_BTHWD -> y_BTHWD.
+
+    `blocks.PEG` without a state, equal to rounding: this one is a convolution of XLA.
+    """
+
+    @nn.compact
+    def __call__(self, x_BTHWD):
+        D = x_BTHWD.shape[-1]
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, 3, 1, D))
+        bias_D = self.param("bias", nn.initializers.zeros, (D,))
+        return bias_D + jax.lax.conv_general_dilated(
+            x_BTHWD,
+            kernel,
+            (1, 1, 1),
+            ((2, 0), (1, 1), (1, 1)),
+            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+            feature_group_count=D,
+        )
 
 
 class PeerTokenizer(nn.Module):
@@ -162,7 +184,7 @@ class PeerTokenizer(nn.Module):
         if self.position == "rel" and not over_time:
             layer["bias"] = ContinuousBias(self.heads, self.width)
         if self.time_peg if over_time else self.space_peg:
-            layer["peg"] = blocks.PEG()
+            layer["peg"] = PeerConv()
         return layer
 
     def encode(self, video_BTHWC, state=None):
@@ -188,7 +210,7 @@ class PeerTokenizer(nn.Module):
         shared_ANN = self.bias((H, W)) if self.position == "shared" and self.biased else None
         for layer in self.stacks[name]:
             if "peg" in layer:
-                x_BTHWD = x_BTHWD + layer["peg"](x_BTHWD)[0]
+                x_BTHWD = x_BTHWD + layer["peg"](x_BTHWD)
             if "window" in layer:
                 y = layer["window"](x_BTHWD.reshape(B * T, H, W, D))
             else:
@@ -221,9 +243,9 @@ class PeerTokenizer(nn.Module):
         """Convolution of the tokens at each location over time, laid out as `peg_layout` says."""
         B, T, H, W = shape
         if self.peg_layout == "peer_scrambled":
-            return peg(lanes_BTD.reshape(*shape, -1))[0].reshape(lanes_BTD.shape)
+            return peg(lanes_BTD.reshape(*shape, -1)).reshape(lanes_BTD.shape)
         x_BTHWD = lanes_BTD.reshape(B, H, W, T, -1).transpose(0, 3, 1, 2, 4)
-        return peg(x_BTHWD)[0].transpose(0, 2, 3, 1, 4).reshape(lanes_BTD.shape)
+        return peg(x_BTHWD).transpose(0, 2, 3, 1, 4).reshape(lanes_BTD.shape)
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """(H, W) of the tokens of frames of `size` (H, W) pixels; UserError unless patches fit."""

@@ -55,7 +55,7 @@ class Task(abc.ABC):
         return {}
 
     def inflate(self, weights: Tree, fields) -> Tree:
-        """Weights of another run, as this task starts from them. fields: config.task of that run."""
+        """Weights of another run, as this task starts from them. fields: its config.task."""
         del fields
         return weights
 

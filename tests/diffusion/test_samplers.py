@@ -22,7 +22,7 @@ ROWS = {
     "ad": (frame_schedules.ad(10, 8, 2, window=4), LINEAR, 0, ("joint", 4, 0)),
     "autoregressive": (frame_schedules.ad(6, 8, 8), LINEAR, 0, ("joint", 4, 0)),
     "blocks": (frame_schedules.block_causal(7, 8, block=2, s=4), ANCESTRAL, 0, ("joint", 4, 0)),
-    "sinks": (frame_schedules.pyramid(9, 8, 2.5, window=6), LINEAR, 4, ("joint", 6, 2)),
+    "sinks": (frame_schedules.pyramid(9, 8, 2.5, window=6), ANCESTRAL, 4, ("joint", 6, 2)),
     "factorised": (frame_schedules.pyramid(7, 8, 2.5), FLOW, 3, ("factorised", 8, 0)),
 }
 

@@ -48,6 +48,14 @@ QUANTIZED = {
 }
 
 
+PLAN = [0, 1, 4, 8]  # frames of the pieces of a clip
+
+
+def plan_of_latents(latents):
+    """An empty piece, a long one that fills every window, and single latents after it."""
+    return [1, 0, latents - 3, 1, 1]
+
+
 def apply(network, method, params, x, state):
     return network.apply(params, x, state, method=method)
 
@@ -71,7 +79,7 @@ def test_encoding_is_a_causal_stream(name):
     """A latent ends with the last frame of its group and depends on all of them."""
     encode, _, video, z = streams(name)
     assert jax.eval_shape(encode, video, None)[0].shape[:-1] == z.shape[:-1]
-    laws.streaming(encode, video, gradients=False)
+    laws.streaming(encode, video, plans=[PLAN], gradients=False)
     laws.image(encode, video)
     t = NETWORKS[name][1]
     laws.causality(encode, video, reach=t, first=lambda k: -(-k // t), gradients=False)
@@ -82,7 +90,7 @@ def test_decoding_is_a_causal_stream(name):
     _, decode, video, z = streams(name)
     assert jax.eval_shape(decode, z, None)[0].shape == video.shape
     T, t = z.shape[1], NETWORKS[name][1]
-    laws.streaming(decode, z, plans=([1] * T, [1, 1, 0, T - 2]), gradients=False)
+    laws.streaming(decode, z, plans=[plan_of_latents(T)], gradients=False)
     laws.image(decode, z)
     laws.causality(decode, z, first=lambda k: max(1 + (k - 1) * t, 0), gradients=False)
 
@@ -110,10 +118,10 @@ def test_codes_are_a_causal_stream(name):
     pixels, T = decode(z, None)[0], z.shape[1]
     assert (ids is None) == (name == "kl")
 
-    found, found_ids = quantize(laws.run(encode, video, laws.PLANS[0]))
+    found, found_ids = quantize(laws.run(encode, video, PLAN))
     np.testing.assert_allclose(found, z, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, found_ids, ids)
-    np.testing.assert_allclose(laws.run(decode, z, [1] * T), pixels, atol=1e-5)
+    np.testing.assert_allclose(laws.run(decode, z, plan_of_latents(T)), pixels, atol=1e-5)
 
     changes = []  # a code of few bits may not change with one frame
     for frame in (1, 6, 12):
@@ -151,46 +159,50 @@ def test_tokenizers_of_one_network_agree():
     network, quantizer = Patches(4, 4, patch=2), QUANTIZED["vq"][1]
     codec, tokenizer = Codec(network, quantizer), Tokenizer(network, quantizer)
     video = streams("cvivit")[2][:, :5]
-    params = codec.init(jax.random.key(0), video)["params"]
+    params = jax.jit(codec.init)(jax.random.key(0), video)["params"]
     shapes, carried = jax.eval_shape(lambda: tokenizer.init(jax.random.key(0), SIZE))
     shapes["codebook"] |= carried
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
     grid = tokenizer.grid(SIZE)
+    measured = {"mean_Z": np.arange(4, dtype=np.float32), "var": np.float32(9)}
+    frozen = FrozenTokenizer(tokenizer, {**params, "latents": measured}, "digest")
 
-    def in_pieces(method, x, *grid):
+    def in_pieces(method, params, x, *grid):
         first, state = method(params, x[:, :1], *grid)
         return jnp.concatenate([first, method(params, x[:, 1:], *grid, state)[0]], axis=1)
 
-    z, ids = (in_pieces(method, video) for method in (tokenizer.encode, tokenizer.tokens))
+    @jax.jit
+    def run(params, unit_params, video):
+        z = in_pieces(tokenizer.encode, params, video)
+        ids = in_pieces(tokenizer.tokens, params, video)
+        stored = [tokenizer.from_stored(params, x) for x in (z, ids)]
+        unit = frozen.encode(unit_params, video)[0]
+        units = [unit, *(frozen.from_stored(unit_params, x) for x in (z, ids))]
+        encoded = codec.apply({"params": params}, video, method="encode")
+        videos = [
+            in_pieces(tokenizer.decode, params, z, grid),
+            frozen.decode(unit_params, unit, grid)[0],
+            *(
+                codec.apply({"params": params}, latents, method="decode")
+                for latents in (encoded, encoded.z_BTHWZ)
+            ),
+        ]
+        return z, ids, encoded, stored, units, videos
+
+    z, ids, encoded, stored, units, videos = run(params, frozen.params, video)
     assert z.shape == (1, tokenizer.latents_for_frames(5), 15, tokenizer.channels)
     assert ids.shape == z.shape[:3] and ids.dtype == jnp.int32
-    for found in (z, ids):
-        np.testing.assert_allclose(tokenizer.from_stored(params, found), z, atol=1e-6)
-    rebuilt = in_pieces(tokenizer.decode, z, grid)
-    assert rebuilt.shape == video.shape and tokenizer.frames_for_latents(3) == 5
-
-    encoded = codec.apply({"params": params}, video, method="encode")
-    np.testing.assert_allclose(encoded.z_BTHWZ, z.reshape(1, 3, 3, 5, 4), atol=1e-6)
     np.testing.assert_array_equal(encoded.ids_BTHW, ids.reshape(1, 3, 3, 5))
-    for latents in (encoded, encoded.z_BTHWZ):
-        found = codec.apply({"params": params}, latents, method="decode")
-        np.testing.assert_allclose(found, rebuilt, atol=1e-5)
-
-    measured = {"mean_Z": np.arange(4, dtype=np.float32), "var": np.float32(9)}
-    frozen = FrozenTokenizer(tokenizer, {**params, "latents": measured}, "digest")
-    assert (frozen.grid(SIZE), frozen.latents_for_frames(5), frozen.frames_for_latents(3)) == (
-        (grid, 3, 5)
-    )
-    assert (frozen.channels, frozen.digest) == (4, "digest")
-    unit = frozen.encode(frozen.params, video)[0]
-    for found in (
-        unit,
-        frozen.from_stored(frozen.params, z),
-        frozen.from_stored(frozen.params, ids),
-    ):
+    for found in (encoded.z_BTHWZ.reshape(z.shape), *stored):
+        np.testing.assert_allclose(found, z, atol=1e-6)
+    for found in units:
         np.testing.assert_allclose(found, (z - np.arange(4)) / 3, atol=1e-6)
-    found = frozen.decode(frozen.params, unit, grid)[0]
-    np.testing.assert_allclose(found, rebuilt, atol=1e-5)
+    assert videos[0].shape == video.shape
+    for found in videos[1:]:
+        np.testing.assert_allclose(found, videos[0], atol=1e-5)
+    assert (frozen.grid(SIZE), frozen.channels, frozen.digest) == (grid, 4, "digest")
+    for each in (tokenizer, frozen):
+        assert (each.latents_for_frames(5), each.frames_for_latents(3)) == (3, 5)
 
 
 def test_pixels_are_tokens_and_back():
