@@ -27,7 +27,7 @@ from jaxvid.parallel import host
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # so that --help lists our flags under the entry point
 
-_NO_CONFIG = "config=: missing; name a config file, --config=configs/ar_diffusion.py"
+_NO_CONFIG = "--config=: missing; name a config file, --config=configs/ar_diffusion.py"
 
 # File errors that the user can correct outside the program.
 _DISK_ERRORS = (

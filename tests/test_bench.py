@@ -35,6 +35,7 @@ def settings(monkeypatch):
 MEMORY = ("state_mib", "live_mib", "program_mib")  # grow if a stream remembers all of it
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_stream(monkeypatch):
     monkeypatch.setattr(runs, "STREAMS", (40, 80))
     config = config_lib.read(FILE.replace("ar_diffusion", "tokenizer"))
@@ -48,6 +49,7 @@ def test_memory_does_not_grow_with_the_stream(monkeypatch):
         runs.stream(config_lib.read(FILE), None)
 
 
+@pytest.mark.slow
 def test_growing_memory_shows(monkeypatch):
     class Hoarder(runs.Latents):
         def decode(self, params, z_BTNZ, grid, state=None):
@@ -63,6 +65,7 @@ def test_growing_memory_shows(monkeypatch):
         assert figures[f"{name}_80"] > figures[f"{name}_40"] > 0
 
 
+@pytest.mark.slow
 def test_encoding_counts_only_the_encoder(monkeypatch):
     monkeypatch.setattr(timing, "SECONDS", 0.0)
     config = config_lib.read(FILE.replace("ar_diffusion", "tokenizer"))

@@ -67,8 +67,8 @@ def test_flags_reach_main_in_a_process():
 
 
 MISTAKES = [
-    ([], "error: config=: missing; name a config file"),
-    (["--config.steps=1"], "error: config=: missing; name a config file"),
+    ([], "error: --config=: missing; name a config file"),
+    (["--config.steps=1"], "error: --config=: missing; name a config file"),
     ([f"--config={FILE}x"], "no such file; did you mean"),
     ([f"--config={FILE}:size=huge"], "size=huge: choose one of tiny, s, b, l, xl"),
     ([f"--config={FILE}:sizes=b"], "no option 'sizes'; the options are size, data, cond"),

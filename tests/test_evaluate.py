@@ -20,6 +20,8 @@ from jaxvid.tasks import base
 from tests.tokenizer_runs import tokenizer_config, write_run
 from tests.videos import write_clip
 
+pytestmark = pytest.mark.slow
+
 
 class Task(base.Task):
     """Scores that are simple functions of the clip's id."""
@@ -189,7 +191,6 @@ def opened(workdir):
         yield run, clips
 
 
-@pytest.mark.slow
 def test_long_videos_are_reconstructed_as_streams(opened, monkeypatch):
     """At the training length, the scores of whole clips; pieces of another length, the same."""
     run, clips = opened

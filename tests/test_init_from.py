@@ -12,6 +12,8 @@ from jaxvid.training.adopt import adopt
 from jaxvid.training.state import TrainState
 from tests.tokenizer_runs import tokenizer_config, write_run
 
+pytestmark = pytest.mark.slow
+
 rng = np.random.default_rng(0)
 
 

@@ -18,6 +18,8 @@ from jaxvid.models.tokenizer import Tokenizer
 from tests.tokenizer_runs import gaussian, prepared, videos
 from tests.videos import data_config, prepare_here, write_clip
 
+pytestmark = pytest.mark.slow
+
 encode = functools.partial(tokenize.tokenize, fps=0)
 
 
@@ -148,7 +150,6 @@ def test_wrong_options_are_refused(tmp_path, options, message):
     assert not (tmp_path / "set").exists()
 
 
-@pytest.mark.slow
 def test_the_command(tmp_path):
     command = [sys.executable, "-m", "jaxvid.tokenize", "--workdir", str(gaussian())]
     command += ["--src", str(prepared()), f"--out={tmp_path / 'set'}"]

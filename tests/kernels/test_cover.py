@@ -19,6 +19,8 @@ from tests.kernels.harness import (
     value_and_grads,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def test_cover_is_complete():
     for one, other in itertools.combinations((2, 3, 8), 2):  # tokens, K, chunk

@@ -22,6 +22,8 @@ from tests.kernels.harness import (
     make,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("same", [False, True])
 def test_races_are_detected(same, capfd):

@@ -35,6 +35,7 @@ def build(frames=FRAMES, **options):
     return model, Partial(apply, params), x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 def test_obeys_the_laws(arrangement):
     """Two layers with a window of 3 see at least 4 frames back."""

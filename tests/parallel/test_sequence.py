@@ -24,6 +24,8 @@ from jaxvid.training.state import make_init
 from jaxvid.training.step import make_step
 from tests.laws import disturbed
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def mesh():
@@ -141,7 +143,6 @@ def losses(name, arrangement, mesh):
         return gradient(params, x)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, arrangement",
     # One mixer per kind of state: keys and values, a split matrix, a gathered matrix.
@@ -153,7 +154,6 @@ def test_a_network_computes_the_same_with_split_frames(mesh, name, arrangement):
         np.testing.assert_allclose(b, a, atol=2e-5, rtol=2e-4)
 
 
-@pytest.mark.slow
 def test_a_sample_is_the_same_with_split_frames(mesh):
     """A step of a sampler has any number of frames, as its schedule says, or none."""
     config = get_config("mixer=gla")

@@ -161,6 +161,7 @@ def test_a_run_stays_finite_and_each_branch_moves(kind):
     assert (metrics["adaptive"] == 1) == (kind != "joint")
 
 
+@pytest.mark.slow
 def test_the_adaptive_weight_compares_the_gradients_of_the_last_layer():
     """By differentiating the whole network in its last layer, in place of the shortcut."""
     gan = OPTIONS | dict(adaptive=True, video=0.3)

@@ -96,6 +96,7 @@ def test_a_mixer_of_constant_memory_recalls_through_its_state():
     assert accuracy["0.0,0.1"] > 0.9 and accuracy["100,100"] < 0.3  # chance is 1/8
 
 
+@pytest.mark.slow
 def test_one_layer_learns_to_recall_and_its_scores_match_its_samples():
     config = configuration("softmax", **{"task.model.depth": 1})
     learner, params, accuracy = learned(config, 150)

@@ -28,6 +28,8 @@ from tests.tokenizer_runs import (
 )
 from tests.videos import data_config
 
+pytestmark = pytest.mark.slow
+
 
 def diffusion_config(workdir, options="", **changes):
     """A model of the latents of the tokenizer in `workdir`."""
@@ -79,7 +81,6 @@ def test_latents_have_unit_scale_and_decode_alike():
     np.testing.assert_allclose(decoded, expected, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_from_pixels_to_a_stream(tmp_path):
     config = diffusion_config(gaussian())
     state = train(config, str(tmp_path))
@@ -144,7 +145,6 @@ def test_the_loss_is_that_of_pixels(tokenizer):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6 if tokenizer is coded else 1e-4)
 
 
-@pytest.mark.slow
 def test_trains_and_scores_from_stored_tokens(tmp_path):
     train(diffusion_config(coded(), **clips_of("latents", encoded(coded()))), str(tmp_path))
     run = open_run(str(tmp_path))

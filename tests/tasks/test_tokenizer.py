@@ -78,6 +78,7 @@ def test_every_choice_of_the_config_trains_and_scores(options):
     assert ("usage" in shapes) == ("kl" not in options)
 
 
+@pytest.mark.slow
 def test_training_moves_the_network_by_gradient_and_the_codebook_by_its_means():
     options = dict(quantizer__codes=32, quantizer__channels=4, images=0.0)
     task = Task(**fields("quantizer=vq", **options))
@@ -144,6 +145,7 @@ def test_options_that_a_stage_sets_are_refused(options, message):
         config_file.get_config(options)
 
 
+@pytest.mark.slow
 def test_a_step_draws_the_size_of_its_clips():
     def objective(**changes):
         task = Task(**fields("quantizer=fsq", **changes))

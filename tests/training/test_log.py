@@ -5,7 +5,7 @@ import pytest
 from jaxvid.errors import UserError
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.sharding import shard_params
-from jaxvid.training import logging
+from jaxvid.training import log
 from jaxvid.training.guard import Guard
 from jaxvid.training.log import Progress, duration, parameter_table
 
@@ -19,19 +19,18 @@ def test_duration(seconds, text):
 
 def test_parameter_table_names_shapes_numbers_and_axes():
     mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
-    params = {"block": {"kernel": jnp.zeros((8, 6)), "bias": jnp.zeros(6)}}
-    rules = ((r"kernel", ("fsdp", "tensor")),)
-    table = parameter_table(jax.device_put(params, shard_params(params, mesh, rules)))
+    params = {"block": {"up": {"kernel": jnp.zeros((8, 6)), "other": jnp.zeros(6)}}}
+    table = parameter_table(jax.device_put(params, shard_params(params, mesh)))
     assert [line.split() for line in table.splitlines()[1:]] == [
-        ["block/bias", "(6,)", "6"],
-        ["block/kernel", "(8,", "6)", "48", "fsdp,", "tensor"],
+        ["block/up/kernel", "(8,", "6)", "48", "fsdp,", "tensor"],
+        ["block/up/other", "(6,)", "6"],
         ["all", "54"],
     ]
 
 
 def test_speeds_leave_out_the_first_step_and_what_is_outside(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(logging.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(log.time, "perf_counter", lambda: now[0])
 
     def pass_time(seconds):
         now[0] += seconds

@@ -187,7 +187,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(small_disk, strai
     assert code != 0
     (line,) = stderr.strip().splitlines()
     assert line.startswith("error: workdir=") and "No space left on device" in line
-    assert "checkpoint 6 is whole" in line
+    assert "checkpoint 6 is complete" in line
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     finish(workdir, **options)
     assert list(losses(workdir)) == list(range(1, 13))
@@ -197,7 +197,9 @@ def test_a_disk_that_fills_up_while_orbax_writes(small_disk, monkeypatch):
     """The same without the look at the free space beforehand: orbax fails, the rest holds."""
     monkeypatch.setattr(checkpoint, "_require_room", lambda folder, state: None)
     config = toy.config(steps=12, task__width=1150, checkpoint__keep=5)
-    with pytest.raises(UserError, match=r"No space left on device.*checkpoint 6 is whole") as error:
+    with pytest.raises(
+        UserError, match=r"No space left on device.*checkpoint 6 is complete"
+    ) as error:
         train(config, str(small_disk))
     assert "\n" not in str(error.value)
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
