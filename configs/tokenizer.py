@@ -215,11 +215,18 @@ def _cvivit(config, chosen, t_patch, space, time):
         stem=field("split", "first frame: split (its own weights) or shared (repeated)"),
         patchify=field("linear", "linear or haar"),
         patch_norm=field(False, "normalise patches, which hides the brightness of flat ones"),
-        mixer=dict(name=field(mixer, "temporal mixer; set it by the config's option")),
+        mixer=_mixer(mixer),
     )
-    if mixer in ("softmax", "alibi"):
-        meaning = "latent frames that a latent frame sees, its own included"
-        config.task.network.mixer.window = field(8, meaning)
+
+
+def _mixer(name):
+    """The section of a temporal mixer. Attention has a window of latent frames."""
+    if name not in ("softmax", "alibi"):
+        return common.mixer(name, None)
+    meaning = "latent frames that a latent frame sees, its own included"
+    return dict(
+        name=field(name, "temporal mixer; set it by the config's option"), window=field(8, meaning)
+    )
 
 
 def _quantizer(name, tiny):

@@ -42,6 +42,11 @@ def between(field, value, low, high):
     require(low <= value <= high, field, value, f"must lie between {low} and {high}")
 
 
+def below(field, value, low, high):
+    """`value` must lie in [low, high), as decays and shares do."""
+    require(low <= value < high, field, value, f"must be at least {low} and less than {high}")
+
+
 def divides(field, value, whole, of):
     """`value` must divide `whole`, which is called `of`."""
     message = f"does not divide {of}={whole}; use a divisor of {whole}"

@@ -12,8 +12,8 @@ evaluate.json has it by frame.
 
 --i3d=FILE, the weights of I3D as .npz or .safetensors, adds FVD between real clips and the model's
 output, with its protocol, and the same distance between halves of the real clips, which shows its
-bias. Likewise --lpips=FILE adds LPIPS of reconstructions, if training named no file. Without
-weights these scores are unavailable; nothing replaces them.
+bias. --lpips=FILE adds LPIPS of reconstructions, with this file instead of the one of the training.
+Without weights these scores are unavailable; nothing replaces them.
 """
 
 import json

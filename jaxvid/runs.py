@@ -85,7 +85,7 @@ def _task_class(name: str) -> type[Task]:
     try:
         found = vars(importlib.import_module(module)).get("Task")
     except ModuleNotFoundError as error:
-        if not module.startswith(error.name):  # a package that the module imports is missing
+        if not f"{module}.".startswith(f"{error.name}."):  # an import in the module fails
             raise
         found = None
     if found is None:

@@ -2,7 +2,7 @@
 
     [--first_frames=clip.mp4]                    continue a clip
     [--prompt="a red square moves left"] [--label=3]   what a conditional model should show
-    [--schedule=ad --s=5 --steps=50 --guidance=1]      how frames are walked from noise to data
+    [--schedule=ad --s=5 --steps=50 --guidance=1]      the frame schedule
 
 Frames come out as a stream, each as soon as it is finished, from the averaged weights of the newest
 checkpoint. Prints the latency to the first frame, the speed with and without decoding and the peak

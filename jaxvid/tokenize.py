@@ -13,8 +13,8 @@ clips pass through the tokenizer's stream in pieces, so memory for activations d
 decoded whole, one byte a colour. The set holds tokens if the tokenizer has codes, and otherwise
 float32 latents; for validation also the frames, lossless.
 
-The same command resumes after a kill, also in the middle of a video. Lost are only the work since
-the last save, SAVE_SECONDS at most, and the clips then in progress, which start again. The set
+The same command resumes after a kill, also in the middle of a video. A kill loses the work
+since the last save, SAVE_SECONDS at most, and the clips in progress, which start again. The set
 appears at --out only when it is complete.
 """
 
@@ -143,7 +143,7 @@ class Encoder:
         self.shape = [latents, H * W] + ([] if codes else [frozen.channels])
         self.dtype = ("uint16" if codes <= 2**16 else "int32") if codes else "float32"
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnames="self")
     def _encode(self, params, video_u8, state):
         encode = self._tokenizer.encode if self.dtype == "float32" else self._tokenizer.tokens
         return encode(params, normalize(video_u8), state)

@@ -239,7 +239,7 @@ def main():
 
 if __name__ == "__main__":
     cli.define_config_flags()
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where it is not detected.")
-    flags.DEFINE_integer("num_processes", None, "Number of processes, where it is not detected.")
-    flags.DEFINE_integer("process_id", None, "Number of this process, where it is not detected.")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if it is not detected.")
+    flags.DEFINE_integer("num_processes", None, "Number of processes, if it is not detected.")
+    flags.DEFINE_integer("process_id", None, "Number of this process, if it is not detected.")
     cli.run(main)

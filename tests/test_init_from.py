@@ -141,5 +141,5 @@ def test_another_task_or_weights_that_do_not_fit_are_refused(images):
     with pytest.raises(UserError, match=r"init_from=.*: holds a run of task 'tokenizer'"):
         open_weights(str(images), "ar_diffusion", "init_from")
     _, state = first_state(tokenizer_config("quantizer=kl"))
-    with pytest.raises(UserError, match="no weights of these names and shapes"):
+    with pytest.raises(UserError, match="no array of that run has a name and shape"):
         adopt(state, {"other": np.zeros(3)})

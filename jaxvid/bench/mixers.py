@@ -46,8 +46,8 @@ def measure():
 def efficiency_length(lengths, costs, quadratic):
     """The length from which a linear cost stays below a quadratic one (CAB, Zhang et al. 2023).
 
-    Least squares of d n + e and of a n^2 + b n + c; the last crossing of the two, 0 where the
-    linear one is always lower. NaN where `quadratic` does not bend upwards.
+    Least squares of d n + e and of a n^2 + b n + c; the last crossing of the two, 0 if the
+    linear one is always lower. NaN if `quadratic` does not bend upwards.
     """
     a, b, c = np.polyfit(lengths, quadratic, 2)
     d, e = np.polyfit(lengths, costs, 1)

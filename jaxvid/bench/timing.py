@@ -25,7 +25,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "numpy", "grain", "av")
 def use(platform):
     """Select the platform of all later computation: cpu, gpu (or cuda, rocm) or tpu.
 
-    To be called before JAX has looked for devices. UserError where it finds none of that platform.
+    Call it before JAX looks for devices. Raises UserError if it finds none of that platform.
     """
     jax.config.update("jax_platforms", platform)
     try:

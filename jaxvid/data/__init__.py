@@ -48,7 +48,7 @@ def _find(name):
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
-        if not path.startswith(error.name):  # the module is there, a package that it needs is not
+        if not f"{path}.".startswith(f"{error.name}."):  # an import in the module fails
             raise
         return None
     found = vars(module).get("Source")

@@ -19,15 +19,16 @@ BASELINE = "_copy_last"  # suffix of a metric's baseline
 
 
 def tables(scores: dict[str, np.ndarray]) -> str:
-    """Scores as tables: by noise level, by frame, then single figures."""
+    """Scores as tables: by noise level, by frame (one for each length), then single figures."""
     scores = dict(scores)
     parts = []
     if (levels := scores.pop("loss_by_level", None)) is not None:
         edges = np.linspace(0, 1, len(levels) + 1)
         rows = [(f"{a:.1f} - {b:.1f}", f"{x:.5f}") for a, b, x in zip(edges, edges[1:], levels)]
         parts.append(table(("noise level", "loss"), rows))
-    curves = {name: value for name, value in scores.items() if value.ndim == 1}
-    if curves:
+    by_frame = {name: value for name, value in scores.items() if value.ndim == 1}
+    for length in sorted({len(curve) for curve in by_frame.values()}):
+        curves = {name: curve for name, curve in by_frame.items() if len(curve) == length}
         frames = np.flatnonzero(~np.all(np.isnan(list(curves.values())), axis=0))
         rows = [
             # Blank if a metric is not defined, as a change is not at the first frame.

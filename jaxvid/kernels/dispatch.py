@@ -23,7 +23,7 @@ class Flops(NamedTuple):
     """FLOPs of one call, as functions of the abstract values of its operands.
 
     all_pairs: every pair of a query and a key counts, also a masked pair that is skipped. executed:
-    what the call computes; None where the call has a body whose products can be counted.
+    what the call computes; None if the call has a body whose products can be counted.
     """
 
     all_pairs: Callable[..., int]

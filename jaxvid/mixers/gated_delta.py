@@ -66,7 +66,7 @@ class GatedDelta(Recurrent):
     def _per_head(self, name: str) -> Linear:
         """A projection to one number per head, of variance 1/3 at initialisation.
 
-        So has the released layer. Xavier's rule would give variance 2. The mean of exp(x) is
+        The released layer does the same. Xavier's rule would give variance 2. The mean of exp(x) is
         exp(variance / 2), so decays would then be over twice as strong on average as their biases
         say.
         """

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from jaxvid.checks import at_least, choose, require
+from jaxvid.checks import at_least, choose, finite, require
 from jaxvid.errors import within
 from jaxvid.layers.embed import grid_sincos, sinusoid
 from jaxvid.layers.linear import Linear
@@ -172,6 +172,7 @@ class DiT(nn.Module):
         for name in ("width", "depth"):
             at_least(name, getattr(self, name), 1)
         check_heads(self.width, self.heads)
+        finite("mlp_ratio", self.mlp_ratio)
         message = f"leaves width={self.width} no hidden unit; use 4"
         require(self.width * self.mlp_ratio >= 1, "mlp_ratio", self.mlp_ratio, message)
         choose("arrangement", self.arrangement, ARRANGEMENTS)

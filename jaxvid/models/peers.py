@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxvid.checks import choose
 from jaxvid.errors import UserError
 from jaxvid.layers.bias import (
     COSINE_SCALE,
@@ -151,6 +152,11 @@ class PeerTokenizer(nn.Module):
     unit: bool = False
     offset: float = 0.5
     dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        choose("position", self.position, POSITIONS)
+        choose("peg_layout", self.peg_layout, PEG_LAYOUTS)
+        super().__post_init__()
 
     def __call__(self, video_BTHWC):
         """Make all parameters, from a clip of 1 + t_patch frames or more."""

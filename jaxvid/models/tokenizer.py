@@ -17,8 +17,8 @@ class VideoTokenizer:
     a stream. Latents are flat within a frame, z_BTNZ; `grid` gives the rows and columns. The
     defaults are those of a tokenizer that has no weights and encodes each frame alone.
 
-    channels: Z of the latents. params: frozen weights, the argument of the methods; empty where
-    there are none or where they are trained. digest: a name that changes with the frozen weights,
+    channels: Z of the latents. params: frozen weights, the argument of the methods; empty if
+    there are none or if they are trained. digest: a name that changes with the frozen weights,
     "" without any.
     """
 
@@ -70,8 +70,9 @@ class Tokenizer(VideoTokenizer):
     """A network and a quantizer, to be trained.
 
     network: `CViViT`, `OmniTokenizer`, `ARVAE` or `PeerTokenizer`, with the features and channels
-    of quantizer, one of `layers.quantize`. Every method takes the weights, {"network", "codebook"},
-    as its argument. A latent is the output of the quantizer; for Gaussian latents it is the mean.
+    of quantizer, one of `layers.quantize`. Methods that compute take the weights, {"network",
+    "codebook"}, as their argument. A latent is the output of the quantizer, and the mean if latents
+    are Gaussian.
     """
 
     def __init__(self, network: nn.Module, quantizer: Any):

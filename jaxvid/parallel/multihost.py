@@ -18,7 +18,7 @@ def initialize(coordinator=None, num_processes=None, process_id=None):
     """Join the other processes; call before anything touches a device. Safe to call again.
 
     Without arguments and without JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID the
-    cluster is detected (Cloud TPU, Kubernetes, SLURM, Open MPI); where there is none this process
+    cluster is detected (Cloud TPU, Kubernetes, SLURM, Open MPI); without one, this process
     is a cluster of one, because only jax.distributed turns SIGTERM into a save.
     """
     if jax.distributed.is_initialized():
@@ -54,7 +54,7 @@ def _integer(value, variable):
 def _detect_or_alone():
     try:
         jax.distributed.initialize()
-    except ValueError as error:  # what jax raises where it finds no cluster
+    except ValueError as error:  # what jax raises without a cluster
         if "should be defined" not in str(error):
             raise
         address = f"localhost:{portpicker.pick_unused_port()}"

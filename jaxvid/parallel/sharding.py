@@ -11,7 +11,7 @@ BATCH_AXES = ("data", "fsdp")
 
 
 class ParamRule(NamedTuple):
-    """How parameters with a path that `pattern` is found in are split and updated.
+    """How parameters whose path matches `pattern` are split and updated.
 
     axes: mesh axes of the trailing dimensions, so that one rule serves a layer and a stack of
     layers. matrix: (in, out) dimensions, counted from the end, if it is a hidden matrix of a layer,
@@ -33,8 +33,8 @@ PARAM_RULES = (
     ParamRule(r"(^|/)(q|k|v|gate|decay_out|up)/bias$", ("tensor",)),
 )
 
-# Activations: axis letter -> mesh axes. Axes with any other letter are whole on each device. So is
-# `_`, for frames that are read one after another, and L, because most mixers need all earlier
+# Activations: axis letter -> mesh axes. Axes with any other letter are whole on each device: `_`
+# marks frames that are read one after another, and L is whole because most mixers need all earlier
 # tokens.
 LETTER_AXES = {"B": BATCH_AXES, "T": ("seq",), "A": ("tensor",)}
 

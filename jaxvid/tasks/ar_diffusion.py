@@ -106,7 +106,7 @@ class Task(Generator):
             if mixer.get("window"):
                 mixer["window"] = self._in_latents("mixer.window", self._latents, mixer["window"])
             model = DiT(grid=self.grid, **{**options, "dtype": jnp.dtype(options["dtype"])})
-            self.mixer = make_mixer(mixer, width=model.width, heads=model.heads)
+            self.temporal_mixer = make_mixer(mixer, width=model.width, heads=model.heads)
         return model
 
     def _check_sampler(self):
@@ -115,6 +115,7 @@ class Task(Generator):
             choose("memory", options["memory"], MEMORIES)
             between("steps", options["steps"], 1, self.noise.num_steps - 1)
             between("eta", options["eta"], 0, 1)
+            at_least("guidance", options["guidance"], 0)
             require(
                 options["guidance"] == 1 or kind != "none",
                 "guidance",
@@ -122,7 +123,7 @@ class Task(Generator):
                 "condition.kind='none' leaves nothing to guide by; use 1",
             )
             require(
-                self.mixer.streams or options["memory"] != "cache",
+                self.temporal_mixer.streams or options["memory"] != "cache",
                 "memory",
                 options["memory"],
                 "this mixer sees later frames and cannot stream; use none",
@@ -141,7 +142,7 @@ class Task(Generator):
     @property
     def window(self) -> int:
         """Latent frames that may be noisy at once: the attention window, else a training clip."""
-        return self.mixer.window or self._latents(self.frames)
+        return self.temporal_mixer.window or self._latents(self.frames)
 
     def schedule(self, frames: int) -> FrameSchedule:
         """The frame schedule for this many latent frames; UserError if there is none."""
@@ -306,6 +307,9 @@ class Task(Generator):
         Decoded in turn by `decode` they are the video of `sample` with memory "cache". The work
         between two yields is one call of one compiled program, however long the video.
         """
+        with within("sampler"):
+            memory, remedy = self.sampler["memory"], "a stream reads its cache; use cache"
+            require(memory == "cache", "memory", memory, remedy)
         arrays = {name: value for name, value in cond.items() if name in CONDITIONS}
         total = self._latents(frames or self.frames)
         given_BPNC, x_BFNC, state = self._begin(
@@ -348,13 +352,13 @@ class Task(Generator):
     def _predict(self, params, total, context_BME=None):
         """The network of a stream of `total` latent frames, with guidance, as samplers call it."""
         mixer = dict(self.model.mixer)
-        if not self.mixer.constant_state:
+        if not self.temporal_mixer.constant_state:
             # Nothing leaves a window as long as the stream, and a scan needs a cache of one size.
             mixer["window"] = total
         model = self.model.clone(mixer=mixer)
 
         def predict(x_BTNC, t_BT, state):
-            if self.mixer.streams:
+            if self.temporal_mixer.streams:
                 return self._apply(params, x_BTNC, t_BT, state=state, model=model)
             # A mixer that sees the future cannot continue: every call reads everything.
             return self._apply(params, x_BTNC, t_BT, context_BME, model=model)[0], state

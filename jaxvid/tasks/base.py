@@ -16,8 +16,9 @@ Batch = dict[str, jax.Array]
 class Task(abc.ABC):
     """What is trained: a class `Task` in the module `jaxvid.tasks.<config.task.name>`.
 
-    It is built from the other fields of `config.task`. Methods are pure and traceable. Settings
-    that cannot work raise UserError in `__init__`, named relative to `config.task`.
+    It is built from the other fields of `config.task`. `init`, `loss` and `evaluate` are pure and
+    traceable. Settings that cannot work raise UserError in `__init__`, named relative to
+    `config.task`.
 
     batch: {"video": uint8 [B, T, H, W, 3], "id": int32 [B], "label": int32 [B]}, with "text"
     float32 [B, M, E] if the data set embeds captions, and "latents" or "tokens" if it caches those
@@ -51,7 +52,7 @@ class Task(abc.ABC):
         """
 
     def frozen(self) -> Tree:
-        """Weights of frozen networks, an argument of every other method; {} if there are none."""
+        """Weights of frozen networks, the argument `frozen` of other methods; {} without any."""
         return {}
 
     def inflate(self, weights: Tree, fields) -> Tree:
@@ -65,7 +66,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def evaluate(self, params, batch: Batch, rng, *, frozen) -> dict[str, jax.Array]:
-        """Held-out metrics per example: {name: [B, ...]}, NaN where a metric is not defined."""
+        """Held-out metrics per example: {name: [B] or [B, F]}, NaN if a metric is not defined."""
 
     @abc.abstractmethod
     def sample(self, params, rng, cond: dict, *, frozen, frames: int | None = None) -> jax.Array:

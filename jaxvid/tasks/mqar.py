@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxvid.checks import choose
 from jaxvid.data.mqar import BLANK
 from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError, within
 from jaxvid.models.recall import Recall
 from jaxvid.tasks import base
+
+DTYPES = ("float32", "bfloat16")
 
 
 class Task(base.Task):
@@ -23,6 +26,7 @@ class Task(base.Task):
     def __init__(self, *, vocabulary: int, pairs: tuple[int, ...], model):
         self.vocabulary, self.pairs = vocabulary, tuple(pairs)
         with within("model"):
+            choose("dtype", model["dtype"], DTYPES)
             self.model = Recall(vocabulary, **{**model, "dtype": jnp.dtype(model["dtype"])})
 
     def check(self, source):

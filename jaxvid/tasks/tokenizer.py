@@ -181,7 +181,7 @@ class Task(Autoencoder):
         return {**weights, "network": {**network, **grown}}
 
     def loss(self, params, batch, rng, *, step, frozen, extra):
-        """Error of the clips and of the images among them, a frame counting as a frame."""
+        """Error of the clips and of their images, every frame with the same weight."""
         video_BTHWC = normalize(batch["video"])
         run = functools.partial(self._loss, params, step=step, frozen=frozen, extra=extra)
         if not self.sizes:
@@ -204,16 +204,16 @@ class Task(Autoencoder):
         if self.num_images:
             parts.append(self._images(video_BTHWC, rng_images))
 
-        # One quantizer sees all tokens: rows of clips, each with those of its images behind. So a
-        # sample, to a loss that sums over it, is a clip with its images, as the frames that the
-        # error averages over are: more images do not loosen the pull on a clip's latents.
+        # One quantizer call sees all tokens. Row b holds clip b and its images, so a loss that is
+        # summed per row weighs a clip the same for any number of images.
         B = video_BTHWC.shape[0]
         features = [self.tokenizer.features(params, part)[0] for part in parts]
         rows = [z_BTNZ.reshape(B, -1, z_BTNZ.shape[-1]) for z_BTNZ in features]
         z_BLZ = jnp.concatenate(rows, axis=1)
         quantizer = self.tokenizer.quantizer
         q_BLZ, ids_BL, aux = quantizer(z_BLZ, params["codebook"], rng=rng_latent)
-        # Latents as `encode` gives them, which draws none: Gaussian ones, without ids, are means.
+        # The moments are of latents as `encode` gives them. Gaussian latents are then means: only
+        # training draws.
         fixed_BLZ = quantizer(z_BLZ, params["codebook"])[0] if ids_BL is None else q_BLZ
         fixed_BLZ = jax.lax.stop_gradient(fixed_BLZ)
         fixed_BTNZ = fixed_BLZ[:, : rows[0].shape[1]].reshape(*features[0].shape[:3], -1)

@@ -27,7 +27,10 @@ def adopt(state, weights):
     params, extra = (jax.tree_util.tree_map_with_path(take, x) for x in (state.params, state.extra))
     total = len(jax.tree.leaves((params, extra)))
     if len(left) == total:
-        raise UserError("init_from: that run has no weights of these names and shapes")
+        raise UserError(
+            "init_from: no array of that run has a name and shape of this one; name a run of "
+            "the same architecture"
+        )
     ema = jax.tree.map(jnp.copy, params) if state.ema else state.ema
     new = sorted({"/".join(name.split("/")[:3]) for name in left})
     line = f"{total - len(left)} of {total} arrays" + (f", all but {', '.join(new)}" if new else "")

@@ -5,7 +5,7 @@ import optax
 from ml_collections import ConfigDict
 from optax import contrib
 
-from jaxvid.checks import at_least, choose, finite, positive, require
+from jaxvid.checks import at_least, below, choose, positive
 from jaxvid.errors import within
 from jaxvid.parallel.sharding import find_rule, path_name
 
@@ -105,8 +105,7 @@ def _check(config):
     for name in ("lr", "muon_lr"):
         positive(name, config[name])
     for name in ("b1", "b2", "ema"):
-        finite(name, config[name])
-        require(0 <= config[name] < 1, name, config[name], "must be at least 0 and less than 1")
+        below(name, config[name], 0, 1)
     for name in ("warmup", "weight_decay", "clip", "skip_nonfinite"):
         at_least(name, config[name], 0)
     at_least("accumulate", config.accumulate, 1)

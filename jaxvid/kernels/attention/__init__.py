@@ -32,7 +32,7 @@ def attention(
     are integers: numpy arrays if known while tracing, so that masked pairs can be skipped, or
     traced arrays. `allow` broadcasts over both kinds. implementation: a name of IMPLEMENTATIONS, or
     "auto" for the first of cudnn and xla that applies. Raises UserError for an unknown name, and
-    NotImplementedError where the named implementation does not apply.
+    NotImplementedError if the named implementation does not apply.
     """
     return dispatch.run(
         IMPLEMENTATIONS,

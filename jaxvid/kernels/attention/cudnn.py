@@ -19,7 +19,7 @@ for _name in ("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper"):
 
 
 def attention(q_BLAK, k_BMAK, v_BMAK, *, q_position_L, k_position_M, allow, scale):
-    """As `reference.attention`. Raises NotImplementedError where cuDNN does not support it."""
+    """As `reference.attention`. Raises NotImplementedError if cuDNN does not support it."""
     L, M, K = q_BLAK.shape[1], k_BMAK.shape[1], q_BLAK.shape[3]
     if (cuda_capability() or 0) < 8:
         raise NotImplementedError("cuDNN's flash attention needs an NVIDIA GPU of Ampere or later")

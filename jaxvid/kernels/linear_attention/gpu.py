@@ -67,7 +67,7 @@ def linear_attention(q_BLAK, k_BLAK, v_BLAV, log_decay, *, scale, state_BAKV, ch
 
 
 def check(q_BLAK, k_BLAK, v_BLAV, log_decay):
-    """Raise NotImplementedError where `linear_attention` does not apply."""
+    """Raise NotImplementedError if `linear_attention` does not apply."""
     if triton is None:
         raise NotImplementedError(f"jax {jax.__version__} does not lower Pallas to Triton")
     capability = cuda_capability()

@@ -29,7 +29,7 @@ class Quantizer:
 
         z_q: [..., channels] float32; gradients pass through it to z. ids: [...] int32 in [0, size),
         None without codes. aux: float32 scalars, among them `loss`, a term of the training loss,
-        and where there are codes those of `usage`. codebook: trained and carried parts together.
+        and those of `usage` if there are codes. codebook: trained and carried parts together.
         rng: for latents drawn from a distribution; None gives their mean.
         """
         raise NotImplementedError

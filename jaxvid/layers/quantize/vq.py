@@ -56,8 +56,7 @@ class VQ(Quantizer):
         checks.at_least("codes", self.codes, 2)
         checks.at_least("channels", self.channels, 1)
         checks.at_least("commitment", self.commitment, 0)
-        remedy = "must be at least 0 (codes trained by gradient) and below 1"
-        checks.require(0 <= self.ema < 1, "ema", self.ema, remedy)
+        checks.below("ema", self.ema, 0, 1)
         checks.choose("estimator", self.estimator, ESTIMATORS)
         for name in ("restart", "kmeans"):
             value = getattr(self, name)
