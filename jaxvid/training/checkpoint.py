@@ -3,6 +3,7 @@
 <workdir>/ckpt/<step>/state    the TrainState
 <workdir>/ckpt/<step>/data     state of the data iterator, the same for any number of hosts
 <workdir>/ckpt/<step>/config   the config that made it
+<workdir>/ckpt/<step>/digests  a digest of each array of the state, and of the other two
 """
 
 import contextlib
@@ -21,7 +22,9 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxvid import config as config_lib
 from jaxvid.errors import UserError
-from jaxvid.training.restore import reason, remedy
+from jaxvid.training import digests
+from jaxvid.training.log import say
+from jaxvid.training.restore import UNVERIFIED, reason, remedy
 
 # Sections and fields that may differ when a run is resumed: they do not change what is learned,
 # except `steps`, which stretches a cosine schedule.
@@ -106,10 +109,13 @@ class Checkpoints:
 
     def save(self, step, state, iterator, metrics=None):
         """Save in the background; returns when the state may be donated."""
+        small = {"data": iterator.get_state(), "config": json.loads(self.config.to_json())}
+        sums = {name: digests.of_json(value) for name, value in small.items()}
+        sums["state"] = digests.of_arrays(state)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            data=ocp.args.JsonSave(iterator.get_state()),
-            config=ocp.args.JsonSave(json.loads(self.config.to_json())),
+            digests=ocp.args.JsonSave(sums),
+            **{name: ocp.args.JsonSave(value) for name, value in small.items()},
         )
         with self._one_line(f"save step {step}"):
             self.manager.wait_until_finished()
@@ -122,8 +128,7 @@ class Checkpoints:
         if step is None:
             return
         try:
-            items = ocp.args.Composite(config=ocp.args.JsonRestore())
-            saved = ConfigDict(self.manager.restore(step, args=items).config)
+            saved = ConfigDict(self._read(step, config=ocp.args.JsonRestore()).config)
         except Exception as error:
             raise UserError(
                 f"workdir={self.workdir}: checkpoint {step} is not one of jaxvid's "
@@ -159,11 +164,10 @@ class Checkpoints:
         step = self.manager.latest_step()
         if step is None:
             return None
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(shapes), data=ocp.args.JsonRestore()
-        )
         try:
-            restored = self.manager.restore(step, args=items)
+            restored = self._read(
+                step, state=ocp.args.StandardRestore(shapes), data=ocp.args.JsonRestore()
+            )
         except Exception as error:
             raise UserError(
                 f"workdir={self.workdir}: checkpoint {step} does not fit this model or is damaged "
@@ -171,6 +175,21 @@ class Checkpoints:
             ) from error
         iterator.set_state(restored.data)
         return step, restored.state
+
+    def _read(self, step, **items):
+        """Items of a checkpoint. Raises one of many errors unless they are what was saved."""
+        found = self.manager.restore(step, args=ocp.args.Composite(**items))
+        sums = digests.load(self.manager.directory / str(step))
+        if sums is None:
+            if "state" in items:
+                say(f"{self.workdir}: checkpoint {step} {UNVERIFIED}")
+            return found
+        for name in items:
+            if name == "state":
+                digests.check_arrays(found.state, sums["state"])
+            else:
+                digests.check_json(name, found[name], sums)
+        return found
 
     def _remedy(self):
         done = remedy(os.path.join(self.workdir, "ckpt"), self.manager.all_steps())

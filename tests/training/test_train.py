@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -101,8 +102,6 @@ def test_a_run_without_a_field_is_refused_by_field(finished):
 
 
 def test_a_checkpoint_of_something_else_is_refused(finished, tmp_path):
-    import shutil
-
     shutil.copytree(finished / "ckpt", tmp_path / "ckpt")
     shutil.rmtree(tmp_path / "ckpt" / "8" / "config")
     message = error_of(toy.config(), tmp_path)
@@ -111,8 +110,6 @@ def test_a_checkpoint_of_something_else_is_refused(finished, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_one_line(finished, tmp_path):
-    import shutil
-
     shutil.copytree(finished / "ckpt", tmp_path / "ckpt")
     for path in (tmp_path / "ckpt" / "8" / "state").rglob("*"):
         if path.is_file() and path.parent.name == "d":
@@ -123,6 +120,18 @@ def test_a_damaged_checkpoint_is_one_line(finished, tmp_path):
         f"cannot be read); choose another --workdir, or delete {tmp_path}/ckpt/8 to go on from "
         "step 2"
     )
+
+
+@pytest.mark.parametrize("name", ["params/up/kernel", "extra/seen", "data"])
+def test_a_flipped_bit_is_refused_and_named(finished, tmp_path, name):
+    shutil.copytree(finished / "ckpt" / "8", tmp_path / "ckpt" / "8")
+    if name == "data":
+        path = tmp_path / "ckpt" / "8" / "data" / "metadata"
+        path.write_text(path.read_text().replace("6", "7"))
+    else:
+        toy.damage(tmp_path, 8, name.replace("/", "."))
+    message = error_of(toy.config(checkpoint__every=2), tmp_path)
+    assert f"damaged ({name} differs from what was saved); choose" in message
 
 
 def test_more_steps_go_on_where_it_stopped(tmp_path, compiled, monkeypatch):

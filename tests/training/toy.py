@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore as ts
 from ml_collections import ConfigDict
 
 from jaxvid.data import source
@@ -103,6 +104,22 @@ def config(**changes):
         section, _, name = field.rpartition("__")
         (tree[section] if section else tree)[name] = value
     return tree
+
+
+def damage(workdir, step, name):
+    """Flip a bit of an array in a checkpoint, as a disk does: unseen by the files around it.
+
+    name: path of the array in the TrainState, "params.up.kernel".
+    """
+    folder = Path(workdir, "ckpt", str(step), "state")
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "ocdbt", "base": f"file://{folder.absolute()}", "path": name},
+    }
+    array = ts.open(spec).result()
+    values = array.read().result()
+    values.view(np.uint32).flat[0] ^= 1 << 20
+    array.write(values).result()
 
 
 CONFIG = """{
