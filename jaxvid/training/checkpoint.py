@@ -22,6 +22,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxvid import config as config_lib
 from jaxvid.errors import UserError
+from jaxvid.parallel import multihost
 from jaxvid.training import digests
 from jaxvid.training.log import say
 from jaxvid.training.restore import UNVERIFIED, reason, remedy
@@ -49,11 +50,13 @@ class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the last save.
 
     Saving is asynchronous and atomic: a folder without the suffix of a temporary one is whole.
-    Raises UserError for a full or read-only disk and for checkpoints of another run.
+    A damaged checkpoint is passed over and renamed if an earlier one is good. Raises UserError for
+    a full or read-only disk, for checkpoints of another run, and if none of them is good.
     """
 
     def __init__(self, workdir, config):
         self.workdir, self.config, self.manager = workdir, config, None
+        self.bad = {}  # {step of a damaged checkpoint: its error}
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_not_orbax)
         keep = [policies.LatestN(config.checkpoint.keep)]
@@ -123,17 +126,18 @@ class Checkpoints:
             self.manager.save(step, args=items, metrics=metrics, force=True)
 
     def check_config(self):
-        """Raise UserError if the newest checkpoint was made with another config."""
-        step = self.manager.latest_step()
-        if step is None:
-            return
-        try:
-            saved = ConfigDict(self._read(step, config=ocp.args.JsonRestore()).config)
-        except Exception as error:
-            raise UserError(
-                f"workdir={self.workdir}: checkpoint {step} is not one of jaxvid's "
-                f"({reason(error)}); {self._remedy()}"
-            ) from error
+        """Raise UserError if the newest readable checkpoint was made with another config."""
+        for step in self._good():
+            try:
+                saved = ConfigDict(self._read(step, config=ocp.args.JsonRestore()).config)
+            except Exception as error:
+                self.bad[step] = error
+                continue
+            return self._compare(saved)
+        self._require_good("is not one of jaxvid's")
+
+    def _compare(self, saved):
+        """Raise UserError if the config of a checkpoint is not that of this run."""
         before, now = config_lib.flatten(saved), config_lib.flatten(self.config)
         changed, added = [], []
         for field, old, new in config_lib.differences(saved, self.config):
@@ -157,27 +161,65 @@ class Checkpoints:
             )
 
     def restore(self, shapes, iterator):
-        """(step, state) of the newest checkpoint, and set `iterator` to its position; or None.
+        """(step, state) of the newest good checkpoint, and set `iterator` to its place; or None.
 
         `shapes` is the TrainState as ShapeDtypeStructs with shardings, of any mesh.
         """
-        step = self.manager.latest_step()
-        if step is None:
-            return None
-        try:
-            restored = self._read(
-                step, state=ocp.args.StandardRestore(shapes), data=ocp.args.JsonRestore()
-            )
-        except Exception as error:
+        items = {
+            "state": ocp.args.StandardRestore(shapes),
+            "data": ocp.args.JsonRestore(),
+            "config": ocp.args.JsonRestore(),
+        }
+        for step in self._good():
+            try:
+                restored = self._read(step, **items)
+            except Exception as error:
+                self.bad[step] = error
+                # An error of reading may be of one process alone, and then the others wait for it.
+                if jax.process_count() > 1 and not isinstance(error, digests.DamageError):
+                    break
+                continue
+            self._set_aside(step)
+            iterator.set_state(restored.data)
+            return step, restored.state
+        self._require_good("does not fit this model or is damaged")
+
+    def _good(self):
+        """Steps of the checkpoints that are not known to be bad, the newest first."""
+        return sorted(set(self.manager.all_steps()) - set(self.bad), reverse=True)
+
+    def _require_good(self, complaint):
+        """Raise UserError about the newest checkpoint, if there is any: none of them is good."""
+        if self.bad:
+            step, error = max(self.bad.items())
             raise UserError(
-                f"workdir={self.workdir}: checkpoint {step} does not fit this model or is damaged "
-                f"({reason(error)}); {self._remedy()}"
+                f"workdir={self.workdir}: checkpoint {step} {complaint} ({reason(error)}); "
+                f"{self._remedy()}"
             ) from error
-        iterator.set_state(restored.data)
-        return step, restored.state
+
+    def _set_aside(self, step):
+        """Rename the bad checkpoints; nothing is deleted. step: the one to go on from."""
+        if not self.bad:
+            return
+        for bad, error in sorted(self.bad.items()):
+            folder = self.manager.directory / str(bad)
+            names = (f"{bad}.damaged{number}" for number in ("", *range(2, 10**6)))
+            aside = next(
+                folder.parent / name for name in names if not (folder.parent / name).exists()
+            )
+            say(
+                f"{self.workdir}: checkpoint {bad} is damaged ({reason(error)}) and kept as "
+                f"{aside}; going on from step {step}"
+            )
+            multihost.together("names of checkpoints")  # all have looked
+            if jax.process_index() == 0:
+                with self._one_line(f"rename checkpoint {bad}"):
+                    os.rename(folder, aside)
+            multihost.together("renamed checkpoint")
+        self.manager.reload()
 
     def _read(self, step, **items):
-        """Items of a checkpoint. Raises one of many errors unless they are what was saved."""
+        """Items of a checkpoint. Raises one of many errors if they cannot be read or differ."""
         found = self.manager.restore(step, args=ocp.args.Composite(**items))
         sums = digests.load(self.manager.directory / str(step))
         if sums is None:

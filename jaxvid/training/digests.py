@@ -22,6 +22,10 @@ ITEM = "digests"  # its name in a checkpoint
 SMALL = 2**20  # bytes of an array that the host adds up before a device could compile the sum
 
 
+class DamageError(ValueError):
+    """What was read is not what was saved; all processes find the same."""
+
+
 def of_arrays(tree) -> dict[str, int]:
     """{path: digest} of the arrays of a tree. Large ones stay on their devices."""
     sums = {
@@ -50,17 +54,17 @@ def load(folder) -> dict | None:
 
 
 def check_arrays(tree, wanted: dict[str, int]) -> None:
-    """Raise ValueError, naming an array, unless the arrays of a tree have the digests `wanted`."""
+    """Raise DamageError, naming an array, unless the arrays of a tree have the digests `wanted`."""
     bad = [name for name, value in of_arrays(tree).items() if wanted.get(name) != value]
     if bad:
         more = f" and {len(bad) - 1} more arrays differ" if len(bad) > 1 else " differs"
-        raise ValueError(f"{bad[0]}{more} from what was saved")
+        raise DamageError(f"{bad[0]}{more} from what was saved")
 
 
 def check_json(name: str, value, wanted: dict) -> None:
-    """Raise ValueError unless the JSON item `name` has the digest `wanted[name]`."""
+    """Raise DamageError unless the JSON item `name` has the digest `wanted[name]`."""
     if wanted.get(name) != of_json(value):
-        raise ValueError(f"{name} differs from what was saved")
+        raise DamageError(f"{name} differs from what was saved")
 
 
 def _is_for_host(leaf):

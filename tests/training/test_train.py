@@ -11,6 +11,7 @@ import toy
 
 from jaxvid import config as config_lib
 from jaxvid.errors import UserError
+from jaxvid.runs import open_run
 from jaxvid.train import train
 from jaxvid.training.checkpoint import Checkpoints
 
@@ -101,37 +102,65 @@ def test_a_run_without_a_field_is_refused_by_field(finished):
     assert "task.refuse_to_sample: no field -> False); undo" in message
 
 
-def test_a_checkpoint_of_something_else_is_refused(finished, tmp_path):
-    shutil.copytree(finished / "ckpt", tmp_path / "ckpt")
-    shutil.rmtree(tmp_path / "ckpt" / "8" / "config")
-    message = error_of(toy.config(), tmp_path)
-    assert "checkpoint 8 is not one of jaxvid's (Item" in message
-    assert message.endswith(f"or delete {tmp_path}/ckpt/8 to go on from step 2")
-
-
-def test_a_damaged_checkpoint_is_one_line(finished, tmp_path):
-    shutil.copytree(finished / "ckpt", tmp_path / "ckpt")
-    for path in (tmp_path / "ckpt" / "8" / "state").rglob("*"):
+def cut_arrays(folder):
+    for path in (folder / "state").rglob("*"):
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    message = error_of(toy.config(checkpoint__every=2), tmp_path)
-    assert message == (
-        f"workdir={tmp_path}: checkpoint 8 does not fit this model or is damaged (arrays in it "
-        f"cannot be read); choose another --workdir, or delete {tmp_path}/ckpt/8 to go on from "
-        "step 2"
-    )
 
 
-@pytest.mark.parametrize("name", ["params/up/kernel", "extra/seen", "data"])
-def test_a_flipped_bit_is_refused_and_named(finished, tmp_path, name):
+def cut_config(folder):
+    path = folder / "config" / "metadata"
+    path.write_text(path.read_text()[:-9])
+
+
+def flip_digit(folder):
+    path = folder / "data" / "metadata"
+    path.write_text(path.read_text().replace("6", "7"))
+
+
+def damage(name):
+    return lambda folder: toy.damage(folder.parents[1], 8, name)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda folder: shutil.rmtree(folder / "config"), "is not one of jaxvid's (Item"),
+        (cut_config, "is not one of jaxvid's (a description in it is cut short or no JSON)"),
+        (cut_arrays, "does not fit this model or is damaged (arrays in it cannot be read)"),
+        (damage("params.up.kernel"), "damaged (params/up/kernel differs from what was saved)"),
+        (damage("extra.seen"), "damaged (extra/seen differs from what was saved)"),
+        (flip_digit, "damaged (data differs from what was saved)"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_if_it_is_the_only_one(finished, tmp_path, spoil, message):
     shutil.copytree(finished / "ckpt" / "8", tmp_path / "ckpt" / "8")
-    if name == "data":
-        path = tmp_path / "ckpt" / "8" / "data" / "metadata"
-        path.write_text(path.read_text().replace("6", "7"))
-    else:
-        toy.damage(tmp_path, 8, name.replace("/", "."))
-    message = error_of(toy.config(checkpoint__every=2), tmp_path)
-    assert f"damaged ({name} differs from what was saved); choose" in message
+    spoil(tmp_path / "ckpt" / "8")
+    found = error_of(toy.config(checkpoint__every=2), tmp_path)
+    assert f"workdir={tmp_path}: checkpoint 8 {message.partition('damaged')[0]}" in found
+    assert message in found
+    assert found.endswith(f"; choose another --workdir, or delete {tmp_path}/ckpt/8 to start again")
+    assert {path.name for path in (tmp_path / "ckpt").iterdir()} == {"8"}
+
+
+@pytest.mark.parametrize("spoil", [cut_config, cut_arrays, damage("ema.out.kernel")])
+def test_a_damaged_checkpoint_is_set_aside_for_an_earlier_one(finished, tmp_path, capsys, spoil):
+    """Nothing is deleted, and the end is that of a run that nothing happened to."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "ckpt" / "8.damaged").mkdir()  # of an earlier time
+    spoil(tmp_path / "ckpt" / "8")
+    before = {path.name: path.stat().st_size for path in (tmp_path / "ckpt" / "8").rglob("*")}
+    train(config_lib.load(finished / "config.json"), str(tmp_path))
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "is damaged" in x]
+    assert line.startswith(f"{tmp_path}: checkpoint 8 is damaged (")
+    assert line.endswith(f"and kept as {tmp_path}/ckpt/8.damaged2; going on from step 2")
+    aside = tmp_path / "ckpt" / "8.damaged2"
+    assert {path.name: path.stat().st_size for path in aside.rglob("*")} == before
+    losses = [line["loss"] for line in lines(finished)]
+    assert [line["loss"] for line in lines(tmp_path)] == losses
+    names = {path.name for path in (tmp_path / "ckpt").iterdir()}
+    assert names == {"2", "8", "8.damaged", "8.damaged2"}
+    assert open_run(str(tmp_path)).step == 8
 
 
 def test_more_steps_go_on_where_it_stopped(tmp_path, compiled, monkeypatch):
