@@ -1,8 +1,9 @@
 """Train a task: `python -m jaxvid.train --config=configs/ar_diffusion.py [--workdir=DIR]`.
 
-The same command resumes where the run stopped, on any number of devices and hosts; SIGTERM saves
-and exits with status 0. The work folder (default runs/<config name>) holds config.json,
-metrics.jsonl, ckpt/<step>/, tensorboard/ and samples/<step>/.
+The same command resumes where the run stopped, on any number of devices and hosts. SIGTERM and
+Ctrl-C save and exit with status 0; a second Ctrl-C stops at once. The work folder (default
+runs/<config name>) holds config.json, metrics.jsonl, ckpt/<step>/, tensorboard/ and
+samples/<step>/.
 
 On many hosts run this on each. Cloud TPU, Kubernetes, SLURM and Open MPI are detected; elsewhere
 give --coordinator=HOST:PORT --num_processes=N --process_id=I.
@@ -24,7 +25,7 @@ from jaxvid.parallel import multihost
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.sharding import batch_sharding, shard_params
 from jaxvid.runs import make_task, open_weights
-from jaxvid.training import flops
+from jaxvid.training import flops, interrupt
 from jaxvid.training.adopt import adopt
 from jaxvid.training.checkpoint import Checkpoints
 from jaxvid.training.guard import Guard
@@ -234,7 +235,8 @@ def main():
     """Entry point."""
     config, workdir = cli.config_from_flags()
     multihost.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
-    train(config, workdir)
+    with interrupt.saves():
+        train(config, workdir)
 
 
 if __name__ == "__main__":

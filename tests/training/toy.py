@@ -143,18 +143,23 @@ def main():
     """Trains the toy and writes the final state to <workdir>/final.npz; UserErrors as the CLI."""
     from jax.experimental.multihost_utils import process_allgather
 
+    from jaxvid.parallel import multihost
     from jaxvid.train import train
+    from jaxvid.training import interrupt
 
     workdir, changes = sys.argv[1], json.loads(sys.argv[2])
-    state = process_allgather(train(config(**changes), workdir), tiled=True)
+    multihost.initialize()
+    with interrupt.saves():
+        state = process_allgather(train(config(**changes), workdir), tiled=True)
     leaves = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
     if jax.process_index() == 0:
         np.savez(Path(workdir, "final.npz"), **leaves)
 
 
 if __name__ == "__main__":
-    from absl import logging
+    from absl import flags, logging
 
+    flags.FLAGS(sys.argv[:1])  # which grain reads in processes that load data
     logging.set_verbosity(logging.WARNING)
     install()
     try:
