@@ -29,6 +29,7 @@ from jaxvid.training import flops, interrupt
 from jaxvid.training.adopt import adopt
 from jaxvid.training.checkpoint import Checkpoints
 from jaxvid.training.guard import Guard
+from jaxvid.training.lock import locked
 from jaxvid.training.log import Log, Progress, parameter_table, say
 from jaxvid.training.optim import make_optimizer
 from jaxvid.training.state import make_init
@@ -53,6 +54,7 @@ def train(config, workdir):
         with contextlib.ExitStack() as stack:
             stack.enter_context(jax.set_mesh(mesh))
             stack.enter_context(_disk_errors(workdir))
+            stack.enter_context(locked(workdir))
             return _train(config, workdir, mesh, stack)
     except UserError:
         if is_new:

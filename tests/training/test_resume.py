@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -113,6 +114,24 @@ def straight(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "straight"
     finish(workdir, **LARGE)
     return workdir
+
+
+def test_a_folder_in_use_is_refused(straight):
+    """Not one that a killed run left locked."""
+    workdir = straight.with_name("locked")
+    with started(workdir, delay=0.3, **LARGE) as (process,):
+        wait_for(lambda: logged(workdir, 1), process)
+        code, err = run(workdir, **LARGE)
+        process.kill()
+        assert code == 1
+        assert err == (
+            f"error: workdir={workdir}: is in use by process {process.pid} on "
+            f"{socket.gethostname()}; wait for it, stop it, or choose another --workdir\n"
+        )
+    assert (workdir / "lock").exists()
+    finish(workdir, **LARGE)
+    assert not (workdir / "lock").exists()
+    assert_same_end(workdir, straight)
 
 
 def test_kill_at_a_random_step(straight):
