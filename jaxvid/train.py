@@ -10,14 +10,14 @@ give --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
 import contextlib
-import errno
+import os
 import tempfile
 from pathlib import Path
 
 import jax
 from absl import flags
 
-from jaxvid import cli, data
+from jaxvid import checks, cli, data, files
 from jaxvid import config as config_lib
 from jaxvid.errors import UserError, within
 from jaxvid.evaluators.held_out import HeldOut
@@ -46,7 +46,8 @@ def train(config, workdir):
     """
     multihost.initialize()
     config_lib.validate(config)
-    is_new = not Path(workdir).exists()
+    workdir = checks.local_path("workdir", workdir)
+    is_new = not os.path.exists(workdir)  # unlike Path.exists, also for a name that is too long
     _prepare(workdir, config)
     try:
         mesh = make_mesh(config.mesh)
@@ -188,7 +189,7 @@ def _disk_errors(workdir):
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in files.DISK_ERRORS:
             raise
         raise UserError(
             f"workdir={workdir}: cannot be written ({error.strerror}); checkpoints already saved "

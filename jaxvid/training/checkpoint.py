@@ -295,5 +295,5 @@ def _disk_trouble(error):
     """The disk error in a few words, from an OSError or a message of tensorstore; "" for others."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    complaints = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+    complaints = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG)
     return next((os.strerror(code) for code in complaints if os.strerror(code) in str(error)), "")

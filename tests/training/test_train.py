@@ -2,6 +2,7 @@
 
 import functools
 import json
+import resource
 import shutil
 
 import jax
@@ -301,3 +302,23 @@ def compiled():
 def test_a_work_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert "workdir=" in error_of(toy.config(), tmp_path / "file" / "run")
+    assert "(File name too long); choose" in error_of(toy.config(), tmp_path / ("x" * 300))
+    assert "holds the character NUL" in error_of(toy.config(), tmp_path / "a\0b")
+    assert "init_from='a\\x00b': holds the" in error_of(toy.config(init_from="a\0b"), tmp_path)
+    for changes in ({}, {"init_from": "s3://b/x"}):
+        workdir = tmp_path / "run" if changes else "gs://b/x"
+        assert "b/x': is not a folder of a file system" in error_of(toy.config(**changes), workdir)
+
+
+@pytest.fixture
+def small_files():
+    """No file of this process may have more than 64 KB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_files_that_become_too_large_are_one_line(tmp_path, small_files):
+    message = error_of(toy.config(task__width=512), tmp_path)
+    assert "cannot save" in message and "File too large" in message
