@@ -74,7 +74,7 @@ def _train(config, workdir, mesh, stack):
     config_lib.check_sequence(config, split_frames, mesh.shape["seq"])
     with within("optim"):
         tx, schedule = make_optimizer(config.optim, config.steps)
-    checkpoints = stack.enter_context(Checkpoints(workdir, config))
+    checkpoints = stack.enter_context(Checkpoints(workdir, config, source.digest))
     checkpoints.check_config()
     clips = stack.enter_context(contextlib.closing(_iterator(config, "train", mesh)))
     validation = stack.enter_context(contextlib.closing(_iterator(config, "validation", mesh)))

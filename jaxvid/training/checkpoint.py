@@ -3,7 +3,7 @@
 <workdir>/ckpt/<step>/state    the TrainState
 <workdir>/ckpt/<step>/data     state of the data iterator, the same for any number of hosts
 <workdir>/ckpt/<step>/config   the config that made it
-<workdir>/ckpt/<step>/digests  a digest of each array of the state, and of the other two
+<workdir>/ckpt/<step>/digests  digests of each array, of the other two and of the clips
 """
 
 import contextlib
@@ -45,6 +45,8 @@ FREE = (
     "optim.skip_nonfinite",
 )
 
+PATHS = ("data.path", "init_from")  # these may be spelled differently
+
 
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the last save.
@@ -52,10 +54,12 @@ class Checkpoints:
     Saving is asynchronous and atomic: a folder without the suffix of a temporary one is whole.
     A damaged checkpoint is passed over and renamed if an earlier one is good. Raises UserError for
     a full or read-only disk, for checkpoints of another run, and if none of them is good.
+    clips: the digest of the data source, which must not change; "" where the config decides.
     """
 
-    def __init__(self, workdir, config):
+    def __init__(self, workdir, config, clips=""):
         self.workdir, self.config, self.manager = workdir, config, None
+        self.clips = clips
         self.bad = {}  # {step of a damaged checkpoint: its error}
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_not_orbax)
@@ -114,7 +118,7 @@ class Checkpoints:
         """Save in the background; returns when the state may be donated."""
         small = {"data": iterator.get_state(), "config": json.loads(self.config.to_json())}
         sums = {name: digests.of_json(value) for name, value in small.items()}
-        sums["state"] = digests.of_arrays(state)
+        sums |= {"state": digests.of_arrays(state), "clips": self.clips}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             digests=ocp.args.JsonSave(sums),
@@ -133,15 +137,24 @@ class Checkpoints:
             except Exception as error:
                 self.bad[step] = error
                 continue
-            return self._compare(saved)
+            sums = digests.load(self.manager.directory / str(step)) or {}
+            return self._compare(saved, sums.get("clips", ""))
         self._require_good("is not one of jaxvid's")
 
-    def _compare(self, saved):
-        """Raise UserError if the config of a checkpoint is not that of this run."""
+    def _compare(self, saved, clips):
+        """Raise UserError if the config or clips of a checkpoint are not those of this run."""
         before, now = config_lib.flatten(saved), config_lib.flatten(self.config)
         changed, added = [], []
+        has_digests = bool(clips and self.clips)
+        if has_digests and clips != self.clips:
+            path = self.config.data.path
+            changed.append(f"data.path={path!r}: clips {clips} -> {self.clips}")
         for field, old, new in config_lib.differences(saved, self.config):
             if any(field == free or field.startswith(f"{free}.") for free in FREE):
+                continue
+            if field == "data.path" and has_digests:  # the clips may move
+                continue
+            if field in PATHS and _is_one_path(old, new):
                 continue
             if field in before:
                 changed.append(f"{field}: {old!r} -> {repr(new) if field in now else 'no field'}")
@@ -252,6 +265,10 @@ class Checkpoints:
                 f"workdir={self.workdir}: cannot {action} ({trouble}); {kept}; "
                 "make room or repair the folder and run the same command again"
             ) from error
+
+
+def _is_one_path(a, b):
+    return bool(a and b) and os.path.realpath(a) == os.path.realpath(b)
 
 
 def _not_orbax(record):

@@ -91,6 +91,28 @@ def test_another_config_is_refused_by_field(finished):
     assert (finished / "config.json").read_text() == before
 
 
+def test_clips_may_move_but_not_change(tmp_path):
+    for name, clips in (("a", "same"), ("b", "same"), ("c", "other")):
+        (tmp_path / name).write_text(clips)
+
+    def config(path, steps):
+        return toy.config(data__path=str(path), steps=steps)
+
+    train(config(tmp_path / "a", 1), str(tmp_path / "run"))
+    (tmp_path / "a").unlink()
+    assert int(train(config(tmp_path / "b", 2), str(tmp_path / "run")).step) == 2
+    message = error_of(config(tmp_path / "c", 3), tmp_path / "run")
+    assert f"another config (data.path='{tmp_path}/c': clips same -> other); undo" in message
+
+    # A checkpoint of an older version knows the path alone, which may be spelled differently.
+    shutil.rmtree(tmp_path / "run" / "ckpt" / "2" / "digests")
+    (tmp_path / "a").write_text("same")
+    message = error_of(config(tmp_path / "a", 3), tmp_path / "run")
+    assert f"(data.path: '{tmp_path}/b' -> '{tmp_path}/a'); undo" in message
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    assert int(train(config(tmp_path / "link", 3), str(tmp_path / "run")).step) == 3
+
+
 def test_a_run_without_a_field_is_refused_by_field(finished):
     """As one has it that was begun before the field was there."""
     message = error_of(toy.config(task__refuse_to_sample=False), finished)

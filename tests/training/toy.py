@@ -78,6 +78,7 @@ class Source(source.Source):
 
     def __init__(self, config, split):
         self.config, self.length = config, 64 if split == "train" else 16
+        self.digest = Path(config.path).read_text() if config.get("path") else ""
 
     def __len__(self):
         return self.length
