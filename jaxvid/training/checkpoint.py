@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import traceback
+from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
@@ -70,6 +71,7 @@ class Checkpoints:
                 policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
             )
         with self._one_line("open the checkpoints"):
+            self._set_metrics_aside()
             self.manager = ocp.CheckpointManager(
                 os.path.join(os.path.abspath(workdir), "ckpt"),
                 options=ocp.CheckpointManagerOptions(
@@ -84,6 +86,19 @@ class Checkpoints:
                     cleanup_tmp_directories=True,
                 ),
             )
+
+    def _set_metrics_aside(self):
+        """Rename scores of checkpoints that cannot be read: orbax would open no checkpoint then."""
+        if jax.process_index() == 0:
+            for file in Path(self.workdir, "ckpt").glob("*/metrics/metrics"):
+                try:
+                    json.loads(file.read_text())
+                except ValueError:
+                    aside = file.parent.with_name("metrics.damaged")
+                    whose = f"scores of checkpoint {file.parts[-3]}"
+                    say(f"{self.workdir}: {whose} are damaged and kept as {aside}")
+                    file.parent.rename(aside)
+        multihost.together("scores of checkpoints")
 
     def __enter__(self):
         return self

@@ -91,6 +91,14 @@ def test_another_config_is_refused_by_field(finished):
     assert (finished / "config.json").read_text() == before
 
 
+def test_damaged_scores_of_a_checkpoint_are_set_aside(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "ckpt" / "8" / "metrics" / "metrics").write_text('{"ms')
+    assert int(train(config_lib.load(finished / "config.json"), str(tmp_path)).step) == 8
+    assert "scores of checkpoint 8 are damaged" in capsys.readouterr().out
+    assert (tmp_path / "ckpt" / "8" / "metrics.damaged" / "metrics").read_text() == '{"ms'
+
+
 def test_clips_may_move_but_not_change(tmp_path):
     for name, clips in (("a", "same"), ("b", "same"), ("c", "other")):
         (tmp_path / name).write_text(clips)
