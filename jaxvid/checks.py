@@ -5,6 +5,8 @@ A check stands beside the field that it bounds. `field` is the name that the fie
 """
 
 import math
+import os
+import re
 
 from jaxvid.errors import UserError
 
@@ -13,6 +15,19 @@ def require(holds, field, value, remedy):
     """Raise UserError with `remedy` unless `holds`. For rules that no other check states."""
     if not holds:
         raise UserError(f"{field}={value!r}: {remedy}")
+
+
+def local_path(field, value):
+    """The path `value`, with ~ expanded; it must be one of the file systems of this machine."""
+    remote = "is not a folder of a file system, and others are not supported yet; name one here"
+    require(not re.match(r"\w[\w+.-]+://", str(value)), field, str(value), remote)
+    no_nul(field, str(value))
+    return os.path.expanduser(value)
+
+
+def no_nul(field, value):
+    """`value` must be a string that can be a path."""
+    require("\0" not in value, field, value, "holds the character NUL; take it out")
 
 
 def choose(field, value, choices):

@@ -10,7 +10,6 @@ and its `main` starts with `cli.config_from_flags()`. Entry points without a con
 their own and call `cli.run` alone.
 """
 
-import errno
 import functools
 import re
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from jaxvid import checks, files
 from jaxvid import config as config_lib
 from jaxvid.errors import UserError
 from jaxvid.parallel import host
@@ -28,13 +28,6 @@ FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # so that --help lists our flags under the entry point
 
 _NO_CONFIG = "--config=: missing; name a config file, --config=configs/ar_diffusion.py"
-
-# File errors that the user can correct outside the program.
-_DISK_ERRORS = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS),
-    *(errno.EDQUOT, errno.ENOSPC),
-    *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR),
-)
 
 
 def define_config_flags() -> None:
@@ -46,10 +39,17 @@ def define_config_flags() -> None:
         "Set a field with --config.optim.lr=1e-4; see --config_help.",
     )
     FLAGS["config"].parser = _ConfigParser()
-    flags.DEFINE_string(
-        "workdir", None, "Folder of the run. Default: runs/<config name>, then one -<choice> each."
+    define_path(
+        "workdir", "Folder of the run. Default: runs/<config name>, then one -<choice> each."
     )
     flags.DEFINE_boolean("config_help", False, "Print every config field and exit.")
+
+
+def define_path(
+    name: str, meaning: str, required: bool = False, default: str | None = None
+) -> None:
+    """Defines a flag that names a local file or folder; ~ is expanded."""
+    flags.DEFINE(_PathParser(name), name, default, meaning, required=required)
 
 
 def config_from_flags() -> tuple[ConfigDict, str]:
@@ -60,6 +60,7 @@ def config_from_flags() -> tuple[ConfigDict, str]:
     if FLAGS.config_help:
         print(describe(argument))
         sys.exit()
+    config_lib.expand_home(FLAGS.config)
     config_lib.validate(FLAGS.config)
     return FLAGS.config, FLAGS.workdir or default_workdir(argument)
 
@@ -103,9 +104,15 @@ def _main(main, commands, argv):
         _report("interrupted")
         return 130  # the status of shells for SIGINT
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if error.errno not in files.DISK_ERRORS:
             raise
-        return _report(f"{error.filename or 'disk'}: {error.strerror}")
+        return _report(f"{_shortened(error.filename or 'disk')}: {error.strerror}")
+
+
+def _shortened(path):
+    """A path for a message; a name that is too long for the disk is too long for the line too."""
+    text = str(path)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _unraisable(trouble):
@@ -120,6 +127,19 @@ def _report(error) -> int:
 
 
 # Flags
+
+
+class _PathParser(flags.ArgumentParser):
+    """Parser of paths whose errors are UserErrors."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def parse(self, path):
+        return checks.local_path(f"--{self.name}", path)
+
+    def flag_type(self):
+        return "path"
 
 
 class _ConfigParser(flags.ArgumentParser):

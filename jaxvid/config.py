@@ -7,6 +7,7 @@ data and is never executed.
 import difflib
 import importlib.util
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -67,6 +68,14 @@ def load(path) -> ConfigDict:
     return ConfigDict(_tuples(tree)).lock()
 
 
+def expand_home(config: ConfigDict) -> None:
+    """Expands ~ at the start of every field, as a shell does not after an equals sign."""
+    for name, value in flatten(config).items():
+        if isinstance(value, str) and value.startswith("~"):
+            section, _, field = name.rpartition(".")
+            (config[section] if section else config)[field] = os.path.expanduser(value)
+
+
 def flatten(config, prefix: str = "") -> dict:
     """{"optim.lr": 0.001, ...}: every leaf of the config by its dotted name, in order."""
     leaves = {}
@@ -116,6 +125,11 @@ def validate(config: ConfigDict) -> None:
 
     The task, the data source, the optimizer and the mesh check their own fields when they are made.
     """
+    for name, value in flatten(config).items():
+        if isinstance(value, str):
+            checks.no_nul(name, value)
+    if config.get("init_from"):
+        checks.local_path("init_from", config.init_from)
     checks.between("steps", config.steps, 1, 2**31 - 1)
     checks.between("seed", config.seed, 0, 2**32 - 1)
     with within("data"):

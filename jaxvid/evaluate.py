@@ -119,11 +119,11 @@ def _json(value: np.ndarray):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+    cli.define_path("workdir", "Folder of the run.", required=True)
     flags.DEFINE_integer(
         "batches", None, "Held-out batches. Default: evaluate.batches.", lower_bound=1
     )
-    flags.DEFINE_string("i3d", None, "Weights of I3D, for FVD: .npz or .safetensors.")
-    flags.DEFINE_string("lpips", None, "Weights of LPIPS (VGG-16), for tokenizers: likewise.")
+    cli.define_path("i3d", "Weights of I3D, for FVD: .npz or .safetensors.")
+    cli.define_path("lpips", "Weights of LPIPS (VGG-16), for tokenizers: likewise.")
     flags.DEFINE_list("frames", [], "Lengths of videos that a tokenizer reconstructs as streams.")
     cli.run(main)

@@ -1,7 +1,15 @@
 """Atomic writing of files."""
 
+import errno
 import os
 from pathlib import Path
+
+# Errors that the user can correct outside the program.
+DISK_ERRORS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EDQUOT, errno.ENOSPC, errno.EFBIG, errno.EIO),
+    *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 
 def write(path: str | Path, content: str | bytes):

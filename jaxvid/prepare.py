@@ -97,8 +97,8 @@ if __name__ == "__main__":
     # Imported here, because it imports jax; each decoding process imports the module above.
     from jaxvid import cli
 
-    flags.DEFINE_string("src", None, "Directory of videos.", required=True)
-    flags.DEFINE_string("out", None, "Directory of the new data set.", required=True)
+    cli.define_path("src", "Directory of videos.", required=True)
+    cli.define_path("out", "Directory of the new data set.", required=True)
     flags.DEFINE_integer("size", 128, "Pixels along each side.")
     flags.DEFINE_integer("frames", 16, "Frames of a chunk.")
     flags.DEFINE_float("fps", 8.0, "Frames per second; 0 keeps the rate of the source.")

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxvid import checks
 from jaxvid import config as config_lib
 from jaxvid.errors import UserError, within
 from jaxvid.models.tokenizer import FrozenTokenizer
@@ -29,6 +30,7 @@ def open_run(workdir, sampler: dict | None = None) -> Run:
     checkpoint, executes nothing stored and changes nothing. Weights too large for one device are
     split: the mesh is fsdp alone. Raises UserError.
     """
+    workdir = checks.local_path("workdir", workdir)
     config = config_lib.load(Path(workdir, "config.json"))
     if "task" not in config:
         raise UserError(f"workdir={workdir}: its config.json has no task; is it that of a run?")
@@ -106,6 +108,7 @@ def open_weights(workdir, kind: str, field: str):
 
     Raises UserError, naming the config field that asks for it, if the folder holds no such run.
     """
+    workdir = checks.local_path(field, workdir)
     try:
         config = config_lib.load(Path(workdir, "config.json"))
         name = config.get("task", {}).get("name")

@@ -124,11 +124,11 @@ def report(times, compiling, frames):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+    cli.define_path("workdir", "Folder of the run.", required=True)
     flags.DEFINE_integer("frames", None, "Frames of a clip. Default: as trained.", lower_bound=1)
     flags.DEFINE_integer("num", 4, "Clips.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**32 - 1)
-    flags.DEFINE_string("first_frames", None, "Video file whose frames begin the clips.")
+    cli.define_path("first_frames", "Video file whose frames begin the clips.")
     flags.DEFINE_integer(
         "num_first_frames", None, "Frames read from it. Default: task.given.", lower_bound=1
     )
@@ -138,5 +138,5 @@ if __name__ == "__main__":
     flags.DEFINE_float("s", None, "Overrides task.sampler.s.")
     flags.DEFINE_integer("steps", None, "Overrides task.sampler.steps.", lower_bound=1)
     flags.DEFINE_float("guidance", None, "Overrides task.sampler.guidance.")
-    flags.DEFINE_string("out", None, "Folder of the clips. Default: samples/ of the run.")
+    cli.define_path("out", "Folder of the clips. Default: samples/ of the run.")
     cli.run(main)

@@ -382,11 +382,9 @@ def _write_frames(pieces, writers):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Folder of the tokenizer's run.", required=True)
-    flags.DEFINE_string(
-        "src", None, "Prepared set, directory of videos, or sprites.", required=True
-    )
-    flags.DEFINE_string("out", None, "Directory of the new data set.", required=True)
+    cli.define_path("workdir", "Folder of the tokenizer's run.", required=True)
+    cli.define_path("src", "Prepared set, directory of videos, or sprites.", required=True)
+    cli.define_path("out", "Directory of the new data set.", required=True)
     flags.DEFINE_integer("size", None, "Pixels along each side. Default: as trained.")
     flags.DEFINE_integer("frames", None, "Frames of a clip. Default: as trained.")
     flags.DEFINE_float("fps", 8.0, "Frames per second of videos; 0 keeps the rate of the source.")

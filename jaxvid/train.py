@@ -1,22 +1,23 @@
 """Train a task: `python -m jaxvid.train --config=configs/ar_diffusion.py [--workdir=DIR]`.
 
-The same command resumes where the run stopped, on any number of devices and hosts; SIGTERM saves
-and exits with status 0. The work folder (default runs/<config name>) holds config.json,
-metrics.jsonl, ckpt/<step>/, tensorboard/ and samples/<step>/.
+The same command resumes where the run stopped, on any number of devices and hosts. SIGTERM and
+Ctrl-C save and exit with status 0; a second Ctrl-C stops at once. The work folder (default
+runs/<config name>) holds config.json, metrics.jsonl, ckpt/<step>/, tensorboard/ and
+samples/<step>/.
 
 On many hosts run this on each. Cloud TPU, Kubernetes, SLURM and Open MPI are detected; elsewhere
 give --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
 import contextlib
-import errno
+import os
 import tempfile
 from pathlib import Path
 
 import jax
 from absl import flags
 
-from jaxvid import cli, data
+from jaxvid import checks, cli, data, files
 from jaxvid import config as config_lib
 from jaxvid.errors import UserError, within
 from jaxvid.evaluators.held_out import HeldOut
@@ -24,10 +25,11 @@ from jaxvid.parallel import multihost
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.sharding import batch_sharding, shard_params
 from jaxvid.runs import make_task, open_weights
-from jaxvid.training import flops
+from jaxvid.training import flops, interrupt
 from jaxvid.training.adopt import adopt
 from jaxvid.training.checkpoint import Checkpoints
 from jaxvid.training.guard import Guard
+from jaxvid.training.lock import locked
 from jaxvid.training.log import Log, Progress, parameter_table, say
 from jaxvid.training.optim import make_optimizer
 from jaxvid.training.state import make_init
@@ -44,7 +46,8 @@ def train(config, workdir):
     """
     multihost.initialize()
     config_lib.validate(config)
-    is_new = not Path(workdir).exists()
+    workdir = checks.local_path("workdir", workdir)
+    is_new = not os.path.exists(workdir)  # unlike Path.exists, also for a name that is too long
     _prepare(workdir, config)
     try:
         mesh = make_mesh(config.mesh)
@@ -52,6 +55,7 @@ def train(config, workdir):
         with contextlib.ExitStack() as stack:
             stack.enter_context(jax.set_mesh(mesh))
             stack.enter_context(_disk_errors(workdir))
+            stack.enter_context(locked(workdir))
             return _train(config, workdir, mesh, stack)
     except UserError:
         if is_new:
@@ -70,7 +74,7 @@ def _train(config, workdir, mesh, stack):
     config_lib.check_sequence(config, split_frames, mesh.shape["seq"])
     with within("optim"):
         tx, schedule = make_optimizer(config.optim, config.steps)
-    checkpoints = stack.enter_context(Checkpoints(workdir, config))
+    checkpoints = stack.enter_context(Checkpoints(workdir, config, source.digest))
     checkpoints.check_config()
     clips = stack.enter_context(contextlib.closing(_iterator(config, "train", mesh)))
     validation = stack.enter_context(contextlib.closing(_iterator(config, "validation", mesh)))
@@ -185,7 +189,7 @@ def _disk_errors(workdir):
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in files.DISK_ERRORS:
             raise
         raise UserError(
             f"workdir={workdir}: cannot be written ({error.strerror}); checkpoints already saved "
@@ -234,7 +238,8 @@ def main():
     """Entry point."""
     config, workdir = cli.config_from_flags()
     multihost.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
-    train(config, workdir)
+    with interrupt.saves():
+        train(config, workdir)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The config layer: config files, the command line, one-line errors and config.json."""
 
+import errno
 import functools
 import itertools
 import subprocess
@@ -79,6 +80,7 @@ MISTAKES = [
     ([f"--config={FILE}", "--config.steps=1e4"], "--config.steps=1e4: not of type int"),
     ([f"--config={FILE}", "--config.data.flip=maybe"], "not of type bool"),
     ([f"--config={FILE}", "--config.steps=0"], "steps=0: must lie between 1 and 2147483647"),
+    ([f"--config={FILE}", "--workdir=gs://b/x"], "--workdir='gs://b/x': is not a folder of a file"),
     ([f"--config={FILE}", "stray"], "stray: unexpected argument"),
 ]
 
@@ -91,6 +93,18 @@ def test_mistakes_are_one_line_and_status_2(entry, arguments, message):
     assert message in err
 
 
+def test_the_home_folder_is_expanded(entry, monkeypatch):
+    """As no shell does after an equals sign."""
+    monkeypatch.setenv("HOME", "/home/me")
+    arguments = ["--workdir=~/x", f"--config={FILE}", "--config.data.path=~/y"]
+    shown = entry(lambda: print(*seen(*cli.config_from_flags())), *arguments)
+    assert shown == (0, "/home/me/x /home/me/y\n", "")
+
+
+def seen(config, workdir):
+    return workdir, config.data.path
+
+
 def test_errors_of_main(entry):
     """Some are one line, a bug keeps its traceback."""
 
@@ -100,6 +114,8 @@ def test_errors_of_main(entry):
     for error, status, message in (
         (UserError("seed=13: unlucky;\n  take another"), 2, "seed=13: unlucky; take another"),
         (PermissionError(13, "Permission denied", "/file"), 2, "/file: Permission denied"),
+        (OSError(errno.EFBIG, "File too large", "/file"), 2, "/file: File too large"),
+        (OSError(errno.ENAMETOOLONG, "Too long", "x" * 300), 2, f"{'x' * 200}...: Too long"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ):
         assert entry(functools.partial(failing, error)) == (status, "", f"error: {message}\n")

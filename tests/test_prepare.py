@@ -62,6 +62,16 @@ def test_the_manifest(made):
     assert sorted(os.listdir(made)) == sorted(["dataset.json", *files])
 
 
+def test_the_digest_is_of_the_set_and_not_of_its_place(made, tmp_path):
+    shutil.copytree(made, tmp_path / "copy")
+    first, second = (data.make_source(set_config(x), "train") for x in (made, tmp_path / "copy"))
+    assert first.digest == second.digest != ""
+    change = json.loads((made / "dataset.json").read_text())
+    change["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
+    (tmp_path / "copy" / "dataset.json").write_text(json.dumps(change))
+    assert data.make_source(set_config(tmp_path / "copy"), "train").digest != first.digest
+
+
 def test_chunks_read_back_as_the_clips(made):
     seen = {}
     for split in ("train", "validation"):

@@ -60,7 +60,7 @@ def run_flags():
 def mixer_flags(folder="runs/mixers"):
     """Flags of the command mixers."""
     flags.DEFINE_string("device", "", "cpu, gpu or tpu; what JAX finds first unless given.")
-    flags.DEFINE_string("workdir", folder, "Folder for the figures and the plot.")
+    cli.define_path("workdir", "Folder for the figures and the plot.", default=folder)
 
 
 def kernel_flags():

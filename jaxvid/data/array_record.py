@@ -28,6 +28,7 @@ class Source(source.Source):
             )
         self._frames, self._classes = manifest["frames"], manifest["classes"]
         self._records = shards.open_split(config.path, manifest, split)
+        self.digest = source.digest_of(manifest)
         self.num_classes = len(self._classes)
         self.captions = bool(self._classes)
 

@@ -1,5 +1,6 @@
 """A directory of video files, decoded on demand."""
 
+import dataclasses
 import os
 
 from absl import logging
@@ -44,6 +45,8 @@ class Source(source.Source):
         if self.skipped:
             logging.warning("%s: %s", self._root, clips.report(self.skipped, len(names)))
         self._kept = {} if self._bytes() <= KEPT_BYTES else None
+        facts = {name: dataclasses.astuple(info) for name, info in infos.items()}
+        self.digest = source.digest_of(facts)
         self.num_classes = len(self._classes)
         self.captions = bool(self._classes)
 

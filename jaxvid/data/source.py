@@ -1,20 +1,30 @@
 """The interface of a data source."""
 
+import hashlib
+import json
+
 import numpy as np
 
 SPLITS = ("train", "validation")
+
+
+def digest_of(description) -> str:
+    """A `Source.digest` from a description in JSON of the clips."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Source:
     """The clips of one split, by index. `data.make_source` calls the class with (config, split).
 
     num_classes: labels lie in [0, num_classes), or are all 0. captions: whether there are any.
-    tokenizer: digest of the tokenizer that encoded the clips; "" for a source of video.
+    tokenizer: digest of the tokenizer that encoded the clips; "" for a source of video. digest: a
+    name for the clips of both splits, wherever they lie; "" if config.data alone names them.
     """
 
     num_classes: int = 0
     captions: bool = False
     tokenizer: str = ""
+    digest: str = ""
 
     def __len__(self) -> int:
         raise NotImplementedError

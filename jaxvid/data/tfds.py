@@ -32,6 +32,8 @@ class Source(source.Source):
                 f"path={config.path!r}: cannot be read without TensorFlow "
                 f"({_first_line(error)}); build it with file_format='array_record'"
             ) from error
+        sizes = {name: (s.num_examples, s.num_bytes) for name, s in builder.info.splits.items()}
+        self.digest = source.digest_of([builder.info.full_name, sizes])
         self._classes = list(getattr(features.get("label"), "names", None) or [])
         self.num_classes = len(self._classes)
         self.captions = bool(self._classes) or "caption" in features

@@ -89,6 +89,12 @@ def agreed(*flags):
     return tuple(map(bool, multihost_utils.broadcast_one_to_all(np.array(flags))))
 
 
+def together(place):
+    """Wait until all processes have come to this place, a name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(place)
+
+
 def to_host(array):
     """The whole of a global array as numpy, on all processes."""
     if array.is_fully_addressable:

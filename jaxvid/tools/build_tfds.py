@@ -41,6 +41,6 @@ def build(src: str, out: str) -> VideoFolder:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("src", None, "Directory of videos.", required=True)
+    cli.define_path("src", "Directory of videos.", required=True)
     flags.DEFINE_string("out", None, "Data directory of tfds.", required=True)
     cli.run(main)

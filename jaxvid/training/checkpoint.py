@@ -3,6 +3,7 @@
 <workdir>/ckpt/<step>/state    the TrainState
 <workdir>/ckpt/<step>/data     state of the data iterator, the same for any number of hosts
 <workdir>/ckpt/<step>/config   the config that made it
+<workdir>/ckpt/<step>/digests  digests of each array, of the other two and of the clips
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import math
 import os
 import shutil
 import traceback
+from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
@@ -21,7 +23,10 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxvid import config as config_lib
 from jaxvid.errors import UserError
-from jaxvid.training.restore import reason, remedy
+from jaxvid.parallel import multihost
+from jaxvid.training import digests
+from jaxvid.training.log import say
+from jaxvid.training.restore import UNVERIFIED, reason, remedy
 
 # Sections and fields that may differ when a run is resumed: they do not change what is learned,
 # except `steps`, which stretches a cosine schedule.
@@ -41,16 +46,22 @@ FREE = (
     "optim.skip_nonfinite",
 )
 
+PATHS = ("data.path", "init_from")  # these may be spelled differently
+
 
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the last save.
 
     Saving is asynchronous and atomic: a folder without the suffix of a temporary one is whole.
-    Raises UserError for a full or read-only disk and for checkpoints of another run.
+    A damaged checkpoint is passed over and renamed if an earlier one is good. Raises UserError for
+    a full or read-only disk, for checkpoints of another run, and if none of them is good.
+    clips: the digest of the data source, which must not change; "" where the config decides.
     """
 
-    def __init__(self, workdir, config):
+    def __init__(self, workdir, config, clips=""):
         self.workdir, self.config, self.manager = workdir, config, None
+        self.clips = clips
+        self.bad = {}  # {step of a damaged checkpoint: its error}
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_not_orbax)
         keep = [policies.LatestN(config.checkpoint.keep)]
@@ -60,6 +71,7 @@ class Checkpoints:
                 policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
             )
         with self._one_line("open the checkpoints"):
+            self._set_metrics_aside()
             self.manager = ocp.CheckpointManager(
                 os.path.join(os.path.abspath(workdir), "ckpt"),
                 options=ocp.CheckpointManagerOptions(
@@ -74,6 +86,19 @@ class Checkpoints:
                     cleanup_tmp_directories=True,
                 ),
             )
+
+    def _set_metrics_aside(self):
+        """Rename scores of checkpoints that cannot be read: orbax would open no checkpoint then."""
+        if jax.process_index() == 0:
+            for file in Path(self.workdir, "ckpt").glob("*/metrics/metrics"):
+                try:
+                    json.loads(file.read_text())
+                except ValueError:
+                    aside = file.parent.with_name("metrics.damaged")
+                    whose = f"scores of checkpoint {file.parts[-3]}"
+                    say(f"{self.workdir}: {whose} are damaged and kept as {aside}")
+                    file.parent.rename(aside)
+        multihost.together("scores of checkpoints")
 
     def __enter__(self):
         return self
@@ -106,10 +131,13 @@ class Checkpoints:
 
     def save(self, step, state, iterator, metrics=None):
         """Save in the background; returns when the state may be donated."""
+        small = {"data": iterator.get_state(), "config": json.loads(self.config.to_json())}
+        sums = {name: digests.of_json(value) for name, value in small.items()}
+        sums |= {"state": digests.of_arrays(state), "clips": self.clips}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            data=ocp.args.JsonSave(iterator.get_state()),
-            config=ocp.args.JsonSave(json.loads(self.config.to_json())),
+            digests=ocp.args.JsonSave(sums),
+            **{name: ocp.args.JsonSave(value) for name, value in small.items()},
         )
         with self._one_line(f"save step {step}"):
             self.manager.wait_until_finished()
@@ -117,22 +145,31 @@ class Checkpoints:
             self.manager.save(step, args=items, metrics=metrics, force=True)
 
     def check_config(self):
-        """Raise UserError if the newest checkpoint was made with another config."""
-        step = self.manager.latest_step()
-        if step is None:
-            return
-        try:
-            items = ocp.args.Composite(config=ocp.args.JsonRestore())
-            saved = ConfigDict(self.manager.restore(step, args=items).config)
-        except Exception as error:
-            raise UserError(
-                f"workdir={self.workdir}: checkpoint {step} is not one of jaxvid's "
-                f"({reason(error)}); {self._remedy()}"
-            ) from error
+        """Raise UserError if the newest readable checkpoint was made with another config."""
+        for step in self._good():
+            try:
+                saved = ConfigDict(self._read(step, config=ocp.args.JsonRestore()).config)
+            except Exception as error:
+                self.bad[step] = error
+                continue
+            sums = digests.load(self.manager.directory / str(step)) or {}
+            return self._compare(saved, sums.get("clips", ""))
+        self._require_good("is not one of jaxvid's")
+
+    def _compare(self, saved, clips):
+        """Raise UserError if the config or clips of a checkpoint are not those of this run."""
         before, now = config_lib.flatten(saved), config_lib.flatten(self.config)
         changed, added = [], []
+        has_digests = bool(clips and self.clips)
+        if has_digests and clips != self.clips:
+            path = self.config.data.path
+            changed.append(f"data.path={path!r}: clips {clips} -> {self.clips}")
         for field, old, new in config_lib.differences(saved, self.config):
             if any(field == free or field.startswith(f"{free}.") for free in FREE):
+                continue
+            if field == "data.path" and has_digests:  # the clips may move
+                continue
+            if field in PATHS and _is_one_path(old, new):
                 continue
             if field in before:
                 changed.append(f"{field}: {old!r} -> {repr(new) if field in now else 'no field'}")
@@ -152,25 +189,77 @@ class Checkpoints:
             )
 
     def restore(self, shapes, iterator):
-        """(step, state) of the newest checkpoint, and set `iterator` to its position; or None.
+        """(step, state) of the newest good checkpoint, and set `iterator` to its place; or None.
 
         `shapes` is the TrainState as ShapeDtypeStructs with shardings, of any mesh.
         """
-        step = self.manager.latest_step()
-        if step is None:
-            return None
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(shapes), data=ocp.args.JsonRestore()
-        )
-        try:
-            restored = self.manager.restore(step, args=items)
-        except Exception as error:
+        items = {
+            "state": ocp.args.StandardRestore(shapes),
+            "data": ocp.args.JsonRestore(),
+            "config": ocp.args.JsonRestore(),
+        }
+        for step in self._good():
+            try:
+                restored = self._read(step, **items)
+            except Exception as error:
+                self.bad[step] = error
+                # An error of reading may be of one process alone, and then the others wait for it.
+                if jax.process_count() > 1 and not isinstance(error, digests.DamageError):
+                    break
+                continue
+            self._set_aside(step)
+            iterator.set_state(restored.data)
+            return step, restored.state
+        self._require_good("does not fit this model or is damaged")
+
+    def _good(self):
+        """Steps of the checkpoints that are not known to be bad, the newest first."""
+        return sorted(set(self.manager.all_steps()) - set(self.bad), reverse=True)
+
+    def _require_good(self, complaint):
+        """Raise UserError about the newest checkpoint, if there is any: none of them is good."""
+        if self.bad:
+            step, error = max(self.bad.items())
             raise UserError(
-                f"workdir={self.workdir}: checkpoint {step} does not fit this model or is damaged "
-                f"({reason(error)}); {self._remedy()}"
+                f"workdir={self.workdir}: checkpoint {step} {complaint} ({reason(error)}); "
+                f"{self._remedy()}"
             ) from error
-        iterator.set_state(restored.data)
-        return step, restored.state
+
+    def _set_aside(self, step):
+        """Rename the bad checkpoints; nothing is deleted. step: the one to go on from."""
+        if not self.bad:
+            return
+        for bad, error in sorted(self.bad.items()):
+            folder = self.manager.directory / str(bad)
+            names = (f"{bad}.damaged{number}" for number in ("", *range(2, 10**6)))
+            aside = next(
+                folder.parent / name for name in names if not (folder.parent / name).exists()
+            )
+            say(
+                f"{self.workdir}: checkpoint {bad} is damaged ({reason(error)}) and kept as "
+                f"{aside}; going on from step {step}"
+            )
+            multihost.together("names of checkpoints")  # all have looked
+            if jax.process_index() == 0:
+                with self._one_line(f"rename checkpoint {bad}"):
+                    os.rename(folder, aside)
+            multihost.together("renamed checkpoint")
+        self.manager.reload()
+
+    def _read(self, step, **items):
+        """Items of a checkpoint. Raises one of many errors if they cannot be read or differ."""
+        found = self.manager.restore(step, args=ocp.args.Composite(**items))
+        sums = digests.load(self.manager.directory / str(step))
+        if sums is None:
+            if "state" in items:
+                say(f"{self.workdir}: checkpoint {step} {UNVERIFIED}")
+            return found
+        for name in items:
+            if name == "state":
+                digests.check_arrays(found.state, sums["state"])
+            else:
+                digests.check_json(name, found[name], sums)
+        return found
 
     def _remedy(self):
         done = remedy(os.path.join(self.workdir, "ckpt"), self.manager.all_steps())
@@ -191,6 +280,10 @@ class Checkpoints:
                 f"workdir={self.workdir}: cannot {action} ({trouble}); {kept}; "
                 "make room or repair the folder and run the same command again"
             ) from error
+
+
+def _is_one_path(a, b):
+    return bool(a and b) and os.path.realpath(a) == os.path.realpath(b)
 
 
 def _not_orbax(record):
@@ -234,5 +327,5 @@ def _disk_trouble(error):
     """The disk error in a few words, from an OSError or a message of tensorstore; "" for others."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    complaints = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+    complaints = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG)
     return next((os.strerror(code) for code in complaints if os.strerror(code) in str(error)), "")

@@ -12,6 +12,10 @@ import orbax.checkpoint as ocp
 from jaxvid.data import batch_shapes
 from jaxvid.errors import UserError
 from jaxvid.parallel.sharding import path_name, shard_params
+from jaxvid.training import digests
+from jaxvid.training.log import say
+
+UNVERIFIED = "is of a version without digests: damage on the disk would not be noticed"
 
 
 def restore_weights(workdir, config, task, mesh=None):
@@ -40,6 +44,11 @@ def restore_weights(workdir, config, task, mesh=None):
                 args=ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True),
             )
             _check_shapes(found, wanted)
+        sums = digests.load(os.path.join(folder, str(step)))
+        if sums is None:
+            say(f"{workdir}: checkpoint {step} {UNVERIFIED}")
+        else:
+            digests.check_arrays(found, sums["state"])
     except Exception as error:  # orbax raises many kinds, tensorstore's among them
         raise UserError(
             f"workdir={workdir}: checkpoint {step} does not fit its config or is damaged "

@@ -61,6 +61,13 @@ def test_classes_and_splits(tree):
     assert sorted(names(source) + names(held_out)) == clips.find(tree)
 
 
+def test_the_digest_is_of_the_clips_and_not_of_their_place(tree, copied):
+    first, second = (data.make_source(folder_config(path), "train") for path in (tree, copied))
+    assert first.digest == second.digest != ""
+    (copied / "cats" / "0.mp4").rename(copied / "cats" / "00.mp4")
+    assert data.make_source(folder_config(copied), "train").digest != first.digest
+
+
 def test_clips_of_one_scene_have_one_split():
     ucf = [
         f"v_Archery_g{group:02}_c{take:02}.avi" for group in range(1, 26) for take in range(1, 5)

@@ -30,6 +30,7 @@ def test_validation_keeps_the_exact_frames():
     assert clip["latents"].shape == (3, 9, 8) and clip["latents"].dtype == np.float32
     assert clip["label"] == pixels["label"] and clip["caption"] == pixels["caption"] != ""
     assert (found.num_classes, found.captions) == (2, True)
+    assert found.digest not in ("", source(encoded(coded()), "validation").digest)
     assert found.tokenizer == open_tokenizer(str(gaussian())).digest != ""
 
 

@@ -97,6 +97,7 @@ def test_frames_of_a_set_by_others(frames_set):
     train, validation = (data.make_source(config, split) for split in ("train", "validation"))
     assert (len(train), len(validation)) == (9, 1)
     assert (train.num_classes, train.captions) == (0, False)
+    assert train.digest == validation.digest != ""
     levels = set()
     for source in (train, validation):
         for i in range(len(source)):

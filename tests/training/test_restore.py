@@ -11,7 +11,7 @@ from configs import ar_diffusion
 from jaxvid import config as config_lib
 from jaxvid import data
 from jaxvid.errors import UserError
-from jaxvid.runs import open_run
+from jaxvid.runs import open_run, open_weights
 from jaxvid.train import train
 from jaxvid.training import restore
 
@@ -79,6 +79,32 @@ def test_what_cannot_be_opened_is_one_line(finished, tmp_path, spoil, message):
     with pytest.raises(UserError, match=message) as error:
         open_run(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("on_devices", [True, False])
+def test_a_flipped_bit_is_refused_and_named(finished, tmp_path, on_devices):
+    """By sample and evaluate, which take all devices, and by init_from and tokenizers."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    toy.damage(tmp_path, 4, "params.up.kernel")  # what is not read is not checked
+    restore_from(tmp_path, on_devices)
+    toy.damage(tmp_path, 4, "ema.out.kernel")
+    with pytest.raises(UserError, match=r"damaged \(ema/out/kernel differs from what was saved\);"):
+        restore_from(tmp_path, on_devices)
+
+
+def restore_from(workdir, on_devices):
+    return open_run(str(workdir)) if on_devices else open_weights(str(workdir), "toy", "init_from")
+
+
+def test_a_checkpoint_without_digests_is_read_with_a_note(finished, tmp_path, capsys):
+    """As those of older versions are."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "ckpt" / "4" / "digests")
+    same(open_run(str(tmp_path)).params, finished[1].weights)
+    note = f"checkpoint 4 {restore.UNVERIFIED}\n"
+    assert capsys.readouterr().out == f"{tmp_path}: {note}"
+    same(train(toy.config(steps=4), str(tmp_path)), finished[1])
+    assert capsys.readouterr().out.count(note) == 1
 
 
 def test_a_schedule_without_s_refuses_one(tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -48,7 +49,8 @@ def started(workdir, *, devices=1, processes=1, delay=0.0, **changes):
             }
         command = [sys.executable, str(TOY), str(workdir), json.dumps(changes)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        running.append(subprocess.Popen(command, env=env, **pipes))
+        group = {"start_new_session": True}  # for Ctrl-C, which reaches all of a terminal
+        running.append(subprocess.Popen(command, env=env, **pipes, **group))
     try:
         yield running
     finally:
@@ -114,6 +116,24 @@ def straight(tmp_path_factory):
     return workdir
 
 
+def test_a_folder_in_use_is_refused(straight):
+    """Not one that a killed run left locked."""
+    workdir = straight.with_name("locked")
+    with started(workdir, delay=0.3, **LARGE) as (process,):
+        wait_for(lambda: logged(workdir, 1), process)
+        code, err = run(workdir, **LARGE)
+        process.kill()
+        assert code == 1
+        assert err == (
+            f"error: workdir={workdir}: is in use by process {process.pid} on "
+            f"{socket.gethostname()}; wait for it, stop it, or choose another --workdir\n"
+        )
+    assert (workdir / "lock").exists()
+    finish(workdir, **LARGE)
+    assert not (workdir / "lock").exists()
+    assert_same_end(workdir, straight)
+
+
 def test_kill_at_a_random_step(straight):
     step = random.randrange(1, 22)
     print(f"killed at step {step}")
@@ -150,6 +170,43 @@ def test_sigterm_saves_and_exits_with_zero(straight):
     assert 5 <= saved < 24 and max(losses(workdir)) == saved
     finish(workdir, **LARGE)
     assert_same_end(workdir, straight)
+
+
+def ctrl_c(process):
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def test_the_first_ctrl_c_saves(straight):
+    """Processes that load data receive it too."""
+    workdir = straight.with_name("interrupted")
+    options = {**LARGE, "checkpoint__every": 1000, "data__workers": 1}
+    with started(workdir, delay=0.02, **options) as (process,):
+        wait_for(lambda: logged(workdir, 5), process)
+        ctrl_c(process)
+        out, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0
+    assert [line for line in err.splitlines() if "SIGTERM caught" not in line] == []
+    (saved,) = (int(path.name) for path in (workdir / "ckpt").iterdir())
+    assert 5 <= saved < 24
+    *_, first, second = (line for line in out.splitlines() if not line.startswith("step"))
+    assert first == "stopping after a save; Ctrl-C again stops at once"
+    assert second.endswith(f"step {saved} is saved, the same command goes on from there")
+    finish(workdir, **LARGE)
+    assert_same_end(workdir, straight)
+
+
+def test_the_second_ctrl_c_stops_at_once(tmp_path):
+    options = {"steps": 10**6, "data__workers": 1}
+    with started(tmp_path, delay=0.5, **options) as (process,):  # a step of 4 s
+        wait_for(lambda: logged(tmp_path, 1), process)
+        ctrl_c(process)
+        assert any("stops at once" in line for line in process.stdout)
+        begin = time.monotonic()
+        ctrl_c(process)
+        _, err = process.communicate(timeout=TIMEOUT)  # until processes that load data end too
+    assert time.monotonic() - begin < 3
+    assert process.returncode == 130
+    assert err == "error: interrupted; the last complete checkpoint is kept\n"
 
 
 def test_two_processes_train_save_and_resume_on_one(tmp_path):

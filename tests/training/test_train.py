@@ -2,6 +2,8 @@
 
 import functools
 import json
+import resource
+import shutil
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ import toy
 
 from jaxvid import config as config_lib
 from jaxvid.errors import UserError
+from jaxvid.runs import open_run
 from jaxvid.train import train
 from jaxvid.training.checkpoint import Checkpoints
 
@@ -88,6 +91,36 @@ def test_another_config_is_refused_by_field(finished):
     assert (finished / "config.json").read_text() == before
 
 
+def test_damaged_scores_of_a_checkpoint_are_set_aside(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "ckpt" / "8" / "metrics" / "metrics").write_text('{"ms')
+    assert int(train(config_lib.load(finished / "config.json"), str(tmp_path)).step) == 8
+    assert "scores of checkpoint 8 are damaged" in capsys.readouterr().out
+    assert (tmp_path / "ckpt" / "8" / "metrics.damaged" / "metrics").read_text() == '{"ms'
+
+
+def test_clips_may_move_but_not_change(tmp_path):
+    for name, clips in (("a", "same"), ("b", "same"), ("c", "other")):
+        (tmp_path / name).write_text(clips)
+
+    def config(path, steps):
+        return toy.config(data__path=str(path), steps=steps)
+
+    train(config(tmp_path / "a", 1), str(tmp_path / "run"))
+    (tmp_path / "a").unlink()
+    assert int(train(config(tmp_path / "b", 2), str(tmp_path / "run")).step) == 2
+    message = error_of(config(tmp_path / "c", 3), tmp_path / "run")
+    assert f"another config (data.path='{tmp_path}/c': clips same -> other); undo" in message
+
+    # A checkpoint of an older version knows the path alone, which may be spelled differently.
+    shutil.rmtree(tmp_path / "run" / "ckpt" / "2" / "digests")
+    (tmp_path / "a").write_text("same")
+    message = error_of(config(tmp_path / "a", 3), tmp_path / "run")
+    assert f"(data.path: '{tmp_path}/b' -> '{tmp_path}/a'); undo" in message
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    assert int(train(config(tmp_path / "link", 3), str(tmp_path / "run")).step) == 3
+
+
 def test_a_run_without_a_field_is_refused_by_field(finished):
     """As one has it that was begun before the field was there."""
     message = error_of(toy.config(task__refuse_to_sample=False), finished)
@@ -100,29 +133,65 @@ def test_a_run_without_a_field_is_refused_by_field(finished):
     assert "task.refuse_to_sample: no field -> False); undo" in message
 
 
-def test_a_checkpoint_of_something_else_is_refused(finished, tmp_path):
-    import shutil
-
-    shutil.copytree(finished / "ckpt", tmp_path / "ckpt")
-    shutil.rmtree(tmp_path / "ckpt" / "8" / "config")
-    message = error_of(toy.config(), tmp_path)
-    assert "checkpoint 8 is not one of jaxvid's (Item" in message
-    assert message.endswith(f"or delete {tmp_path}/ckpt/8 to go on from step 2")
-
-
-def test_a_damaged_checkpoint_is_one_line(finished, tmp_path):
-    import shutil
-
-    shutil.copytree(finished / "ckpt", tmp_path / "ckpt")
-    for path in (tmp_path / "ckpt" / "8" / "state").rglob("*"):
+def cut_arrays(folder):
+    for path in (folder / "state").rglob("*"):
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    message = error_of(toy.config(checkpoint__every=2), tmp_path)
-    assert message == (
-        f"workdir={tmp_path}: checkpoint 8 does not fit this model or is damaged (arrays in it "
-        f"cannot be read); choose another --workdir, or delete {tmp_path}/ckpt/8 to go on from "
-        "step 2"
-    )
+
+
+def cut_config(folder):
+    path = folder / "config" / "metadata"
+    path.write_text(path.read_text()[:-9])
+
+
+def flip_digit(folder):
+    path = folder / "data" / "metadata"
+    path.write_text(path.read_text().replace("6", "7"))
+
+
+def damage(name):
+    return lambda folder: toy.damage(folder.parents[1], 8, name)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda folder: shutil.rmtree(folder / "config"), "is not one of jaxvid's (Item"),
+        (cut_config, "is not one of jaxvid's (a description in it is cut short or no JSON)"),
+        (cut_arrays, "does not fit this model or is damaged (arrays in it cannot be read)"),
+        (damage("params.up.kernel"), "damaged (params/up/kernel differs from what was saved)"),
+        (damage("extra.seen"), "damaged (extra/seen differs from what was saved)"),
+        (flip_digit, "damaged (data differs from what was saved)"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_if_it_is_the_only_one(finished, tmp_path, spoil, message):
+    shutil.copytree(finished / "ckpt" / "8", tmp_path / "ckpt" / "8")
+    spoil(tmp_path / "ckpt" / "8")
+    found = error_of(toy.config(checkpoint__every=2), tmp_path)
+    assert f"workdir={tmp_path}: checkpoint 8 {message.partition('damaged')[0]}" in found
+    assert message in found
+    assert found.endswith(f"; choose another --workdir, or delete {tmp_path}/ckpt/8 to start again")
+    assert {path.name for path in (tmp_path / "ckpt").iterdir()} == {"8"}
+
+
+@pytest.mark.parametrize("spoil", [cut_config, cut_arrays, damage("ema.out.kernel")])
+def test_a_damaged_checkpoint_is_set_aside_for_an_earlier_one(finished, tmp_path, capsys, spoil):
+    """Nothing is deleted, and the end is that of a run that nothing happened to."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "ckpt" / "8.damaged").mkdir()  # of an earlier time
+    spoil(tmp_path / "ckpt" / "8")
+    before = {path.name: path.stat().st_size for path in (tmp_path / "ckpt" / "8").rglob("*")}
+    train(config_lib.load(finished / "config.json"), str(tmp_path))
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "is damaged" in x]
+    assert line.startswith(f"{tmp_path}: checkpoint 8 is damaged (")
+    assert line.endswith(f"and kept as {tmp_path}/ckpt/8.damaged2; going on from step 2")
+    aside = tmp_path / "ckpt" / "8.damaged2"
+    assert {path.name: path.stat().st_size for path in aside.rglob("*")} == before
+    losses = [line["loss"] for line in lines(finished)]
+    assert [line["loss"] for line in lines(tmp_path)] == losses
+    names = {path.name for path in (tmp_path / "ckpt").iterdir()}
+    assert names == {"2", "8", "8.damaged", "8.damaged2"}
+    assert open_run(str(tmp_path)).step == 8
 
 
 def test_more_steps_go_on_where_it_stopped(tmp_path, compiled, monkeypatch):
@@ -263,3 +332,23 @@ def compiled():
 def test_a_work_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert "workdir=" in error_of(toy.config(), tmp_path / "file" / "run")
+    assert "(File name too long); choose" in error_of(toy.config(), tmp_path / ("x" * 300))
+    assert "holds the character NUL" in error_of(toy.config(), tmp_path / "a\0b")
+    assert "init_from='a\\x00b': holds the" in error_of(toy.config(init_from="a\0b"), tmp_path)
+    for changes in ({}, {"init_from": "s3://b/x"}):
+        workdir = tmp_path / "run" if changes else "gs://b/x"
+        assert "b/x': is not a folder of a file system" in error_of(toy.config(**changes), workdir)
+
+
+@pytest.fixture
+def small_files():
+    """No file of this process may have more than 64 KB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_files_that_become_too_large_are_one_line(tmp_path, small_files):
+    message = error_of(toy.config(task__width=512), tmp_path)
+    assert "cannot save" in message and "File too large" in message

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore as ts
 from ml_collections import ConfigDict
 
 from jaxvid.data import source
@@ -77,6 +78,7 @@ class Source(source.Source):
 
     def __init__(self, config, split):
         self.config, self.length = config, 64 if split == "train" else 16
+        self.digest = Path(config.path).read_text() if config.get("path") else ""
 
     def __len__(self):
         return self.length
@@ -105,6 +107,22 @@ def config(**changes):
     return tree
 
 
+def damage(workdir, step, name):
+    """Flip a bit of an array in a checkpoint, as a disk does: unseen by the files around it.
+
+    name: path of the array in the TrainState, "params.up.kernel".
+    """
+    folder = Path(workdir, "ckpt", str(step), "state")
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "ocdbt", "base": f"file://{folder.absolute()}", "path": name},
+    }
+    array = ts.open(spec).result()
+    values = array.read().result()
+    values.view(np.uint32).flat[0] ^= 1 << 20
+    array.write(values).result()
+
+
 CONFIG = """{
   "seed": 0, "steps": 8,
   "task": {"name": "toy", "width": 16, "noise": 0.1, "nan_from": -1, "nan_until": 1000},
@@ -126,18 +144,23 @@ def main():
     """Trains the toy and writes the final state to <workdir>/final.npz; UserErrors as the CLI."""
     from jax.experimental.multihost_utils import process_allgather
 
+    from jaxvid.parallel import multihost
     from jaxvid.train import train
+    from jaxvid.training import interrupt
 
     workdir, changes = sys.argv[1], json.loads(sys.argv[2])
-    state = process_allgather(train(config(**changes), workdir), tiled=True)
+    multihost.initialize()
+    with interrupt.saves():
+        state = process_allgather(train(config(**changes), workdir), tiled=True)
     leaves = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
     if jax.process_index() == 0:
         np.savez(Path(workdir, "final.npz"), **leaves)
 
 
 if __name__ == "__main__":
-    from absl import logging
+    from absl import flags, logging
 
+    flags.FLAGS(sys.argv[:1])  # which grain reads in processes that load data
     logging.set_verbosity(logging.WARNING)
     install()
     try:
