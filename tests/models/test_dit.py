@@ -120,7 +120,7 @@ def test_options_that_cannot_work_are_refused_in_one_line():
         ("heads", -2, "must be at least 1"),
         ("heads", 3, "does not divide width=16 into even heads; use a divisor of 8"),
         ("mlp_ratio", 0.01, "leaves width=16 no hidden unit; use 4"),
-        ("mlp_ratio", float("nan"), "leaves width=16 no hidden unit; use 4"),
+        ("mlp_ratio", float("nan"), "must be a finite number"),
         ("arrangement", "mixed", "unknown; use one of joint, factorised"),
         ("mixer", {"name": "gla", "feature": "elu"}, "mixer.feature='elu': unknown; use one of"),
         ("mixer", {"name": "lightning", "slopes": "1"}, "mixer.slopes='1': has 1 numbers; give 2"),
