@@ -238,7 +238,7 @@ class Task(Generator):
         weight_BT = self.noise.weight(t_BT, self.weight, self.prediction, self.snr_clip)
         targets = is_target_BT.sum()
         loss = (weight_BT * error_BT * is_target_BT).sum() / targets
-        return loss, ({"mse": (error_BT * is_target_BT).sum() / targets}, extra)
+        return loss, ({"mse": (error_BT * is_target_BT).sum() / targets}, extra, targets)
 
     def evaluate(self, params, batch, rng, *, frozen):
         """Held-out quality of denoising and of continuing, per example.

@@ -59,7 +59,7 @@ def objective(task):
 
     @jax.jit
     def run(params, data, seed):
-        value, (metrics, _) = task.loss(
+        value, (metrics, _, _) = task.loss(
             params, data, jax.random.key(seed), step=0, frozen=task.frozen(), extra={}
         )
         return value, metrics
@@ -93,6 +93,25 @@ def test_clean_frames_are_condition_and_not_target():
     for seed in range(4):
         assert run(blind, data, seed)[0] == run(blind, changed, seed)[0]
         assert run(seeing, data, seed)[0] != run(seeing, changed, seed)[0]
+
+
+def test_the_weight_counts_the_frames_that_are_targets():
+    """Frames of their own brightness, so the loss of zeros says how many of them it averages."""
+    options = dict(clean_prefix=0.8, prediction="x0", weight="uniform")
+    task = Task(**fields(**options))
+    data = batch(1)
+    data["video"][:] = 20 * np.arange(1, 7, dtype=np.uint8)[:, None, None, None]
+    power_T = np.square(normalize(data["video"])).mean((0, 2, 3, 4))
+    means = [power_T[first:].mean() for first in range(6)]
+    params, _ = jax.jit(task.init)(jax.random.key(0), data)
+
+    def loss(rng):
+        return task.loss(params, data, rng, step=0, frozen={}, extra={})
+
+    values, (_, _, weights) = jax.jit(jax.vmap(loss))(jax.random.split(jax.random.key(0), 16))
+    first = np.abs(np.asarray(values)[:, None] - means).argmin(axis=1)
+    assert len(set(first)) > 2
+    np.testing.assert_array_equal(weights, 6 - first)
 
 
 class Spy(Task):
