@@ -12,16 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxvid import checks
 from jaxvid.diffusion.frame_schedules import FrameSchedule
 from jaxvid.diffusion.noise import NoiseSchedule
 
+ENDS = ("clean", "noisy")
+
 
 class Solver(NamedTuple):
-    """One step of a frame: DDIM, which is Euler on the flow schedule. Static under jit."""
+    """One step of a frame: DDIM, which is Euler on the flow schedule. Static under jit.
+
+    end: what the last step of a frame gives. "clean": the predicted x0. "noisy": x at timestep 0,
+    as the released AR-Diffusion code does, which keeps the noise sigma_0 of the schedule. Both are
+    the same on the flow schedule, where sigma_0 is 0.
+    """
 
     noise: NoiseSchedule
     prediction: str
     eta: float = 0.0
+    end: str = "clean"
 
     def step(
         self,
@@ -39,7 +48,11 @@ class Solver(NamedTuple):
         prediction_BTNC, _ = predict(x_BTNC, t_BT, state)
         x0, eps = self.noise.split(prediction_BTNC, x_BTNC, t_BT, self.prediction)
         fresh = frame_noise(rng, frame_T, t_T, x_BTNC.shape) if self.eta else None
-        return self.noise.step(x0, eps, t_BT, next_BT, self.eta, fresh)
+        checks.choose("end", self.end, ENDS)
+        stepped = self.noise.step(x0, eps, t_BT, next_BT, self.eta, fresh)
+        if self.end == "noisy":
+            return stepped
+        return jnp.where((next_T == 0)[:, None, None], x0, stepped)  # levels end at 0
 
 
 def frame_noise(

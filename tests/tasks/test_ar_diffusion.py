@@ -295,6 +295,7 @@ def test_a_recurrent_mixer_samples_the_same_from_its_state_as_from_all_frames(mi
         ({"sampler__schedule": "sync"}, "^sampler.schedule='sync': .* use one of"),
         ({"sampler__steps": 0}, "^sampler.steps=0: must lie between 1 and 999"),
         ({"sampler__eta": 1.5}, "^sampler.eta=1.5"),
+        ({"sampler__end": "x0"}, "^sampler.end='x0': unknown; use one of clean, noisy"),
         ({"sampler__eta": float("nan")}, "^sampler.eta=nan"),
     ],
 )
