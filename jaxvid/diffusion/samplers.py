@@ -86,7 +86,7 @@ class Plan(NamedTuple):
 def plan(schedule: FrameSchedule) -> Plan:
     """The plan of a schedule. `widths` and `commits` begin with 0, for rows that do nothing."""
     first_I, stop_I = schedule.active_I2.T
-    finished_I = (schedule.index_IF == schedule.sample_steps).sum(axis=1)
+    finished_I = schedule.finished_I
     commit_I = np.diff(finished_I, prepend=0)
     widths = np.unique([0, *(stop_I - first_I)])
     commits = np.unique([0, *commit_I])

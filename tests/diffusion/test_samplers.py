@@ -1,6 +1,7 @@
 """Samplers: the exact cache against running everything, official numbers, counted evaluations."""
 
 import functools
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,20 @@ def test_pieces_lose_no_row():
         iterations += list(rows["iteration"][busy])
     assert finished == list(range(7))
     assert iterations == list(plan.rows["iteration"])
+
+
+def test_the_plan_of_a_long_video_is_small():
+    """The tables of frames times iterations would take over 700 MB."""
+    frames, steps, s = 4000, 50, 5
+    tracemalloc.start()
+    schedule = frame_schedules.ad(frames, steps, s, window=16)
+    plan = samplers.plan(schedule)
+    pieces = sum(done.stop - done.start for _, done in samplers.split_after_commits(plan))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert pieces == frames and plan.widths == (0, *range(1, 11)) and plan.commits == (0, 1)
+    rows = len(plan.rows["first"])
+    assert rows == steps + (frames - 1) * s and peak < 1000 * rows
 
 
 # AR-Diffusion's sampler on a toy denoiser, tanh of the mean of the frames so far. Its own code
