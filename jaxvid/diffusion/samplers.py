@@ -15,6 +15,7 @@ import numpy as np
 from jaxvid import checks
 from jaxvid.diffusion.frame_schedules import FrameSchedule
 from jaxvid.diffusion.noise import NoiseSchedule
+from jaxvid.errors import UserError
 
 ENDS = ("clean", "noisy")
 
@@ -156,7 +157,7 @@ def advance(
         if count == 0:
             return state
         finished = jax.lax.dynamic_slice_in_dim(x_BFNC, row["done"], count, axis=1)
-        return predict(finished, jnp.full((B, count), levels[-1]), state)[1]
+        return _same_size(state, predict(finished, jnp.full((B, count), levels[-1]), state)[1])
 
     def iteration(carry, row):
         x_BFNC, state = carry
@@ -166,6 +167,19 @@ def advance(
 
     (x_BFNC, state), _ = jax.lax.scan(iteration, (x_BFNC, state), rows)
     return x_BFNC, state
+
+
+def _same_size(state, new):
+    """`new`, the state after `state`; UserError unless the scan can carry it."""
+    remedy = "start the stream: use the state that the network returns for no frames"
+    checks.require(state is not None or new is None, "state", state, remedy)
+    shapes, new_shapes = (jax.tree.map(jnp.shape, tree) for tree in (state, new))
+    if shapes != new_shapes:
+        raise UserError(
+            "state: changes its shape when a frame is committed; a mixer without window keeps all "
+            "frames: give it a window, at least as long as the video to keep them all"
+        )
+    return new
 
 
 def _switch(index, branch, sizes, *operands):
@@ -185,7 +199,9 @@ def sample_cached(
 ) -> tuple[jax.Array, Any]:
     """Sample with an exact cache -> (clean x_BFNC, state that has read every frame).
 
-    x_BFNC: noise. state: the stream before frame 0, with `given` earlier frames committed.
+    x_BFNC: noise. state: the stream before frame 0, with `given` earlier frames committed. Raises
+    UserError for a stream that has not been started (None), and for one without a window, whose
+    state grows with every frame.
     """
     steps = plan(schedule)
     options = dict(solver=solver, plan=steps, levels=solver.noise.levels(schedule.sample_steps))

@@ -10,6 +10,7 @@ import pytest
 
 from jaxvid.diffusion import frame_schedules, guidance, samplers
 from jaxvid.diffusion.noise import make_noise_schedule
+from jaxvid.errors import UserError
 from jaxvid.models.dit import DiT
 from tests.laws import disturbed
 
@@ -122,6 +123,26 @@ def test_the_plan_of_a_long_video_is_small():
     assert pieces == frames and plan.widths == (0, *range(1, 11)) and plan.commits == (0, 1)
     rows = len(plan.rows["first"])
     assert rows == steps + (frames - 1) * s and peak < 1000 * rows
+
+
+def test_a_stream_that_a_scan_cannot_carry_is_refused_in_one_line():
+    model, params, _ = network("joint", 4, 0)
+    unbounded = model.clone(mixer={"name": "softmax", "window": None})
+    x, t = jnp.zeros((1, 6, 2, 3)), jnp.zeros((1, 0), jnp.int32)
+    _, growing = jax.eval_shape(unbounded.apply, params, x[:, :0], t)
+    growing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), growing)
+    for net, start, message in (
+        (model, None, "^state=None: start the stream"),
+        (unbounded, growing, "^state: changes its shape .* give it a window"),
+    ):
+
+        def predict(x, t, state, net=net):
+            return net.apply(params, x, t, None, state)
+
+        options = dict(solver=LINEAR, schedule=frame_schedules.ad(6, 8, 8))
+        with pytest.raises(UserError, match=message) as error:
+            samplers.sample_cached(predict, x, start, jax.random.key(0), **options)
+        assert "\n" not in str(error.value)
 
 
 # AR-Diffusion's sampler on a toy denoiser, tanh of the mean of the frames so far. Its own code
