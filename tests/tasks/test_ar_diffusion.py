@@ -7,6 +7,7 @@ import pytest
 
 from configs import ar_diffusion
 from jaxvid.data.source import Source
+from jaxvid.data.text import embed
 from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError
 from jaxvid.models.pixels import PixelTokenizer
@@ -146,6 +147,15 @@ def test_the_null_context_has_its_own_row():
     np.testing.assert_array_equal(context_BME[0], params["null"])
     np.testing.assert_array_equal(context_BME[1], params["classes"][1])
     assert np.abs(params["null"] - params["classes"]).max((1, 2)).min() > 0
+
+
+def test_a_caption_without_words_is_the_null_context():
+    task = Task(**fields("cond=text"))
+    params, data = opened(task)["conditioner"], batch()
+    text = jnp.asarray([data["text"][0], embed("", 20, 64)])
+    context_BME = task.conditioner.apply({"params": params}, jnp.zeros(2, bool), text_BME=text)
+    np.testing.assert_array_equal(context_BME[0], text[0])
+    np.testing.assert_array_equal(context_BME[1], params["null"])
 
 
 @pytest.mark.parametrize("options", ["", "cond=text"])
