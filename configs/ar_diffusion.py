@@ -99,6 +99,7 @@ def get_config(options=""):
         block=field(1, "block_causal: frames per block"),
         guidance=field(1.0, "scale of classifier-free guidance; 1 = none"),
         eta=field(0.0, "0 = deterministic DDIM, 1 = ancestral sampling"),
+        end=field("clean", "last step: clean (predicted x0) or noisy (as released, at timestep 0)"),
         memory=field("cache", "cache (exact), none, or window (recompute within a moving window)"),
     )
     return config

@@ -30,7 +30,7 @@ class Task(base.Task):
         return {}, {}
 
     def loss(self, params, batch, rng, *, step, frozen, extra):
-        return 0.0, ({}, extra)
+        return 0.0, ({}, extra, 1)
 
     def sample(self, params, rng, cond, *, frozen, frames=None):
         return cond["video"]

@@ -3,15 +3,45 @@
 import functools
 import hashlib
 import re
+import unicodedata
 
 import numpy as np
+from absl import logging
 
 _WORD = re.compile(r"[^\W_]+|,")
+WARNINGS = 5  # about captions that are cut
+_WORD_OF_KINDS = re.compile("om*|w(?:j*[wm])*|,")
+_JOINERS = "\u200c\u200d"  # between letters of one word, in Indic and Arabic scripts
+# Scripts without spaces between words: Han, Hiragana, Thai and Lao, Myanmar, Khmer.
+_ONE_BY_ONE = re.compile(
+    "[\u2e80-\u2fdf\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+    "\u3041-\u309f\u0e00-\u0eff\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f\u1780-\u17ff]"
+)
 
 
 def words(caption: str) -> list[str]:
-    """Lower-case words of a caption; a comma counts as a word, as it separates phrases."""
-    return _WORD.findall(caption.lower())
+    """Lower-case words of a caption; a comma counts as a word, as it separates phrases.
+
+    A word is letters and digits with the marks that combine with them. In scripts without spaces
+    each letter is a word, with its marks. Both are default word boundaries of Unicode (UAX #29).
+    Composed and decomposed spellings (NFC and NFD) are equal.
+    """
+    if caption.isascii():
+        return _WORD.findall(caption.lower())
+    caption = unicodedata.normalize("NFC", unicodedata.normalize("NFC", caption).lower())
+    kinds = "".join(map(_kind, caption))
+    return [caption[word.start() : word.end()] for word in _WORD_OF_KINDS.finditer(kinds)]
+
+
+def _kind(letter):
+    """w: part of a word. o: a whole word. m: combining mark. j: joiner. Comma and space: others."""
+    if letter in _JOINERS:
+        return "j"
+    if unicodedata.category(letter).startswith("M"):
+        return "m"
+    if not letter.isalnum():
+        return "," if letter == "," else " "
+    return "o" if _ONE_BY_ONE.match(letter) and not letter.isdecimal() else "w"
 
 
 @functools.lru_cache(maxsize=65536)
@@ -31,10 +61,23 @@ def _positions(tokens, width):
 def embed(caption: str, tokens: int, width: int) -> np.ndarray:
     """Caption -> float32 [M, E]: unit rows (word + position, normalised), zeros after the last.
 
-    Positions let attention bind "red" to "square". Words beyond `tokens` are dropped.
+    Positions let attention bind "red" to "square". Words beyond `tokens` are dropped, with a
+    warning for the first few captions of a process. A caption without words is all zeros, which
+    `models.conditioning` takes for no condition.
     """
     text_ME = np.zeros((tokens, width), np.float32)
-    kept = words(caption)[:tokens]
+    found = words(caption)
+    kept, dropped = found[:tokens], found[tokens:]
+    if dropped:
+        logging.log_first_n(
+            logging.WARNING,
+            "a caption has %d words and text_tokens=%d: it is cut before %r; shorten "
+            "it, or train with more data.text_tokens",
+            WARNINGS,
+            len(found),
+            tokens,
+            dropped[0],
+        )
     if kept:
         sum_ME = np.stack([_vector(word, width) for word in kept])
         sum_ME = sum_ME + _positions(tokens, width)[: len(kept)]

@@ -22,7 +22,8 @@ class FrameSchedule:
     """Every frame takes `sample_steps` steps; frame i starts after `start_F[i]` iterations.
 
     `start_F` is non-decreasing, and at most `window` frames are noisy at once. Hashable, so a
-    schedule can be static under jit.
+    schedule can be static under jit. Only the tables [I, F] take memory of frames times iterations;
+    sampling with a cache does not make them.
     """
 
     start_F: tuple[int, ...]
@@ -55,9 +56,16 @@ class FrameSchedule:
     @functools.cached_property
     def active_I2(self) -> np.ndarray:
         """Each iteration steps the frames first .. stop - 1: (first, stop), int32 [I, 2]."""
-        first_I = np.sum(self._age_IF > self.sample_steps, axis=1)
-        stop_I = np.sum(self._age_IF >= 1, axis=1)
+        k_I = np.arange(1, self.iterations + 1)
+        first_I = np.searchsorted(self.start_F, k_I - self.sample_steps)
+        stop_I = np.searchsorted(self.start_F, k_I)
         return np.stack([first_I, stop_I], axis=1).astype(np.int32)
+
+    @functools.cached_property
+    def finished_I(self) -> np.ndarray:
+        """Number of finished frames after each iteration, int32 [I]."""
+        k_I = np.arange(1, self.iterations + 1)
+        return np.searchsorted(self.start_F, k_I - self.sample_steps, side="right").astype(np.int32)
 
     @functools.cached_property
     def window_stop_I(self) -> np.ndarray:

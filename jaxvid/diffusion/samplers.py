@@ -12,16 +12,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxvid import checks
 from jaxvid.diffusion.frame_schedules import FrameSchedule
 from jaxvid.diffusion.noise import NoiseSchedule
+from jaxvid.errors import UserError
+
+ENDS = ("clean", "noisy")
 
 
 class Solver(NamedTuple):
-    """One step of a frame: DDIM, which is Euler on the flow schedule. Static under jit."""
+    """One step of a frame: DDIM, which is Euler on the flow schedule. Static under jit.
+
+    end: what the last step of a frame gives. "clean": the predicted x0. "noisy": x at timestep 0,
+    as the released AR-Diffusion code does, which keeps the noise sigma_0 of the schedule. Both are
+    the same on the flow schedule, where sigma_0 is 0.
+    """
 
     noise: NoiseSchedule
     prediction: str
     eta: float = 0.0
+    end: str = "clean"
 
     def step(
         self,
@@ -39,7 +49,11 @@ class Solver(NamedTuple):
         prediction_BTNC, _ = predict(x_BTNC, t_BT, state)
         x0, eps = self.noise.split(prediction_BTNC, x_BTNC, t_BT, self.prediction)
         fresh = frame_noise(rng, frame_T, t_T, x_BTNC.shape) if self.eta else None
-        return self.noise.step(x0, eps, t_BT, next_BT, self.eta, fresh)
+        checks.choose("end", self.end, ENDS)
+        stepped = self.noise.step(x0, eps, t_BT, next_BT, self.eta, fresh)
+        if self.end == "noisy":
+            return stepped
+        return jnp.where((next_T == 0)[:, None, None], x0, stepped)  # levels end at 0
 
 
 def frame_noise(
@@ -73,7 +87,7 @@ class Plan(NamedTuple):
 def plan(schedule: FrameSchedule) -> Plan:
     """The plan of a schedule. `widths` and `commits` begin with 0, for rows that do nothing."""
     first_I, stop_I = schedule.active_I2.T
-    finished_I = (schedule.index_IF == schedule.sample_steps).sum(axis=1)
+    finished_I = schedule.finished_I
     commit_I = np.diff(finished_I, prepend=0)
     widths = np.unique([0, *(stop_I - first_I)])
     commits = np.unique([0, *commit_I])
@@ -143,7 +157,7 @@ def advance(
         if count == 0:
             return state
         finished = jax.lax.dynamic_slice_in_dim(x_BFNC, row["done"], count, axis=1)
-        return predict(finished, jnp.full((B, count), levels[-1]), state)[1]
+        return _same_size(state, predict(finished, jnp.full((B, count), levels[-1]), state)[1])
 
     def iteration(carry, row):
         x_BFNC, state = carry
@@ -153,6 +167,19 @@ def advance(
 
     (x_BFNC, state), _ = jax.lax.scan(iteration, (x_BFNC, state), rows)
     return x_BFNC, state
+
+
+def _same_size(state, new):
+    """`new`, the state after `state`; UserError unless the scan can carry it."""
+    remedy = "start the stream: use the state that the network returns for no frames"
+    checks.require(state is not None or new is None, "state", state, remedy)
+    shapes, new_shapes = (jax.tree.map(jnp.shape, tree) for tree in (state, new))
+    if shapes != new_shapes:
+        raise UserError(
+            "state: changes its shape when a frame is committed; a mixer without window keeps all "
+            "frames: give it a window, at least as long as the video to keep them all"
+        )
+    return new
 
 
 def _switch(index, branch, sizes, *operands):
@@ -172,7 +199,9 @@ def sample_cached(
 ) -> tuple[jax.Array, Any]:
     """Sample with an exact cache -> (clean x_BFNC, state that has read every frame).
 
-    x_BFNC: noise. state: the stream before frame 0, with `given` earlier frames committed.
+    x_BFNC: noise. state: the stream before frame 0, with `given` earlier frames committed. Raises
+    UserError for a stream that has not been started (None), and for one without a window, whose
+    state grows with every frame.
     """
     steps = plan(schedule)
     options = dict(solver=solver, plan=steps, levels=solver.noise.levels(schedule.sample_steps))

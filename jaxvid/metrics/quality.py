@@ -13,8 +13,8 @@ PSNR_CEILING = 100.0  # dB
 def psnr(a_BTHWC: jax.Array, b_BTHWC: jax.Array) -> jax.Array:
     """Peak signal-to-noise ratio per frame, 10 log10(2^2 / mse) -> dB, float32 [B, T].
 
-    Float frames in [-1, 1], so the peak is 2. Equal frames give PSNR_CEILING dB instead of
-    infinity, so a mean over frames stays finite.
+    Float frames in [-1, 1], so the peak is 2 (UserError for whole numbers). Equal frames give
+    PSNR_CEILING dB instead of infinity, so a mean over frames stays finite.
     """
     error_BT = jnp.square(_float(a_BTHWC) - _float(b_BTHWC)).mean((-3, -2, -1))
     return 10 * jnp.log10(4 / jnp.maximum(error_BT, 4 * 10 ** (-PSNR_CEILING / 10)))
@@ -23,9 +23,9 @@ def psnr(a_BTHWC: jax.Array, b_BTHWC: jax.Array) -> jax.Array:
 def ssim(a_BTHWC: jax.Array, b_BTHWC: jax.Array) -> jax.Array:
     """Structural similarity per frame (Wang et al. 2004, eq. 13) -> float32 [B, T]; 1 if equal.
 
-    Float frames in [-1, 1], at least 11 pixels a side (else UserError). The window is Gaussian,
-    11 x 11 with sigma 1.5, at every position inside the frame; the mean is over positions and
-    colours.
+    Float frames in [-1, 1], at least 11 pixels a side (UserError for others). The window is
+    Gaussian, 11 x 11 with sigma 1.5, at every position inside the frame; the mean is over positions
+    and colours.
     """
     size = min(a_BTHWC.shape[-3:-1])
     checks.require(size >= WINDOW, "size", size, f"SSIM needs {WINDOW} pixels or more")
@@ -40,6 +40,9 @@ def ssim(a_BTHWC: jax.Array, b_BTHWC: jax.Array) -> jax.Array:
 
 
 def _float(x):
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    remedy = "use float frames in [-1, 1]; `data.transforms.normalize` makes them of bytes"
+    checks.require(is_float, "dtype", str(x.dtype), remedy)
     return x.astype(jnp.float32)
 
 

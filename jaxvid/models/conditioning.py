@@ -14,7 +14,8 @@ class Conditioner(nn.Module):
     kind "class": label_B int32 looks up `tokens` learned embeddings of `width`. kind "text":
     text_BME, embeddings of a frozen text encoder, [B, tokens, width], pass through. Where `drop_B`
     is true, one learned null context replaces the context of the sample, as guidance needs (Ho and
-    Salimans 2022). Raises UserError for an unknown kind.
+    Salimans 2022). It also replaces a text of zeros, that of a caption without words. Raises
+    UserError for an unknown kind.
     """
 
     kind: str
@@ -43,4 +44,5 @@ class Conditioner(nn.Module):
             context_BME = table_VME[label_B]
         else:
             context_BME = text_BME.astype(jnp.float32)
+            drop_B = drop_B | ~context_BME.any((1, 2))
         return jnp.where(drop_B[:, None, None], null_ME, context_BME)

@@ -44,9 +44,9 @@ class Task(Generator):
     are condition and not target.
     condition: kind, tokens, width, num_classes (`models.conditioning`), and drop, the probability
     of the null condition. sampler: steps, schedule, s, block
-    (`diffusion.frame_schedules.make_frame_schedule`), guidance, eta and memory ("cache", "none" or
-    "window"). given: clean frames before the continuation that `evaluate` scores. patch: pixels on
-    a side of a token; without effect if there is a `tokenizer`.
+    (`diffusion.frame_schedules.make_frame_schedule`), guidance, eta, end (`diffusion.samplers`) and
+    memory ("cache", "none" or "window"). given: clean frames before the continuation that
+    `evaluate` scores. patch: pixels on a side of a token; without effect if there is a `tokenizer`.
 
     All fields count video frames, the window of `model.mixer` too. Only its sinks and the schedules
     of `sampler` count latent frames.
@@ -78,7 +78,8 @@ class Task(Generator):
         self.size, self.frames, self.given = size, frames, given
         self.prediction, self.weight, self.snr_clip = prediction, weight, snr_clip
         self.draw_timesteps, self.clean_prefix = TIMESTEPS[timesteps], clean_prefix
-        self.condition, self.sampler = dict(condition), dict(sampler)
+        # Runs of earlier versions have no field `end`.
+        self.condition, self.sampler = dict(condition), {"end": "clean", **sampler}
         self.drop = self.condition.pop("drop")
         with within("condition"):
             between("drop", self.drop, 0, 1)
@@ -95,7 +96,8 @@ class Task(Generator):
             self._in_latents(name, self._latents, value)
         self.model = self._make_model(model)
         self._check_sampler()
-        self.solver = samplers.Solver(self.noise, prediction, self.sampler["eta"])
+        options = (self.sampler[name] for name in ("eta", "end"))
+        self.solver = samplers.Solver(self.noise, prediction, *options)
         self.schedule(self._latents(frames))
 
     def _make_model(self, options) -> DiT:
@@ -113,6 +115,7 @@ class Task(Generator):
         options, kind = self.sampler, self.condition["kind"]
         with within("sampler"):
             choose("memory", options["memory"], MEMORIES)
+            choose("end", options["end"], samplers.ENDS)
             between("steps", options["steps"], 1, self.noise.num_steps - 1)
             between("eta", options["eta"], 0, 1)
             at_least("guidance", options["guidance"], 0)
@@ -239,7 +242,7 @@ class Task(Generator):
         weight_BT = self.noise.weight(t_BT, self.weight, self.prediction, self.snr_clip)
         targets = is_target_BT.sum()
         loss = (weight_BT * error_BT * is_target_BT).sum() / targets
-        return loss, ({"mse": (error_BT * is_target_BT).sum() / targets}, extra)
+        return loss, ({"mse": (error_BT * is_target_BT).sum() / targets}, extra, targets)
 
     def evaluate(self, params, batch, rng, *, frozen):
         """Held-out quality of denoising and of continuing, per example.

@@ -62,7 +62,11 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def loss(self, params, batch: Batch, rng, *, step, frozen, extra) -> tuple[Any, tuple]:
-        """(scalar loss, (scalar metrics, extra)) of a training batch."""
+        """(scalar loss, (scalar metrics, extra, weight)) of a training batch.
+
+        weight: the number of targets that the loss is a mean over, float or int []. Gradients and
+        metrics of the parts of a batch are averaged by it.
+        """
 
     @abc.abstractmethod
     def evaluate(self, params, batch: Batch, rng, *, frozen) -> dict[str, jax.Array]:

@@ -50,10 +50,11 @@ class Task(base.Task):
         answer_BT, is_query_BT = answers(ids_BT, self.vocabulary)
         logits_BTV, _ = self.model.apply({"params": params}, ids_BT)
         loss_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, answer_BT)
-        queries = jnp.maximum(is_query_BT.sum(), 1)
+        weight = is_query_BT.sum()
+        queries = jnp.maximum(weight, 1)
         right_BT = (logits_BTV.argmax(-1) == answer_BT) & is_query_BT
         loss = (loss_BT * is_query_BT).sum() / queries
-        return loss, ({"accuracy": right_BT.sum() / queries}, extra)
+        return loss, ({"accuracy": right_BT.sum() / queries}, extra, weight)
 
     def evaluate(self, params, batch, rng, *, frozen):
         """accuracy [B]: share of right answers; accuracy_<P>, the same of streams with P pairs.

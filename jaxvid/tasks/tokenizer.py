@@ -245,7 +245,7 @@ class Task(Autoencoder):
                 params, guesses, parts, step, last_layer_grad_norm, distance
             )
             total, metrics = total + adversarial, metrics | found
-        return total, (metrics, extra)
+        return total, (metrics, extra, B)  # every clip counts as many frames
 
     def _distance(self, guesses, parts, frozen, rng):
         """(loss, metrics) of rebuilt clips and images: of pixels and of features."""

@@ -48,33 +48,40 @@ def make_step(task, tx, schedule, config, mesh, shardings):
 
 
 def gradients(task, state, frozen, batch, rng, count):
-    """(mean gradients, mean metrics with the loss, extra) over `count` microbatches in turn."""
+    """(mean gradients, mean metrics with the loss, extra) over `count` microbatches in turn.
+
+    Means are weighed by the targets of each microbatch, so a mean over the targets of the whole
+    batch does not depend on `count`.
+    """
 
     def loss(params, batch, rng, extra):
-        value, (metrics, extra) = task.loss(
+        value, (metrics, extra, weight) = task.loss(
             params, batch, rng, step=state.step, frozen=frozen, extra=extra
         )
-        return value, ({"loss": value, **metrics}, extra)
+        return value, ({"loss": value, **metrics}, extra, weight)
 
     gradient = jax.grad(loss, has_aux=True)
     if count == 1:
-        grads, (metrics, extra) = gradient(state.params, batch, rng, state.extra)
+        grads, (metrics, extra, _) = gradient(state.params, batch, rng, state.extra)
         return grads, metrics, extra
 
     def body(carry, index_and_batch):
         total, extra = carry
         index, batch = index_and_batch
-        grads, (metrics, extra) = gradient(
+        grads, (metrics, extra, weight) = gradient(
             state.params, batch, jax.random.fold_in(rng, index), extra
         )
-        return (jax.tree.map(jnp.add, total, grads), extra), metrics
+        weight = jnp.asarray(weight, jnp.float32)
+        total = jax.tree.map(lambda old, new: old + weight * new, total, grads)
+        return (total, extra), (metrics, weight)
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    (total, extra), metrics = jax.lax.scan(
+    (total, extra), (metrics, weight_S) = jax.lax.scan(
         body, (zeros, state.extra), (jnp.arange(count), microbatches(batch, count))
     )
-    mean = jax.tree.map(lambda leaf: leaf / count, total)
-    return mean, jax.tree.map(lambda leaf: leaf.mean(0), metrics), extra
+    weight = jnp.maximum(weight_S.sum(), 1)  # no part may have a target
+    mean = jax.tree.map(lambda leaf: leaf / weight, total)
+    return mean, jax.tree.map(lambda leaf_S: (weight_S * leaf_S).sum() / weight, metrics), extra
 
 
 def microbatches(batch, count):

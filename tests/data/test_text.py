@@ -1,6 +1,9 @@
 """Word vectors are frozen, tell words and places apart, and are zero past the caption."""
 
+import unicodedata
+
 import numpy as np
+import pytest
 
 from jaxvid.data import text
 
@@ -25,6 +28,39 @@ def test_same_everywhere_and_case_blind():
     np.testing.assert_allclose(text.embed("red", 1, 4)[0], golden, atol=1e-5)
 
 
-def test_long_captions_are_cut_and_empty_ones_are_zero():
-    assert text.embed("a b c d", 2, 8).shape == (2, 8)
-    assert not text.embed("", 3, 8).any()
+def test_long_captions_are_cut_with_a_warning_and_empty_ones_are_zero(caplog):
+    with caplog.at_level("WARNING", "absl"):
+        assert not text.embed("", 3, 8).any()
+        whole = text.embed("a b", 2, 8)
+        assert not caplog.records
+        np.testing.assert_array_equal(text.embed("a b c d", 2, 8), whole)
+    (record,) = caplog.records
+    assert "has 4 words and text_tokens=2: it is cut before 'c'" in record.getMessage()
+
+
+def test_words_of_ascii_captions():
+    assert text.words("A red-blue square,x_1 MOVES 2 px.") == [
+        *("a", "red", "blue", "square", ",", "x", "1", "moves", "2", "px")
+    ]
+
+
+@pytest.mark.parametrize(
+    "caption, wanted",
+    [
+        ("Un CAFÉ noir, là", "un|café|noir|,|là"),
+        ("लाल वर्ग, दाएँ चलता है", "लाल|वर्ग|,|दाएँ|चलता|है"),
+        ("சிவப்பு சதுரம்", "சிவப்பு|சதுரம்"),
+        ("ক্\u200dষ", "ক্\u200dষ"),
+        ("红色方块移动", "红|色|方|块|移|动"),
+        ("3只 dogs跑", "3|只|dogs|跑"),
+        ("赤いボール", "赤|い|ボール"),
+        ("빨간 공", "빨간|공"),
+        ("ดำ ๑๒", "ด|ำ|๑๒"),
+        ("\u0301 \u200d☎\ufe0f", ""),
+    ],
+)
+def test_words_of_other_scripts(caption, wanted):
+    """Boundaries of Unicode, in composed and decomposed spelling."""
+    wanted = [unicodedata.normalize("NFC", word) for word in wanted.split("|") if word]
+    for form in ("NFC", "NFD"):
+        assert text.words(unicodedata.normalize(form, caption)) == wanted

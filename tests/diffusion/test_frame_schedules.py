@@ -103,6 +103,7 @@ def test_every_schedule():
         assert index_IF.shape == schedule.update_IF.shape
         assert index_IF.shape == (schedule.iterations, schedule.frames)
         taken_IF = np.diff(index_IF, axis=0, prepend=0)
+        np.testing.assert_array_equal(schedule.finished_I, (index_IF == steps).sum(axis=1))
         np.testing.assert_array_equal(schedule.update_IF, taken_IF == 1)
         assert set(np.unique(taken_IF)) <= {0, 1}, "one step at a time, never back"
         assert (index_IF[-1] == steps).all() and (index_IF[-2:-1] < steps).any(axis=1).all()

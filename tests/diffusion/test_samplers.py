@@ -1,6 +1,7 @@
 """Samplers: the exact cache against running everything, official numbers, counted evaluations."""
 
 import functools
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +10,24 @@ import pytest
 
 from jaxvid.diffusion import frame_schedules, guidance, samplers
 from jaxvid.diffusion.noise import make_noise_schedule
+from jaxvid.errors import UserError
 from jaxvid.models.dit import DiT
 from tests.laws import disturbed
 
 LINEAR = samplers.Solver(make_noise_schedule("linear"), "v")
 FLOW = samplers.Solver(make_noise_schedule("flow", shift=3.0), "v")
+NOISY = LINEAR._replace(end="noisy")
 ANCESTRAL = samplers.Solver(make_noise_schedule("cosine"), "x0", eta=1.0)
+ANCESTRAL_NOISY = ANCESTRAL._replace(end="noisy")
 
 # (schedule, solver, given frames, (arrangement, window, sinks) of the network)
 ROWS = {
     "synchronous": (frame_schedules.ad(4, 8, 0), LINEAR, 0, ("joint", 4, 0)),
     "ad": (frame_schedules.ad(10, 8, 2, window=4), LINEAR, 0, ("joint", 4, 0)),
     "autoregressive": (frame_schedules.ad(6, 8, 8), LINEAR, 0, ("joint", 4, 0)),
+    "noisy": (frame_schedules.ad(6, 8, 2, window=4), NOISY, 0, ("joint", 4, 0)),
     "blocks": (frame_schedules.block_causal(7, 8, block=2, s=4), ANCESTRAL, 0, ("joint", 4, 0)),
-    "sinks": (frame_schedules.pyramid(9, 8, 2.5, window=6), ANCESTRAL, 4, ("joint", 6, 2)),
+    "sinks": (frame_schedules.pyramid(9, 8, 2.5, window=6), ANCESTRAL_NOISY, 4, ("joint", 6, 2)),
     "factorised": (frame_schedules.pyramid(7, 8, 2.5), FLOW, 3, ("factorised", 8, 0)),
 }
 
@@ -106,6 +111,40 @@ def test_pieces_lose_no_row():
     assert iterations == list(plan.rows["iteration"])
 
 
+def test_the_plan_of_a_long_video_is_small():
+    """The tables of frames times iterations would take over 700 MB."""
+    frames, steps, s = 4000, 50, 5
+    tracemalloc.start()
+    schedule = frame_schedules.ad(frames, steps, s, window=16)
+    plan = samplers.plan(schedule)
+    pieces = sum(done.stop - done.start for _, done in samplers.split_after_commits(plan))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert pieces == frames and plan.widths == (0, *range(1, 11)) and plan.commits == (0, 1)
+    rows = len(plan.rows["first"])
+    assert rows == steps + (frames - 1) * s and peak < 1000 * rows
+
+
+def test_a_stream_that_a_scan_cannot_carry_is_refused_in_one_line():
+    model, params, _ = network("joint", 4, 0)
+    unbounded = model.clone(mixer={"name": "softmax", "window": None})
+    x, t = jnp.zeros((1, 6, 2, 3)), jnp.zeros((1, 0), jnp.int32)
+    _, growing = jax.eval_shape(unbounded.apply, params, x[:, :0], t)
+    growing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), growing)
+    for net, start, message in (
+        (model, None, "^state=None: start the stream"),
+        (unbounded, growing, "^state: changes its shape .* give it a window"),
+    ):
+
+        def predict(x, t, state, net=net):
+            return net.apply(params, x, t, None, state)
+
+        options = dict(solver=LINEAR, schedule=frame_schedules.ad(6, 8, 8))
+        with pytest.raises(UserError, match=message) as error:
+            samplers.sample_cached(predict, x, start, jax.random.key(0), **options)
+        assert "\n" not in str(error.value)
+
+
 # AR-Diffusion's sampler on a toy denoiser, tanh of the mean of the frames so far. Its own code
 # blends idle frames, which moves them by up to 6e-5; these are its numbers without the blending.
 OFFICIAL = {
@@ -127,7 +166,7 @@ def test_official_sampler_on_a_toy_denoiser(s):
 
     x_BFNC = jnp.linspace(-1.5, 1.5, 8).reshape(1, 4, 1, 2)
     state = (jnp.zeros((1, 1, 1, 2)), jnp.int32(0))
-    solver = samplers.Solver(make_noise_schedule("linear"), "x0")
+    solver = samplers.Solver(make_noise_schedule("linear"), "x0", end="noisy")
     options = dict(solver=solver, schedule=frame_schedules.ad(4, 5, s))
     rng = jax.random.key(0)
     empty = x_BFNC[:, :0]
@@ -135,6 +174,53 @@ def test_official_sampler_on_a_toy_denoiser(s):
     cached, _ = samplers.sample_cached(predict, x_BFNC, state, rng, **options)
     np.testing.assert_allclose(uncached.reshape(-1), OFFICIAL[s], atol=2e-5)
     np.testing.assert_allclose(cached.reshape(-1), OFFICIAL[s], atol=2e-5)
+
+
+def oracle(noise, prediction, x0_BFNC):
+    """A perfect network of frames that all begin together: it knows the clean clip."""
+
+    def predict(x_BTNC, t_BT, state):
+        alpha, sigma = (jnp.take(S, t_BT)[..., None, None] for S in (noise.alpha_S, noise.sigma_S))
+        eps = (x_BTNC - alpha * x0_BFNC) / jnp.where(sigma > 0, sigma, 1)
+        return noise.target(x0_BFNC, eps, t_BT, prediction), state
+
+    return predict
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_baseline", "cosine", "sigmoid", "flow"])
+def test_a_perfect_network_ends_at_the_clip(name):
+    """To more than 100 dB. The released sampler keeps the noise of timestep 0."""
+    x0_BFNC = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 3, 4, 5)), jnp.float32)
+    rng, start = jax.random.key(0), jax.random.normal(jax.random.key(1), x0_BFNC.shape)
+
+    def decibels(num_steps, steps, prediction, end, eta=0.0):
+        noise = make_noise_schedule(name, num_steps)
+        solver = samplers.Solver(noise, prediction, eta, end)
+        clip, _ = jax.jit(
+            lambda x: samplers.sample_cached(
+                oracle(noise, prediction, x0_BFNC),
+                x,
+                (),
+                rng,
+                solver=solver,
+                schedule=frame_schedules.synchronous(3, steps),
+            )
+        )(start)
+        error = np.square(np.asarray(clip, np.float64) - x0_BFNC).mean()
+        return 10 * np.log10(4 / max(error, 1e-30))
+
+    for num_steps, steps, prediction, eta in (
+        (1000, 1, "x0", 0.0),
+        (1000, 10, "v", 1.0),
+        (1000, 50, "v", 0.0),
+        (50, 49, "v", 0.0),
+        (50, 7, "v" if name == "flow" else "eps", 0.0),
+    ):
+        assert decibels(num_steps, steps, prediction, "clean", eta) > 100, (num_steps, steps)
+    noisy = decibels(1000, 50, "v", "noisy")
+    if name == "linear":
+        assert noisy == pytest.approx(10 * np.log10(4 / 1e-4), abs=1.5)
+    assert (noisy > 100) == (name == "flow")
 
 
 def test_guidance_combines_the_halves():

@@ -64,6 +64,27 @@ def test_equal_keys(implementation, launch):
     np.testing.assert_allclose(y, v, atol=1e-5)
 
 
+@pytest.mark.parametrize("power", [1.9, 1.97, 1.99])
+def test_repeated_keys_do_not_diverge_in_bfloat16(power):
+    """One key for 65,536 tokens: what it reads is s <- (1 - power) s + power v, with
+    power = beta |k|^2 below 2, in float64."""
+    L, K = 2**16, 16
+    key_K = jax.random.normal(jax.random.key(1), (K,))
+    key_K = (key_K / jnp.linalg.norm(key_K)).astype(jnp.bfloat16)
+    norm2 = float(jnp.square(key_K.astype(jnp.float32)).sum())
+    v = jax.random.normal(jax.random.key(0), (1, L, 1, 4)).astype(jnp.bfloat16)
+    y = _repeated(jnp.broadcast_to(key_K, (1, L, 1, K)), v, jnp.full((1, L, 1), power / norm2))
+    read = np.zeros(4)
+    wanted = [read := (1 - power) * read + power * v_V for v_V in np.asarray(v[0, :, 0], float)]
+    error = np.asarray(y[0, :, 0], float) - wanted
+    assert np.sqrt(np.square(error).mean()) < 0.3 * np.sqrt(np.square(wanted).mean())
+
+
+@jax.jit
+def _repeated(k, v, beta):
+    return gated_delta(k, k, v, beta, scale=1.0)
+
+
 def test_tpu_kernel_interpreted(capfd):
     """Heads and rows in random order, memory that starts as NaN, and a check for races."""
     arrays, segment_ids = make(300, 16, 24, "token", packed=True, op=gated_delta)

@@ -327,6 +327,54 @@ def test_kl_sums_over_all_tokens_of_a_sample():
     np.testing.assert_allclose(aux["loss"], 1e-6 * kl.sum() / 3, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", [*QUANTIZERS, "kl"])
+def test_no_tokens_cost_nothing_and_use_no_code(name):
+    """A piece of a stream may hold no frames."""
+    quantizer = KL(channels=3) if name == "kl" else QUANTIZERS[name]
+    codebook = start(quantizer)
+    for shape in ((3, 0, 7), (0, 2)):
+        z_q, ids, aux = run(quantizer, np.zeros((*shape, quantizer.features), np.float32), codebook)
+        assert z_q.shape == (*shape, quantizer.channels)
+        assert aux.pop("dead", quantizer.size) == quantizer.size
+        assert set(map(float, aux.values())) == {0.0}
+        if name != "kl":
+            assert quantizer.lookup(ids, codebook).shape == z_q.shape
+    if name == "vq":
+        after = quantizer.update(codebook, np.zeros((3, 0, 4)), ids, jax.random.key(0))
+        assert after.keys() == codebook.keys()
+        for key in codebook:
+            np.testing.assert_array_equal(after[key], codebook[key])
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_ids_of_no_code_give_no_latent(name):
+    quantizer = QUANTIZERS[name]
+    codebook, last = start(quantizer), quantizer.size - 1
+    for wrong in (-1, last + 1):
+        ids = np.array([0, wrong, last])
+        with pytest.raises(UserError, match=f"^ids={wrong}: must lie between 0 and {last}$"):
+            quantizer.lookup(ids, codebook)
+        z_q = jax.jit(quantizer.lookup)(ids, codebook)
+        np.testing.assert_array_equal(np.isnan(z_q).any(-1), [False, True, False])
+    with pytest.raises(UserError, match=r"^ids\.dtype='float32': must be whole numbers"):
+        quantizer.lookup(np.zeros(2, np.float32), codebook)
+
+
+@pytest.mark.parametrize("name", [*QUANTIZERS, "kl"])
+def test_another_number_of_features_is_refused(name):
+    quantizer = KL(channels=3) if name == "kl" else QUANTIZERS[name]
+    codebook, features = start(quantizer), quantizer.features
+    for other in (1, 2 * features):
+        message = rf"^z.shape=\[2, {other}\]: z must have the features={features} of"
+        with pytest.raises(UserError, match=message):
+            quantizer(jnp.zeros((2, other)), codebook)
+
+
+def test_levels_may_be_an_array():
+    for levels in (np.array([8, 5, 3]), jnp.array([8, 5, 3]), [8, 5, 3]):
+        assert FSQ(levels=levels) == FSQ(levels=(8, 5, 3))
+
+
 def test_refusals():
     for quantizer, options, message in (
         (FSQ, {"levels": ()}, r"^levels=\(\): has no channel"),

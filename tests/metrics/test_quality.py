@@ -71,3 +71,8 @@ def test_refusals():
     frame = np.zeros((1, 1, 10, 32, 3), np.float32)
     with pytest.raises(UserError, match=r"^size=10: SSIM needs 11"):
         quality.ssim(frame, frame)
+    whole = np.zeros((1, 1, 12, 12, 3), np.uint8)
+    for metric in (quality.psnr, quality.ssim):
+        for pair in ((whole, whole), (whole.astype(np.float32), whole), (whole, whole > 0)):
+            with pytest.raises(UserError, match=r"^dtype='(uint8|bool)': use float frames"):
+                metric(*pair)

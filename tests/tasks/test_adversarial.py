@@ -144,7 +144,7 @@ def test_a_run_stays_finite_and_each_branch_moves(kind):
             key = jax.random.fold_in(jax.random.key(1), number)
             return task.loss(params, data, key, step=number, frozen={}, extra=extra)
 
-        grads, (metrics, extra) = jax.grad(loss, has_aux=True)(params)
+        grads, (metrics, extra, _) = jax.grad(loss, has_aux=True)(params)
         updates, state = tx.update(grads, state, params)
         return jax.tree.map(jnp.add, params, updates), state, extra, metrics
 

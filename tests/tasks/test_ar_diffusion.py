@@ -7,6 +7,7 @@ import pytest
 
 from configs import ar_diffusion
 from jaxvid.data.source import Source
+from jaxvid.data.text import embed
 from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError
 from jaxvid.models.pixels import PixelTokenizer
@@ -59,7 +60,7 @@ def objective(task):
 
     @jax.jit
     def run(params, data, seed):
-        value, (metrics, _) = task.loss(
+        value, (metrics, _, _) = task.loss(
             params, data, jax.random.key(seed), step=0, frozen=task.frozen(), extra={}
         )
         return value, metrics
@@ -95,6 +96,25 @@ def test_clean_frames_are_condition_and_not_target():
         assert run(seeing, data, seed)[0] != run(seeing, changed, seed)[0]
 
 
+def test_the_weight_counts_the_frames_that_are_targets():
+    """Frames of their own brightness, so the loss of zeros says how many of them it averages."""
+    options = dict(clean_prefix=0.8, prediction="x0", weight="uniform")
+    task = Task(**fields(**options))
+    data = batch(1)
+    data["video"][:] = 20 * np.arange(1, 7, dtype=np.uint8)[:, None, None, None]
+    power_T = np.square(normalize(data["video"])).mean((0, 2, 3, 4))
+    means = [power_T[first:].mean() for first in range(6)]
+    params, _ = jax.jit(task.init)(jax.random.key(0), data)
+
+    def loss(rng):
+        return task.loss(params, data, rng, step=0, frozen={}, extra={})
+
+    values, (_, _, weights) = jax.jit(jax.vmap(loss))(jax.random.split(jax.random.key(0), 16))
+    first = np.abs(np.asarray(values)[:, None] - means).argmin(axis=1)
+    assert len(set(first)) > 2
+    np.testing.assert_array_equal(weights, 6 - first)
+
+
 class Spy(Task):
     """Records which conditions training drops."""
 
@@ -127,6 +147,15 @@ def test_the_null_context_has_its_own_row():
     np.testing.assert_array_equal(context_BME[0], params["null"])
     np.testing.assert_array_equal(context_BME[1], params["classes"][1])
     assert np.abs(params["null"] - params["classes"]).max((1, 2)).min() > 0
+
+
+def test_a_caption_without_words_is_the_null_context():
+    task = Task(**fields("cond=text"))
+    params, data = opened(task)["conditioner"], batch()
+    text = jnp.asarray([data["text"][0], embed("", 20, 64)])
+    context_BME = task.conditioner.apply({"params": params}, jnp.zeros(2, bool), text_BME=text)
+    np.testing.assert_array_equal(context_BME[0], text[0])
+    np.testing.assert_array_equal(context_BME[1], params["null"])
 
 
 @pytest.mark.parametrize("options", ["", "cond=text"])
@@ -276,6 +305,7 @@ def test_a_recurrent_mixer_samples_the_same_from_its_state_as_from_all_frames(mi
         ({"sampler__schedule": "sync"}, "^sampler.schedule='sync': .* use one of"),
         ({"sampler__steps": 0}, "^sampler.steps=0: must lie between 1 and 999"),
         ({"sampler__eta": 1.5}, "^sampler.eta=1.5"),
+        ({"sampler__end": "x0"}, "^sampler.end='x0': unknown; use one of clean, noisy"),
         ({"sampler__eta": float("nan")}, "^sampler.eta=nan"),
     ],
 )

@@ -74,7 +74,7 @@ def learned(config, steps):
         def loss(params):
             return learner.loss(params, rows, None, step=0, frozen={}, extra={})
 
-        grads, (metrics, _) = jax.grad(loss, has_aux=True)(params)
+        grads, (metrics, _, _) = jax.grad(loss, has_aux=True)(params)
         updates, opt_state = tx.update(grads, opt_state)
         return optax.apply_updates(params, updates), opt_state, metrics["accuracy"]
 
@@ -109,6 +109,8 @@ def test_one_layer_learns_to_recall_and_its_scores_match_its_samples():
     answer, is_query = (np.asarray(x) for x in answers(read(rows["video"]), 16))
     right = np.where(is_query, shown_ids == answer, False).sum(1) / is_query.sum(1)
     np.testing.assert_allclose(scores["accuracy"], right)
+    weight = jax.jit(lambda: learner.loss(params, rows, None, step=0, frozen={}, extra={})[1][2])
+    assert weight() == is_query.sum()
     few = is_query.sum(1) == 2
     np.testing.assert_allclose(scores["accuracy_2"][few], right[few])
     assert np.isnan(scores["accuracy_2"][~few]).all() and np.isnan(scores["accuracy_4"][few]).all()
@@ -123,7 +125,7 @@ def test_the_task_traces(mixer):
     learner, rows, rng = task(config), batch(config, 2), jax.random.key(0)
     params, extra = jax.eval_shape(learner.init, rng, rows)
     loss = functools.partial(learner.loss, step=0, frozen={}, extra=extra)
-    value, (metrics, _) = jax.eval_shape(loss, params, rows, rng)
+    value, (metrics, _, _) = jax.eval_shape(loss, params, rows, rng)
     assert value.shape == metrics["accuracy"].shape == ()
     scores = jax.eval_shape(functools.partial(learner.evaluate, frozen={}), params, rows, rng)
     assert {name: x.shape for name, x in scores.items()} == dict.fromkeys(

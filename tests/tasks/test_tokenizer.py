@@ -65,7 +65,7 @@ def test_every_choice_of_the_config_trains_and_scores(options):
     task = Task(**fields(options))
     rng = jax.random.key(0)
     params, extra = jax.eval_shape(lambda: task.init(rng, batch()))
-    value, (metrics, after) = jax.eval_shape(functools.partial(loss, task), params, extra, rng)
+    value, (metrics, after, _) = jax.eval_shape(functools.partial(loss, task), params, extra, rng)
     assert value.shape == () and jax.tree.structure(after) == jax.tree.structure(extra)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
         lambda x: (x.shape, x.dtype), extra
@@ -87,7 +87,7 @@ def test_training_moves_the_network_by_gradient_and_the_codebook_by_its_means():
     @jax.jit
     def step(params, extra, rng):
         gradient = jax.grad(functools.partial(loss, task), has_aux=True)
-        grads, (metrics, extra) = gradient(params, extra, rng)
+        grads, (metrics, extra, _) = gradient(params, extra, rng)
         return jax.tree.map(lambda p, g: p - 0.05 * g, params, grads), extra, metrics
 
     first, moved = None, extra
@@ -194,7 +194,7 @@ def test_perceptual_distances_are_in_the_loss_or_reported_as_off(tmp_path, caplo
     data = {"video": np.zeros((2, 5, 16, 16, 3), np.uint8)}
     rng = jax.random.key(0)
     params, extra = jax.eval_shape(lambda: task.init(rng, data))
-    _, (metrics, _) = jax.eval_shape(
+    _, (metrics, _, _) = jax.eval_shape(
         lambda p, f, e: task.loss(p, data, rng, step=0, frozen=f, extra=e), params, frozen, extra
     )
     assert metrics["lpips"].shape == () and "i3d" not in metrics
@@ -263,7 +263,7 @@ def test_i3d_features_are_in_the_loss_with_their_weight(monkeypatch):
         z_BTNZ, _ = task.tokenizer.encode({**params, **extra}, normalize(video))
         return task.tokenizer.decode(params, z_BTNZ, task.tokenizer.grid(12))[0]
 
-    total, (metrics, _) = run(params, weights)
+    total, (metrics, _, _) = run(params, weights)
     features = jax.jit(i3d.features)
     difference = features(weights, rebuild(params)) - features(weights, normalize(video))
     wanted = np.square(difference).mean()

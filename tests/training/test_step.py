@@ -89,7 +89,7 @@ def test_each_microbatch_draws_its_own_noise():
     class Noise:
         def loss(self, params, batch, rng, *, step, frozen, extra):
             draw = jax.random.normal(rng)
-            return params * draw, ({"square": draw**2}, extra)
+            return params * draw, ({"square": draw**2}, extra, 4)
 
     state = TrainState(jnp.int32(0), jnp.int32(0), jnp.ones(()), (), {}, {})
     rng = jax.random.key(1)
@@ -97,6 +97,27 @@ def test_each_microbatch_draws_its_own_noise():
     draws = [jax.random.normal(jax.random.fold_in(rng, part)) for part in range(2)]
     np.testing.assert_allclose(grad, np.mean(draws), rtol=1e-6)
     np.testing.assert_allclose(metrics["square"], np.mean(np.square(draws)), rtol=1e-6)
+
+
+def test_parts_weigh_as_many_targets_as_they_have():
+    """The mean over the targets of the whole batch, in any number of parts."""
+
+    class Mean:
+        def loss(self, params, batch, rng, *, step, frozen, extra):
+            value_B, is_target_B = batch["value"], batch["is_target"]
+            targets = is_target_B.sum()
+            mean = (value_B * is_target_B).sum() / jnp.maximum(targets, 1)
+            return params * mean, ({"mean": mean}, extra, targets)
+
+    value_B = np.arange(1.0, 9.0) ** 2
+    for is_target_B in (np.arange(8) % 4 == 0, np.arange(8) < 3, np.zeros(8, bool)):
+        batch = {"value": value_B, "is_target": is_target_B}
+        wanted = value_B[is_target_B].mean() if is_target_B.any() else 0
+        for count in (1, 2, 4, 8):
+            state = TrainState(jnp.int32(0), jnp.int32(0), jnp.ones(()), (), {}, {})
+            grad, metrics, _ = gradients(Mean(), state, {}, batch, jax.random.key(0), count)
+            for got in (grad, metrics["mean"], metrics["loss"]):
+                np.testing.assert_allclose(got, wanted, rtol=1e-6)
 
 
 def test_the_average_ramps_up():

@@ -56,7 +56,7 @@ class Task(base.Task):
         bad = (step >= self.nan_from) & (step < self.nan_until) & (self.nan_from >= 0)
         loss = jnp.where(bad, jnp.nan, 1.0) * loss
         extra = {"seen": extra["seen"] + batch["id"].shape[0] * jnp.where(bad, jnp.nan, 1.0)}
-        return loss, ({"guess": guess_BX.mean()}, extra)
+        return loss, ({"guess": guess_BX.mean()}, extra, guess_BX.size)
 
     def evaluate(self, params, batch, rng, *, frozen):
         guess_BX, truth_BX = self.predict(params, batch, frozen)

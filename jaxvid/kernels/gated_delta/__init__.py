@@ -33,9 +33,11 @@ def gated_delta(
 
     (Yang et al. 2025, Gated Delta Networks, eq. 10; without decay the delta rule, Schlag et al.
     2021.) Keys should have norm 1, and beta should lie in (0, 1), or in (0, 2) to allow negative
-    eigenvalues; neither is checked. log_decay: None, [A] or [B, L, A]. Only the reference supports
-    forward mode (jax.jvp, jax.linearize); all implementations have reverse-mode gradients. All
-    other arguments, and errors, are as in `kernels.linear_attention`; a mesh splits no sequence.
+    eigenvalues; neither is checked. The rule is stable if beta |k|^2 stays below 2. In bfloat16
+    leave a margin of 0.005, because keys and writes are rounded. log_decay: None, [A] or [B, L, A].
+    Only the reference supports forward mode (jax.jvp, jax.linearize); all implementations have
+    reverse-mode gradients. All other arguments, and errors, are as in `kernels.linear_attention`; a
+    mesh splits no sequence.
     """
     beta_BLA, log_decay, initial_state, segment_ids = dispatch.as_arrays(
         beta_BLA, log_decay, initial_state, segment_ids

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxvid.kernels.chunks import LONGEST, decays, einsum, join, split
 
 CHUNK = 64
+exact = functools.partial(einsum, precision="highest")
 WHOLE = 16  # tokens of the largest matrix that `by_halves` does not split
 
 
@@ -53,10 +54,11 @@ def _within(invert, q, k, v, beta_SBAG, g_SBAG):
     earlier_GH = jnp.tri(G, k=-1)
     overlap_SBAGH = einsum("SBAGK,SBAHK->SBAGH", k, k)
     lower_SBAGH = beta * overlap_SBAGH * factor_GH * earlier_GH
-    inverse_SBAGH = _inverted(invert, lower_SBAGH).astype(v.dtype)
-    own_SBAGV = einsum("SBAGH,SBAHV->SBAGV", inverse_SBAGH, (beta * v).astype(v.dtype))
-    decayed_k = (beta * read[..., None] * k).astype(k.dtype)
-    taken_SBAGK = einsum("SBAGH,SBAHK->SBAGK", inverse_SBAGH, decayed_k)
+    # Float32 up to here. With similar keys and beta above 1 the entries of the inverse alternate in
+    # sign and hardly shrink. Rounded to bfloat16, a chunk would enlarge the state.
+    inverse_SBAGH = _inverted(invert, lower_SBAGH)
+    own_SBAGV = exact("SBAGH,SBAHV->SBAGV", inverse_SBAGH, beta * v)
+    taken_SBAGK = exact("SBAGH,SBAHK->SBAGK", inverse_SBAGH, beta * read[..., None] * k)
     p_SBAGH = einsum("SBAGK,SBAHK->SBAGH", q, k) * factor_GH
     return (
         p_SBAGH.astype(v.dtype),

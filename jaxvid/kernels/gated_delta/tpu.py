@@ -112,10 +112,10 @@ def _kernel(q_ref, k_ref, v_ref, beta_ref, g_ref, first_ref, y_ref, last_ref, st
     factor_GH, read_G1, write_G1, keep = decays(g_ref[...])
     beta_G1 = jnp.sum(jnp.where(iota(G, 0) == iota(G, 1), beta_ref[...], 0), axis=1, keepdims=True)
     lower_GH = beta_G1 * factor_GH * dot(k, k, "GK,HK->GH")
-    inverse_GH = chunked.inverse(lower_GH).astype(v.dtype)
+    inverse_GH = chunked.inverse(lower_GH)  # stays float32, see `chunked`
     before_KV = state_KV.astype(k.dtype)
     taken_GV = read_G1 * dot(k, before_KV, "GK,KV->GV")
-    wanted_GV = (beta_G1 * (v - taken_GV)).astype(v.dtype)
+    wanted_GV = beta_G1 * (v - taken_GV)
     new_GV = dot(inverse_GH, wanted_GV, "GH,HV->GV").astype(v.dtype)
     p_GH = (factor_GH * dot(q, k, "GK,HK->GH")).astype(v.dtype)
     y_GV = inner(q, k) * new_GV + dot(p_GH, new_GV, "GH,HV->GV")

@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxvid import checks
+
 HIGHEST = jax.lax.Precision.HIGHEST  # products in bfloat16 would flip ids
 
 
@@ -30,7 +32,9 @@ class Quantizer:
         z_q: [..., channels] float32; gradients pass through it to z. ids: [...] int32 in [0, size),
         None without codes. aux: float32 scalars, among them `loss`, a term of the training loss,
         and those of `usage` if there are codes. codebook: trained and carried parts together.
-        rng: for latents drawn from a distribution; None gives their mean.
+        rng: for latents drawn from a distribution; None gives their mean. Without tokens, as in a
+        piece of a stream without frames, aux is 0, except `dead`. Raises UserError for another
+        number of channels than `features`.
         """
         raise NotImplementedError
 
@@ -43,22 +47,48 @@ class Quantizer:
         """The carried part after a batch of z and its ids.
 
         All reductions over tokens span the global batch under jit, so every device computes the
-        same.
+        same. Without tokens it is unchanged.
         """
         del codebook, z, ids, rng
         return {}
 
     def lookup(self, ids: jax.Array, codebook: Any = None) -> jax.Array:
-        """ids [...] -> z_q [..., channels] float32. TypeError without codes."""
-        del ids, codebook
-        raise TypeError(f"{type(self).__name__} has no codes")
+        """ids [...] of any int dtype -> z_q [..., channels] float32.
+
+        UserError for ids outside [0, size); where they are not known, as under jit, such an id
+        gives NaN. TypeError without codes.
+        """
+        if not self.size:
+            raise TypeError(f"{type(self).__name__} has no codes")
+        dtype, last = ids.dtype, self.size - 1
+        remedy = "must be whole numbers; use the ids that the quantizer gave"
+        checks.require(jnp.issubdtype(dtype, jnp.integer), "ids.dtype", str(dtype), remedy)
+        if ids.size and not isinstance(ids, jax.core.Tracer):
+            with jax.ensure_compile_time_eval():
+                for extreme in (ids.min(), ids.max()):
+                    checks.between("ids", int(extreme), 0, last)
+        ids = jnp.asarray(ids).astype(jnp.int32)
+        is_code = (ids >= 0) & (ids <= last)
+        return jnp.where(is_code[..., None], self._codes(ids, codebook), jnp.nan)
+
+    def _codes(self, ids: jax.Array, codebook: Any) -> jax.Array:
+        """`lookup` of int32 ids in [0, size)."""
+        raise NotImplementedError
+
+    def _check_features(self, z):
+        remedy = f"z must have the features={self.features} of the quantizer on its last axis"
+        checks.require(z.shape[-1] == self.features, "z.shape", list(z.shape), remedy)
 
 
 def usage(ids: jax.Array, size: int) -> dict[str, jax.Array]:
     """Perplexity exp(H) of ids, share of the `size` codes in use, number of the unused (`dead`).
 
-    By sorting, so no array is as long as the vocabulary.
+    By sorting, so no array is as long as the vocabulary. Without ids no code is in use, and the
+    perplexity is 0.
     """
+    if not ids.size:
+        unused = jnp.float32(size)
+        return {"perplexity": jnp.zeros(()), "usage": jnp.zeros(()), "dead": unused}
     ids = jnp.sort(ids.reshape(-1))
     last, first = (jnp.searchsorted(ids, ids, side=side) for side in ("right", "left"))
     perplexity = jnp.exp(-jnp.log((last - first) / ids.size).mean())
@@ -83,5 +113,10 @@ def unit(x: jax.Array) -> jax.Array:
 
 
 def mse(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Mean squared error, float32 []."""
-    return jnp.square(a - b).mean()
+    """Mean squared error, float32 []; 0 without elements."""
+    return mean(jnp.square(a - b))
+
+
+def mean(x: jax.Array) -> jax.Array:
+    """The mean of all elements, float32 []; 0 if there are none."""
+    return x.mean() if x.size else jnp.zeros(())

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,7 +26,10 @@ class FSQ(Quantizer):
     dialect: str = "paper"
 
     def __post_init__(self):
-        object.__setattr__(self, "levels", tuple(self.levels))
+        levels = self.levels
+        if isinstance(levels, np.ndarray | jax.Array):
+            levels = np.asarray(levels).tolist()  # plain numbers
+        object.__setattr__(self, "levels", tuple(levels))
         checks.require(self.levels, "levels", self.levels, "has no channel; use (8, 5, 5, 5)")
         checks.whole_numbers("levels", self.levels, low=3)
         fits = math.prod(self.levels) <= 2**31
@@ -47,6 +51,7 @@ class FSQ(Quantizer):
     def __call__(self, z, codebook=None, rng=None):
         """See `Quantizer`; z_q lies in [-1, 1], ids = sum_i level_i prod_(j < i) levels_j."""
         del codebook, rng
+        self._check_features(z)
         z = self._bound(z.astype(jnp.float32))
         level = jnp.round(z)
         # In integers, as float32 is exact only up to 2^24.
@@ -54,7 +59,7 @@ class FSQ(Quantizer):
         aux = {"loss": jnp.zeros(()), **usage(ids, self.size)}
         return straight_through(z, level) / self._half_width, ids, aux
 
-    def lookup(self, ids, codebook=None):
+    def _codes(self, ids, codebook):
         del codebook
         level = ids[..., None] // self._basis % np.array(self.levels, np.int32)
         return (level - self._half_width) / self._half_width

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxvid import checks
-from jaxvid.layers.quantize.base import Quantizer
+from jaxvid.layers.quantize.base import Quantizer, mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +32,10 @@ class KL(Quantizer):
 
     def __call__(self, z, codebook=None, rng=None):
         del codebook
-        mean, logvar = jnp.split(z.astype(jnp.float32), 2, axis=-1)
+        self._check_features(z)
+        mu, logvar = jnp.split(z.astype(jnp.float32), 2, axis=-1)
         logvar = jnp.clip(logvar, -30.0, 20.0)
         std = jnp.exp(logvar / 2)
-        kl = (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar).sum() / 2 / len(z)
-        z_q = mean if rng is None else mean + std * jax.random.normal(rng, mean.shape)
-        return z_q, None, {"loss": self.weight * kl, "kl": kl, "std": std.mean()}
+        kl = (jnp.square(mu) + jnp.exp(logvar) - 1 - logvar).sum() / 2 / max(len(z), 1)
+        z_q = mu if rng is None else mu + std * jax.random.normal(rng, mu.shape)
+        return z_q, None, {"loss": self.weight * kl, "kl": kl, "std": mean(std)}

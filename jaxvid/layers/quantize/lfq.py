@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvid import checks
-from jaxvid.layers.quantize.base import HIGHEST, Quantizer, mse, straight_through, unit, usage
+from jaxvid.layers.quantize.base import HIGHEST, Quantizer, mean, mse, straight_through, unit, usage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,26 +47,29 @@ class LFQ(Quantizer):
     def __call__(self, z, codebook=None, rng=None):
         """See `Quantizer`; ids = sum_k [z_k > 0] 2^(channels - 1 - k)."""
         del codebook, rng
+        self._check_features(z)
         z = self._project(z.astype(jnp.float32))
         bit = z > 0
         ids = (bit * self._basis).sum(-1)
         z_q = jnp.where(bit, self._amplitude, -self._amplitude)
         # A bit adds 2 sharpness z_k (a - -a) to the log odds, whatever the other bits are.
-        logit_LZ = (4 * self.sharpness * self._amplitude * z).reshape(-1, self.channels)
-        token_entropy = _binary_entropy(logit_LZ).sum(-1).mean()
+        logit_LZ = (4 * self.sharpness * self._amplitude * z).reshape(ids.size, self.channels)
+        token_entropy = mean(_binary_entropy(logit_LZ).sum(-1))
         batch_entropy = self._batch_entropy(logit_LZ)
         loss = self.entropy * (token_entropy - self.diversity * batch_entropy)
         loss += self.commitment * mse(z, jax.lax.stop_gradient(z_q))
         aux = {"loss": loss, "token_entropy": token_entropy, "batch_entropy": batch_entropy}
         return straight_through(z, z_q), ids, aux | usage(ids, self.size)
 
-    def lookup(self, ids, codebook=None):
+    def _codes(self, ids, codebook):
         del codebook
         bit = ids[..., None] // self._basis % 2
         return jnp.where(bit == 1, self._amplitude, -self._amplitude).astype(jnp.float32)
 
     def _batch_entropy(self, logit_LZ):
         """H(E[p]) summed over groups; E[p] of a group is one product of its two halves."""
+        if not len(logit_LZ):
+            return jnp.zeros(())
         groups = -(-self.channels // self.group)
         total = 0.0
         for bits in np.array_split(np.arange(self.channels), groups):

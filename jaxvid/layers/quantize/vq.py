@@ -86,15 +86,16 @@ class VQ(Quantizer):
 
     def __call__(self, z, codebook=None, rng=None):
         del rng
+        self._check_features(z)
         z = self._project(z)
         ids = self._nearest(z, codebook["code_VZ"])
-        z_q = self.lookup(ids, codebook)
+        z_q = self._codes(ids, codebook)
         loss = self.commitment * mse(z, jax.lax.stop_gradient(z_q))
         if not self.ema:
             loss += mse(jax.lax.stop_gradient(z), z_q)
         return ESTIMATORS[self.estimator](z, z_q), ids, {"loss": loss, **usage(ids, self.size)}
 
-    def lookup(self, ids, codebook=None):
+    def _codes(self, ids, codebook):
         return self._project(jnp.take(codebook["code_VZ"], ids, axis=0))
 
     def update(self, codebook, z, ids, rng):
@@ -105,6 +106,8 @@ class VQ(Quantizer):
         """
         if not self.ema:
             return {}
+        if not ids.size:
+            return {name: codebook[name] for name in ("code_VZ", "count_V", "sum_VZ", "updates")}
         rng_kmeans, rng_restart = jax.random.split(rng)
         z_LZ = jax.lax.stop_gradient(self._project(z)).reshape(-1, self.channels)
         means = self._running_means(codebook, z_LZ, ids.reshape(-1))
