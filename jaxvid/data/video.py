@@ -14,7 +14,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
 from jaxvid import files
@@ -26,6 +26,8 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 MAX_PIXELS = 2**25  # in one picture: 8192 x 4096
 MAX_FRAMES = 2**20  # in one file
 MAX_BYTES = 2**32  # of pixels in one read
+# Without these two flags swscale is up to 3 of 255 wrong in a flat colour, differently by size.
+EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 # PyAV before 19 raises UnicodeDecodeError for tags that are not UTF-8 without this option.
 _TOLERANT = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
@@ -148,6 +150,18 @@ def _even_times(times):
     return times[0], step
 
 
+class _Reformatter:
+    """Frames in other sizes and pixel formats, colours to within 1 of 255."""
+
+    def __init__(self):
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, frame, format, width=None, height=None):
+        return self._reformatter.reformat(
+            frame, width, height, format, interpolation=EXACT, threads=1
+        )
+
+
 class _Scaler:
     """Frames -> uint8 [H, W, 3], upright, with square pixels and a shorter side of `size`.
 
@@ -156,7 +170,7 @@ class _Scaler:
 
     def __init__(self, size, pixel=1.0):
         self._size, self._pixel = size, pixel  # width / height of a pixel of the source
-        self._reformatter = VideoReformatter()
+        self._reformat = _Reformatter()
         self._shape = None
 
     def __call__(self, frame):
@@ -167,9 +181,7 @@ class _Scaler:
             if self._shape[0] * self._shape[1] > MAX_PIXELS:
                 raise VideoError(f"is too long and narrow ({frame.width} x {frame.height})")
         height, width = self._shape
-        scaled = self._reformatter.reformat(
-            frame, width=width, height=height, format="rgb24", threads=1
-        )
+        scaled = self._reformat(frame, "rgb24", width, height)
         return np.rot90(scaled.to_ndarray(), self._turns)
 
 
@@ -296,11 +308,13 @@ class ChunkWriter:
         quality = {"qp": "0"} if lossless else {"crf": "18", "tune": "fastdecode"}
         codec.options = {"g": str(frames), "threads": "1", **quality}
         self._codec, self._packets, self._number = codec, [], 0
+        self._reformat = _Reformatter()
 
     def write(self, video_THWC: np.ndarray) -> None:
         """Encode the next frames, uint8 [t, H, W, 3]."""
         for picture_HWC in np.ascontiguousarray(video_THWC):
             frame = av.VideoFrame.from_ndarray(picture_HWC, format="rgb24")
+            frame = self._reformat(frame, self._codec.pix_fmt)
             frame.pts = self._number
             self._packets += map(bytes, self._codec.encode(frame))
             self._number += 1
@@ -315,16 +329,13 @@ def decode_chunk(data: bytes, numbers: Sequence[int], size: int) -> np.ndarray:
     codec = av.CodecContext.create("h264", "r")
     codec.thread_type, codec.thread_count = "NONE", 1
     codec.options = {"max_pixels": str(MAX_PIXELS)}
-    reformatter = VideoReformatter()
+    reformat = _Reformatter()
     video_THWC = np.empty((len(numbers), size, size, 3), np.uint8)
     taken = 0
     try:
         for number, frame in enumerate(_chunk_frames(codec, data)):
             if number == numbers[taken]:
-                scaled = reformatter.reformat(
-                    frame, width=size, height=size, format="rgb24", threads=1
-                )
-                video_THWC[taken] = scaled.to_ndarray()
+                video_THWC[taken] = reformat(frame, "rgb24", size, size).to_ndarray()
                 taken += 1
                 if taken == len(numbers):
                     return video_THWC
@@ -348,9 +359,10 @@ def write_mp4(path, video_THWC: np.ndarray, fps: float) -> None:
         options = {"crf": "18", "threads": "1"}
         stream = container.add_stream("libx264", rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = W + W % 2, H + H % 2, "yuv420p"
+        reformat = _Reformatter()
         for picture_HWC in np.ascontiguousarray(even_THWC):
             frame = av.VideoFrame.from_ndarray(picture_HWC, format="rgb24")
-            container.mux(stream.encode(frame))
+            container.mux(stream.encode(reformat(frame, stream.pix_fmt)))
         container.mux(stream.encode(None))
     files.write(path, buffer.getvalue())
 

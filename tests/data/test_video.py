@@ -216,3 +216,22 @@ def test_contact_sheet_has_a_row_per_clip_and_a_column_per_frame():
     assert not sheet[:, 10].any()
     few = np.asarray(Image.open(io.BytesIO(video.contact_sheet(clips, columns=2))))
     np.testing.assert_array_equal(few[:8, 11:], clips[0, 2])
+
+
+COLOURS = np.array([(128,) * 3, (0, 0, 0), (255, 255, 255), (200, 30, 30), (30, 30, 200)])
+
+
+@pytest.mark.parametrize("size", [24, 31, 48])
+def test_flat_colours_keep_their_value(tmp_path, size):
+    """From a frame of 4:2:0 at any size, and on through a chunk."""
+    for colour in COLOURS:
+        source = np.full((4, 48, 48, 3), colour, np.uint8)
+        decoded_THWC = video.decode_chunk(video.encode_chunk(source), range(4), size)
+        assert np.abs(decoded_THWC.astype(int) - colour).max() <= 2
+        video.write_mp4(tmp_path / "flat.mp4", source, 8)
+        assert np.abs(read(tmp_path / "flat.mp4", range(4), size).astype(int) - colour).max() <= 2
+    # Exactly one grey: Y 126, U and V 128.
+    grey = av.VideoFrame(64, 48, "yuv420p")
+    for plane, value in zip(grey.planes, (126, 128, 128)):
+        plane.update(bytes([value]) * plane.buffer_size)
+    assert (video._Scaler(size)(grey) == 128).all()
