@@ -177,12 +177,28 @@ class _Scaler:
         if self._shape is None:
             width = max(1, round(frame.width * self._pixel))
             self._shape = transforms.cover(frame.height, width, self._size)
-            self._turns = frame.rotation // 90
+            self._upright = _orientation(frame)
             if self._shape[0] * self._shape[1] > MAX_PIXELS:
                 raise VideoError(f"is too long and narrow ({frame.width} x {frame.height})")
         height, width = self._shape
         scaled = self._reformat(frame, "rgb24", width, height)
-        return np.rot90(scaled.to_ndarray(), self._turns)
+        return self._upright(scaled.to_ndarray())
+
+
+def _orientation(frame):
+    """A function that turns and mirrors pictures [H, W, 3] as the frame's display matrix says.
+
+    The matrix maps the pixel (x, y) to (a x + c y, b x + d y); of a matrix that is not one of the 8
+    orientations, the larger entries count.
+    """
+    try:
+        a, b, _, c, d = np.frombuffer(frame.side_data["DISPLAYMATRIX"], np.int32)[:5].tolist()
+    except KeyError:
+        return lambda picture_HWC: picture_HWC
+    is_transposed = abs(b) + abs(c) > abs(a) + abs(d)
+    x, y = (c, b) if is_transposed else (a, d)
+    flips = slice(None, None, -1 if y < 0 else 1), slice(None, None, -1 if x < 0 else 1)
+    return lambda picture_HWC: (picture_HWC.swapaxes(0, 1) if is_transposed else picture_HWC)[flips]
 
 
 def _pixel_shape(stream):

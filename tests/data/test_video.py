@@ -78,15 +78,28 @@ def test_a_stream_that_changes_shape_keeps_the_first():
         assert scale(av.VideoFrame.from_ndarray(picture, format="rgb24")).shape == (24, 48, 3)
 
 
-def test_a_picture_filmed_upright_is_turned(tmp_path):
+@pytest.mark.parametrize(
+    "a, b, c, d", [m for s in (1, -1) for t in (1, -1) for m in ((s, 0, 0, t), (0, s, t, 0))]
+)
+def test_display_matrices_turn_and_mirror(tmp_path, a, b, c, d):
+    """All 8 orientations, in both readers: the pixel (x, y) goes to (a x + c y, b x + d y)."""
     path = tmp_path / "bars.mp4"
-    write_clip(path, 4)
+    picture_HW = np.kron(np.arange(0, 240, 40).reshape(2, 3), np.ones((16, 16)))
+    write_clip(path, pictures=np.stack([picture_HW.astype(np.uint8)] * 3, -1)[None].repeat(2, 0))
+    plain = read(path, range(2))
     data = bytearray(path.read_bytes())
     matrix = data.index(b"tkhd") + 4 + 40  # version 0: nine fixed-point numbers follow
-    struct.pack_into(">9i", data, matrix, 0, 1 << 16, 0, -(1 << 16), 0, 0, 48 << 16, 0, 1 << 30)
-    plain = read(path, range(4))
+    sides = [n << 16 for n in (a, b, c, d)]
+    struct.pack_into(">9i", data, matrix, *sides[:2], 0, *sides[2:], 0, 0, 0, 1 << 30)
     path.write_bytes(data)
-    np.testing.assert_array_equal(read(path, range(4)), np.rot90(plain, -1, axes=(1, 2)))
+    y, x = np.mgrid[: plain.shape[1], : plain.shape[2]]
+    to_x, to_y = a * x + c * y, b * x + d * y
+    to_x, to_y = to_x - to_x.min(), to_y - to_y.min()
+    expected = np.empty((2, to_y.max() + 1, to_x.max() + 1, 3), np.uint8)
+    expected[:, to_y, to_x] = plain
+    np.testing.assert_array_equal(read(path, range(2)), expected)
+    with open(path, "rb") as file:
+        np.testing.assert_array_equal(np.stack(list(video.resample(file, 48, 0))), expected)
 
 
 def test_hostile_files_are_refused_in_one_line(tmp_path):
