@@ -3,11 +3,13 @@
     python -m jaxvid.prepare --src=DIR --out=DIR --size=128 --frames=16 --fps=8
 
 Each clip is resampled by its timestamps, scaled, cropped to a square and cut into chunks of
---frames frames. A chunk is one H.264 group of pictures and one record. The directories directly
-below --src are the classes; a tenth of the scenes goes to validation, always by clip and never by
-window. Files that cannot be used are skipped, counted and named, here and in dataset.json. The set
-appears at --out only when it is complete; a killed run leaves nothing that looks complete. Files
-from anywhere are safe to decode: it happens in processes of bounded memory.
+--frames frames. No chunk spans a gap in the timestamps or a picture that is shown for more than two
+seconds; clips that are cut there are counted and named. One field of interlaced video is used. A
+chunk is one H.264 group of pictures and one record. The directories directly below --src are the
+classes; a tenth of the scenes goes to validation, always by clip and never by window. Files that
+cannot be used are skipped, counted and named, here and in dataset.json. The set appears at --out
+only when it is complete; a killed run leaves nothing that looks complete. Files from anywhere are
+safe to decode: it happens in processes of bounded memory.
 """
 
 import dataclasses
@@ -72,9 +74,8 @@ def _write_set(src, names, folder, recipe, workers):
     classes, splits = clips.classes_of(names), clips.Splits(names)
     writers = {split: shards.Shards(folder, split) for split in SPLITS}
     used = dict.fromkeys(SPLITS, 0)
-    skipped = []
-    cut = functools.partial(clips.cut, str(src), recipe)
-    outcomes = in_processes(cut, splits.order, workers)
+    skipped, cut = [], []
+    outcomes = in_processes(functools.partial(clips.cut, str(src), recipe), splits.order, workers)
     for name, outcome in shards.progress(outcomes, len(names)):
         if isinstance(outcome, str):
             skipped.append((name, outcome))
@@ -82,7 +83,10 @@ def _write_set(src, names, folder, recipe, workers):
         split = splits.assign(name)
         used[split] += 1
         label = classes.index(clips.class_of(name)) if classes else 0
-        for number, chunk in enumerate(outcome):
+        parts, chunks = outcome
+        if clips.cuts_in(parts):
+            cut.append((name, clips.cuts_in(parts)))
+        for number, chunk in enumerate(chunks):
             header = {"name": name, "chunk": number, "label": label}
             writers[split].write(shards.pack(header, chunk))
     if len(skipped) == len(names):
@@ -90,7 +94,7 @@ def _write_set(src, names, folder, recipe, workers):
     shards.refuse_empty(src, used)
     parts = {split: {"clips": used[split], **writers[split].finish()} for split in SPLITS}
     fields = {**dataclasses.asdict(recipe), "classes": classes}
-    return shards.write_manifest(folder, "h264", fields, parts, skipped)
+    return shards.write_manifest(folder, "h264", fields, parts, skipped, cut)
 
 
 if __name__ == "__main__":

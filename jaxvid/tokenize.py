@@ -78,8 +78,9 @@ def main():
     print(f"of each clip {shape} {manifest['dtype']}")
     for split, part in manifest["splits"].items():
         print(f"{split}: {part['records']} clips")
-    for entry in manifest["skipped"]:
-        print(f"skipped {clips.printable(entry['name'])}: {entry['reason']}")
+    for done in ("cut", "skipped"):
+        for entry in manifest[done]:
+            print(f"{done} {clips.printable(entry['name'])}: {entry['reason']}")
 
 
 def tokenize(
@@ -180,12 +181,16 @@ class Item(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """All items. assign: name of a usable item, in order -> its split. labels: for the manifest."""
+    """All items. assign: name of a usable item, in order -> its split. labels: for the manifest.
+
+    parts: name of a counted video -> the lengths of its parts.
+    """
 
     items: list[Item]
     assign: Callable[[str], str]
     labels: dict
     unit: str
+    parts: dict[str, list[int]]
 
 
 def from_source(fields, encoder: Encoder) -> Inputs:
@@ -211,7 +216,7 @@ def from_source(fields, encoder: Encoder) -> Inputs:
             load_these = functools.partial(load, source, indices)
             items.append(Item(f"{split} {start}", count, load_these))
     labels = {"num_classes": sources["train"].num_classes, "captions": sources["train"].captions}
-    return Inputs(items, lambda name: name.split()[0], labels, "batches")
+    return Inputs(items, lambda name: name.split()[0], labels, "batches", {})
 
 
 def from_videos(recipe: Recipe, encoder: Encoder) -> Inputs:
@@ -220,17 +225,29 @@ def from_videos(recipe: Recipe, encoder: Encoder) -> Inputs:
     classes, splits = clips.classes_of(names), clips.Splits(names)
     shards.refuse_empty(recipe.src, {"validation": splits.count})  # before the work
     crop = functools.partial(Window(1, recipe.size).augment, rng=None)
+    parts = {}
 
     def count(name):
         outcome = clips.walk(recipe.src, name, recipe)
-        return outcome if isinstance(outcome, str) else outcome // recipe.frames
+        if isinstance(outcome, str):
+            return outcome
+        parts[name] = outcome
+        return sum(length // recipe.frames for length in outcome)
+
+    def whole(name, pictures):
+        """The pictures of the whole clips in each part."""
+        for length in parts[name]:
+            part = itertools.takewhile(lambda picture_HWC: picture_HWC is not None, pictures)
+            yield from itertools.islice(part, length - length % recipe.frames)
+            for _ in part:
+                pass
 
     def load(name, first, count):
         caption = clips.class_of(name) if classes else ""
         labels = {"label": classes.index(caption) if classes else 0, "caption": caption}
         with open(os.path.join(recipe.src, name), "rb") as file:
             pictures = video.resample(file, recipe.size, recipe.fps)
-            pictures = itertools.islice(pictures, first * recipe.frames, None)
+            pictures = itertools.islice(whole(name, pictures), first * recipe.frames, None)
             frames = (crop(picture_HWC[None]) for picture_HWC in pictures)
             for start in range(first, count, encoder.batch):
                 numbers = range(start, min(start + encoder.batch, count))
@@ -245,7 +262,7 @@ def from_videos(recipe: Recipe, encoder: Encoder) -> Inputs:
         for name in splits.order
     ]
     labels = {"num_classes": len(classes), "captions": bool(classes)}
-    return Inputs(items, splits.assign, labels, "videos")
+    return Inputs(items, splits.assign, labels, "videos", parts)
 
 
 def _next(frames, number):
@@ -263,12 +280,12 @@ class Journal:
     """The progress of a set, in the folder where it grows; a new process resumes from it.
 
     recipe: a dict that differs between sets. done: finished items. clips: finished clips of the
-    next item. records: of each closed shard. skipped: (name, reason) of items.
+    next item. records: of each closed shard. skipped, cut: (name, reason) of items.
     """
 
     def __init__(self, folder: pathlib.Path, recipe: dict):
         self._path, self._recipe = folder / JOURNAL, recipe
-        self.done, self.clips, self.skipped = 0, 0, []
+        self.done, self.clips, self.skipped, self.cut = 0, 0, [], []
         self.records = {split: [] for split in SPLITS}
         self._saved = time.monotonic()
         if not self._path.exists():
@@ -285,6 +302,7 @@ class Journal:
         # Journals of earlier versions have no "part", as they were only saved between items.
         self.done, self.clips, self.records = found["done"], found.get("part", 0), found["records"]
         self.skipped = [(entry["name"], entry["reason"]) for entry in found["skipped"]]
+        self.cut = list(map(tuple, found.get("cut", [])))
         for split in SPLITS:  # shards that were still open
             for path in folder.glob(f"{split}-?????"):
                 if int(path.name[-5:]) >= len(self.records[split]):
@@ -300,7 +318,7 @@ class Journal:
         self.done, self.clips = done, clips
         skipped = [{"name": name, "reason": reason} for name, reason in self.skipped]
         progress = {"recipe": self._recipe, "done": done, "part": clips}
-        progress |= {"records": self.records, "skipped": skipped}
+        progress |= {"records": self.records, "skipped": skipped, "cut": self.cut}
         files.write(self._path, json.dumps(progress))
         self._saved = time.monotonic()
 
@@ -332,6 +350,8 @@ def _write_set(folder, inputs, encoder, recipe):
     for number, (name, outcome) in enumerate(shown, done + 1):
         if isinstance(outcome, str):
             journal.skipped.append((name, outcome))
+        elif clips.cuts_in(inputs.parts.get(name, ())):
+            journal.cut.append((name, clips.cuts_in(inputs.parts[name])))
         journal.save(number, 0, writers, always=number == len(items))
     if len(journal.skipped) == len(items):
         report = clips.report(journal.skipped, len(items))
@@ -341,7 +361,7 @@ def _write_set(folder, inputs, encoder, recipe):
     fields["frames_per_latent"] = encoder.frames_per_latent
     fields |= {**dataclasses.asdict(recipe), **inputs.labels}
     parts = {split: writer.finish() for split, writer in writers.items()}
-    return shards.write_manifest(folder, "latents", fields, parts, journal.skipped)
+    return shards.write_manifest(folder, "latents", fields, parts, journal.skipped, journal.cut)
 
 
 def _encode_item(item, first, assign, encoder, recipe, writers, save):

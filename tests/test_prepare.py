@@ -53,6 +53,7 @@ def test_the_manifest(made):
             "validation": {"clips": 1, "records": 2},
         },
         "skipped": [],
+        "cut": [],
     }
     for shard in parts[0] + parts[1]:
         content = (made / shard["file"]).read_bytes()
@@ -96,6 +97,21 @@ def test_resampling_and_cropping(tmp_path):
     assert len(source) == 3
     # Every third frame; the middle 12 of the 16 positions of the bar remain.
     assert numbers_of_12(source[0]["video"])[1:] == [1, 4, 7]
+
+
+def test_no_chunk_spans_a_gap(tmp_path):
+    for name in "ab":
+        times = [*range(9), *range(2400, 2415)]
+        path = tmp_path / "src" / f"{name}.mp4"
+        write_clip(path, 24, width=48, times=times, options={"bf": "0"})
+    manifest = prepare_here(tmp_path / "src", tmp_path / "set", frames=4)
+    reason = "is cut 1 times, at gaps or stills"
+    assert sorted(entry["name"] for entry in manifest["cut"]) == ["a.mp4", "b.mp4"]
+    assert {entry["reason"] for entry in manifest["cut"]} == {reason}
+    assert manifest["splits"]["train"]["records"] == 2 + 3
+    source = data.make_source(set_config(tmp_path / "set"), "train")
+    starts = [numbers_of_12(source[i]["video"])[0] for i in range(5)]
+    assert starts == [first % 12 for first in (0, 4, 9, 13, 17)]
 
 
 def test_bad_files_are_skipped_and_named(tmp_path, capsys):

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
@@ -109,11 +110,11 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-def report(skipped: list[tuple[str, str]], total: int) -> str:
+def report(skipped: list[tuple[str, str]], total: int, done: str = "skipped") -> str:
     """One line with the number of skipped files, and the names and reasons of the first eight."""
     shown = "; ".join(f"{printable(name)} {reason}" for name, reason in skipped[:8])
     more = f"; and {len(skipped) - 8} more" if len(skipped) > 8 else ""
-    return f"skipped {len(skipped)} of {total} files: {shown}{more}"
+    return f"{done} {len(skipped)} of {total} files: {shown}{more}"
 
 
 def index(root: str, names: list[str]) -> tuple[dict[str, video.Info], list[tuple[str, str]]]:
@@ -159,7 +160,7 @@ def _probe(root, name):
 def _cache_file(root):
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     key = _hash(os.fsencode(os.path.realpath(root)))[:16]
-    return pathlib.Path(home, "jaxvid", f"index-2-{key}.json")
+    return pathlib.Path(home, "jaxvid", f"index-3-{key}.json")
 
 
 def _load(cache):
@@ -189,40 +190,52 @@ def check_cut(size: int, frames: int, fps: float) -> None:
     checks.require(0 <= fps <= 1000, "fps", fps, "must lie in [0, 1000]; 0 keeps the source's rate")
 
 
-def walk(root: str, name: str, recipe, use=lambda picture_HWC: None) -> int | str:
-    """Call `use` with each picture of a video -> their number, or the reason not to use the video.
+def walk(root: str, name: str, recipe, use=lambda picture_HWC: None) -> list[int] | str:
+    """Call `use` with each picture of a video -> the lengths of its parts, or why not to use it.
 
-    recipe: has size, frames and fps. A video with fewer frames, or that cannot be decoded to its
-    end, is not used.
+    recipe: has size, frames and fps. `use` gets None where the video is cut (`video.resample`). A
+    video without a part of `frames` frames, or that cannot be decoded to its end, is not used.
     """
-    frames = 0
+    parts = [0]
     try:
         with open(os.path.join(root, name), "rb") as file:
             for picture_HWC in video.resample(file, recipe.size, recipe.fps):
                 use(picture_HWC)
-                frames += 1
+                if picture_HWC is None:
+                    parts.append(0)
+                else:
+                    parts[-1] += 1
     except video.VideoError as error:
         return str(error)
     except OSError as error:
         return f"cannot be opened ({error.strerror})"
     except MemoryError:
         return "needs too much memory"
-    if frames < recipe.frames:
+    if max(parts) < recipe.frames:
         at = f" at {recipe.fps:g} per second" if recipe.fps else ""
-        return f"has {frames} frames{at}, {recipe.frames} are needed"
-    return frames
+        between = f" in a row, it {cuts_in(parts)}" if len(parts) > 1 else ""
+        return f"has {max(parts)} frames{at}{between}, {recipe.frames} are needed"
+    return parts
 
 
-def cut(root: str, recipe, name: str) -> list[bytes] | str:
-    """The chunks of a video, `recipe.frames` frames each, or the reason not to use it."""
+def cuts_in(parts: Sequence) -> str:
+    """What `walk` did to a video of several parts; "" for one part."""
+    return f"is cut {len(parts) - 1} times, at gaps or stills" if len(parts) > 1 else ""
+
+
+def cut(root: str, recipe, name: str) -> tuple[list[int], list[bytes]] | str:
+    """(lengths of the parts, chunks of `recipe.frames` frames) of a video, or why not to use it."""
     window = Window(recipe.frames, recipe.size)
     chunks, pictures = [], []
 
     def use(picture_HWC):
+        if picture_HWC is None:
+            pictures.clear()
+            return
         pictures.append(picture_HWC)
         if len(pictures) == recipe.frames:
             chunks.append(video.encode_chunk(window.augment(np.stack(pictures), None)))
             pictures.clear()
 
     outcome = walk(root, name, recipe, use)
-    return outcome if isinstance(outcome, str) else chunks
+    return outcome if isinstance(outcome, str) else (outcome, chunks)

@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 from absl import logging
 
 from jaxvid.data import clips, source, video
@@ -16,8 +17,8 @@ class Source(source.Source):
 
     The directories directly below it are the classes. Files that cannot be decoded, or are shorter
     than the window, are left out at the start, counted and named: in `skipped` and in one warning.
-    If the scaled frames of a split fit into KEPT_BYTES, a clip is decoded at its first read and
-    kept.
+    A window lies within one part of a video that is cut at gaps in its times or at stills. If the
+    scaled frames of a split fit into KEPT_BYTES, a clip is decoded at its first read and kept.
     """
 
     def __init__(self, config, split):
@@ -27,8 +28,10 @@ class Source(source.Source):
         self._classes = clips.classes_of(infos)
         splits = clips.split_of(infos)
         for name, info in infos.items():
-            if info.frames < self._window.span:
-                reason = f"has {info.frames} frames, a window spans {self._window.span}"
+            most = max(map(len, info.pieces()))
+            if most < self._window.span:
+                between = f" in a row, it {clips.cuts_in(info.parts)}" if info.parts else ""
+                reason = f"has {most} frames{between}, a window spans {self._window.span}"
                 self.skipped.append((name, reason))
         short = {name for name, _ in self.skipped}
         self._clips = [
@@ -43,6 +46,9 @@ class Source(source.Source):
             )
         if self.skipped:
             logging.warning("%s: %s", self._root, clips.report(self.skipped, len(names)))
+        cut = [(n, clips.cuts_in(info.parts)) for n, info in self._clips if info.parts]
+        if cut:
+            logging.warning("%s: %s", self._root, clips.report(cut, len(names), "cut"))
         self._kept = {} if self._bytes() <= KEPT_BYTES else None
         self.num_classes = len(self._classes)
         self.captions = bool(self._classes)
@@ -62,14 +68,13 @@ class Source(source.Source):
     def read(self, index, rng=None):
         """A window of clip `index`: its start drawn with `rng`, or the middle without."""
         name, info = self._clips[index]
-        start = self._window.start(info.frames, rng)
-        window = slice(start, start + self._window.span, self._window.stride)
+        window = self._window.choose(info.pieces(), rng)
         if self._kept is None:
-            video_THWC = self._decode(index, range(info.frames)[window])
+            video_THWC = self._decode(index, window)
         else:
             if index not in self._kept:
                 self._kept[index] = self._decode(index, range(info.frames))
-            video_THWC = self._kept[index][window]
+            video_THWC = self._kept[index][np.array(window)]
         label = clips.class_of(name)
         return {
             "video": self._window.augment(video_THWC, rng),

@@ -8,12 +8,14 @@ scaler serves all frames of a read, three times as fast as `frame.to_ndarray(for
 import contextlib
 import dataclasses
 import io
+import itertools
 import zlib
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import av
 import numpy as np
+from av.filter import Graph
 from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
@@ -26,6 +28,7 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 MAX_PIXELS = 2**25  # in one picture: 8192 x 4096
 MAX_FRAMES = 2**20  # in one file
 MAX_BYTES = 2**32  # of pixels in one read
+STILL = 2.0  # seconds for which one picture may be shown within a clip, or four frames if longer
 # Without these two flags swscale is up to 3 of 255 wrong in a flat colour, differently by size.
 EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
@@ -43,6 +46,9 @@ class Info:
 
     Frame n is shown at start + n * step in units of the stream. The step is 0 if the times are not
     even or if a seek gives other pictures than a scan; such a file is read from its beginning.
+
+    parts: [first, stop) frames of each part, if gaps in the times or stills cut the video; a clip
+    lies within one part.
     """
 
     frames: int
@@ -51,6 +57,11 @@ class Info:
     fps: float
     start: int = 0
     step: float = 0.0
+    parts: Sequence[Sequence[int]] = ()
+
+    def pieces(self) -> list[range]:
+        """The frames of each part, in order."""
+        return [range(*part) for part in self.parts or [(0, self.frames)]]
 
     def number(self, frame: av.VideoFrame) -> int:
         """The number of a frame by its time; -1 if a seek has lost its time."""
@@ -105,22 +116,54 @@ def _is_untimed(container):
 def probe(file) -> Info:
     """Decode all of a binary file. Raises VideoError if that fails or gives no frame."""
     with _opened(file) as (container, stream):
-        times, prints = [], {}
-        for number, frame in enumerate(_decode(container, stream)):
+        times, seconds, prints, last = [], [], [], 0
+        for second, frame in _timed(container, stream):
+            last = len(times) if frame.key_frame else last
             times.append(frame.pts)
-            prints = {} if frame.key_frame else prints
-            if len(prints) < 4:  # the last keyframe and the three frames after it
-                prints[number] = _fingerprint(frame)
+            seconds.append(second)
+            prints.append(_fingerprint(frame))
         if not times:
             raise VideoError("has no frames")
+        parts = _parts(seconds, prints, _longest_still(_rate(stream)))
         info = Info(len(times), frame.height, frame.width, _rate(stream), *_even_times(times))
-    if info.step and not _seek_shows(file, info, prints):
+        info = dataclasses.replace(info, parts=parts)
+    # The last keyframe and the three frames after it.
+    shown = dict(list(enumerate(prints))[last : last + 4])
+    if info.step and not _seek_shows(file, info, shown):
         return dataclasses.replace(info, start=0, step=0.0)
     return info
 
 
 def _fingerprint(frame):
-    return zlib.crc32(frame.planes[0])
+    """A number that differs between pictures, from 64 rows or more of the brightness."""
+    plane = frame.planes[0]
+    rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[
+        :: max(1, plane.height // 64)
+    ]
+    return zlib.crc32(rows[:, : plane.width].tobytes())
+
+
+def _longest_still(rate):
+    """Seconds for which one picture may be shown within a clip of `rate` frames per second."""
+    return max(STILL, 4 / rate)
+
+
+def _parts(seconds, prints, longest):
+    """[first, stop) of each part of a video, of the times and fingerprints of its frames.
+
+    A part ends at the first frame that is shown for longer than `longest`, because of a gap or of
+    equal frames after it. The next begins with the next picture. () if there is one part.
+    """
+    changes = [n for n in range(1, len(prints)) if prints[n] != prints[n - 1]]
+    parts, first = [], 0
+    for begin, end in itertools.pairwise([0, *changes, len(prints)]):
+        until = seconds[min(end, len(seconds) - 1)]
+        if abs(until - seconds[begin]) > longest:
+            parts.append((first, begin + 1))
+            first = end
+    if first < len(prints):
+        parts.append((first, len(prints)))
+    return tuple(parts) if parts != [(0, len(prints))] else ()
 
 
 def _seek_shows(file, info, prints):
@@ -165,13 +208,14 @@ class _Reformatter:
 class _Scaler:
     """Frames -> uint8 [H, W, 3], upright, with square pixels and a shorter side of `size`.
 
-    The first frame fixes the shape, even if a later frame has another.
+    The first frame fixes the shape, even if a later frame has another. Only the upper field of an
+    interlaced frame is taken, as its lines show two moments in turn.
     """
 
     def __init__(self, size, pixel=1.0):
         self._size, self._pixel = size, pixel  # width / height of a pixel of the source
         self._reformat = _Reformatter()
-        self._shape = None
+        self._shape, self._field = None, _UpperField()
 
     def __call__(self, frame):
         if self._shape is None:
@@ -181,8 +225,28 @@ class _Scaler:
             if self._shape[0] * self._shape[1] > MAX_PIXELS:
                 raise VideoError(f"is too long and narrow ({frame.width} x {frame.height})")
         height, width = self._shape
+        frame = self._field(frame) if frame.interlaced_frame else frame
         scaled = self._reformat(frame, "rgb24", width, height)
         return self._upright(scaled.to_ndarray())
+
+
+class _UpperField:
+    """The upper field of a frame, a frame of half the height."""
+
+    def __init__(self):
+        self._graph, self._kind = None, None
+
+    def __call__(self, frame):
+        kind = frame.width, frame.height, frame.format.name
+        if kind != self._kind:
+            self._graph, self._kind = Graph(), kind
+            source = self._graph.add_buffer(
+                width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1)
+            )
+            field, sink = self._graph.add("field", "type=top"), self._graph.add("buffersink")
+            self._graph.link_nodes(source, field, sink).configure()
+        self._graph.vpush(frame)
+        return self._graph.vpull()
 
 
 def _orientation(frame):
@@ -248,27 +312,59 @@ def _allocate(frames, shape):
     return np.empty((frames, *shape), np.uint8)
 
 
-def resample(file, size: int, fps: float) -> Iterator[np.ndarray]:
+def resample(file, size: int, fps: float) -> Iterator[np.ndarray | None]:
     """Yield the pictures that a binary file shows at 0, 1 / fps, 2 / fps ... seconds.
 
     uint8 [H, W, 3], shorter side `size`; the time starts at the first frame and ends at the last.
-    An fps of 0 yields every frame.
+    An fps of 0 yields every frame. Where the times have a gap, or one picture is shown for long
+    (STILL), the video is cut: the picture comes once, then None, and the time starts again.
     """
     with _opened(file) as (container, stream):
-        scale, due, held = _Scaler(size, _pixel_shape(stream)), 0, None
-        for time, frame in _timed(container, stream):
-            if not fps:
-                yield scale(frame)
-                continue
-            while held is not None and due / fps < time - 1e-6:
-                yield scale(held)
+        rate = fps or _rate(stream)
+        longest = _longest_still(rate)
+        pictures = _by_clock(_timed(container, stream), fps, longest)
+        scale = _Scaler(size, _pixel_shape(stream))
+        scaled = (None if frame is None else scale(frame) for frame in pictures)
+        yield from _without_stills(scaled, longest * rate)
+
+
+def _by_clock(timed_frames, fps, longest):
+    """Frames at the times of `resample`; None at gaps of more than `longest` seconds."""
+    due, start, held, last = 0, 0.0, None, 0.0
+    for time, frame in timed_frames:
+        is_gap = held is not None and abs(time - last) > longest
+        if fps and held is not None:
+            until = last + 1e-6 if is_gap else time - 1e-6
+            while due / fps < until - start:
+                yield held
                 due += 1
-                if due > MAX_FRAMES:
-                    raise VideoError("has frame times that are too far apart")
-            held = frame
-        while held is not None and due / fps <= time + 1e-6:
-            yield scale(held)
-            due += 1
+        if is_gap:
+            yield None
+            due, start = 0, time
+        if not fps:
+            yield frame
+        held, last = frame, time
+    while fps and held is not None and due / fps <= last - start + 1e-6:
+        yield held
+        due += 1
+
+
+def _without_stills(pictures, most):
+    """Pass pictures through; of more than `most` equal ones in a row, one, and then None."""
+    held, count = None, 0
+    for picture in pictures:
+        if count and picture is not None and np.array_equal(picture, held):
+            count += 1
+            continue
+        yield from _run(held, count, most)
+        held, count = picture, int(picture is not None)
+        if picture is None:
+            yield None
+    yield from _run(held, count, most)
+
+
+def _run(picture, count, most):
+    return [picture, None] if count > most else [picture] * count
 
 
 def resize(video_THWC: np.ndarray, size: int) -> np.ndarray:

@@ -85,6 +85,20 @@ def test_windows(square, kept, monkeypatch):
     assert frame_numbers(source[0]["video"]) == [2, 5, 8, 11]
 
 
+def test_no_window_spans_a_gap(tmp_path, caplog):
+    for name in ("a.mp4", "b.mp4"):
+        times = [*range(6), *range(2400, 2408)]
+        write_clip(tmp_path / name, 14, height=64, times=times, options={"bf": "0"})
+    source = data.make_source(folder_config(tmp_path, size=64), "train")
+    rngs = map(np.random.default_rng, range(60))
+    shown = {frame_numbers(source.read(0, rng)["video"])[0] for rng in rngs}
+    assert shown == {0, 1, 2, 6, 7, 8, 9, 10}
+    assert frame_numbers(source[0]["video"]) == [8, 9, 10, 11]
+    assert "cut 1 of 2 files: " in caplog.text
+    with pytest.raises(UserError, match="mp4 has 8 frames in a row, it is cut 1 times"):
+        data.make_source(folder_config(tmp_path, frames=9), "train")
+
+
 def test_a_small_split_is_decoded_once(square, monkeypatch):
     read, calls = video.read, []
     monkeypatch.setattr(video, "read", lambda *a: calls.append(len(a[1])) or read(*a))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from jaxvid.data import video
 from jaxvid.errors import UserError
-from tests.videos import frame_numbers, write_clip, write_hostile
+from tests.videos import frame_numbers, moving_bars, write_clip, write_hostile
 
 
 def read(path, numbers, size=48):
@@ -159,14 +159,10 @@ def test_resample_follows_the_clock(tmp_path):
     path = tmp_path / "bars.mp4"
     write_clip(path, 16, fps=24)
 
-    def shown(fps):
-        with open(path, "rb") as file:
-            return frame_numbers(np.stack(list(video.resample(file, 48, fps))))
-
-    assert shown(0) == shown(24) == list(range(16))
-    assert shown(8) == [0, 3, 6, 9, 12, 15]
-    assert shown(48) == [n // 2 for n in range(31)]
-    assert shown(10) == [0, 2, 4, 7, 9, 12, 14]  # floor(2.4 n)
+    assert shown(path, 0) == shown(path, 24) == [list(range(16))]
+    assert shown(path, 8) == [[0, 3, 6, 9, 12, 15]]
+    assert shown(path, 48) == [[n // 2 for n in range(31)]]
+    assert shown(path, 10) == [[0, 2, 4, 7, 9, 12, 14]]  # floor(2.4 n)
 
 
 def test_resample_of_avi_uses_its_rate(tmp_path):
@@ -174,6 +170,61 @@ def test_resample_of_avi_uses_its_rate(tmp_path):
     write_clip(path, 16, fps=24)
     with open(path, "rb") as file:
         assert frame_numbers(np.stack(list(video.resample(file, 48, 12)))) == list(range(0, 16, 2))
+
+
+def shown(path, fps):
+    """Numbers of the frames of each part."""
+    parts = [[]]
+    with open(path, "rb") as file:
+        for picture_HWC in video.resample(file, 48, fps):
+            if picture_HWC is None:
+                parts.append([])
+            else:
+                parts[-1] += frame_numbers(picture_HWC[None])
+    return parts
+
+
+HOUR = 3600 * 24
+
+
+def test_a_gap_in_the_times_cuts(tmp_path):
+    path = tmp_path / "gap.mp4"
+    write_clip(path, 12, times=[*range(6), *range(HOUR, HOUR + 6)], options={"bf": "0"})
+    assert shown(path, 0) == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
+    assert shown(path, 12) == [[0, 2, 4], [6, 8, 10]]
+    with open(path, "rb") as file:
+        assert video.probe(file).parts == ((0, 6), (6, 12))
+
+
+def test_a_pause_or_a_slow_video_is_not_cut(tmp_path):
+    write_clip(tmp_path / "pause.mp4", 4, times=[0, 1, 30, 31], options={"bf": "0"})
+    assert shown(tmp_path / "pause.mp4", 4) == [[0, 1, 1, 1, 1, 2]]
+    write_clip(tmp_path / "slow.mp4", 4, times=[0, 120, 240, 360], options={"bf": "0"})
+    assert shown(tmp_path / "slow.mp4", 0) == [[0, 1, 2, 3]]
+
+
+def test_a_still_cuts(tmp_path):
+    """A picture of 60 frames, 2.5 seconds, comes once."""
+    truth = moving_bars(10)
+    path = tmp_path / "still.mp4"
+    write_clip(path, pictures=truth[[0, 1, 2, 3, *[4] * 60, *range(5, 10)]], options={"qp": "0"})
+    assert shown(path, 0) == shown(path, 24) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert shown(path, 12) == [[0, 2, 4], [5, 7, 9]]
+    with open(path, "rb") as file:
+        assert video.probe(file).parts == ((0, 5), (64, 69))
+    write_clip(path, pictures=truth[[0] * 60], options={"qp": "0"})
+    assert shown(path, 8) == [[0], []]
+
+
+def test_interlaced_frames_give_one_field(tmp_path):
+    path = tmp_path / "fields.mkv"
+    picture_HWC = np.full((64, 64, 3), 40, np.uint8)
+    picture_HWC[1::2] = 200  # the other field: another moment
+    options = {"flags": "+ildct+ilme", "x264-params": "tff=1"}
+    write_clip(path, pictures=np.stack([picture_HWC] * 4), options=options)
+    field_THWC = read(path, range(4), size=32)
+    assert field_THWC.shape == (4, 32, 32, 3)
+    assert np.abs(field_THWC.astype(int) - 40).max() < 12
 
 
 def test_chunks_round_trip_closely_and_by_number(tmp_path):
