@@ -14,19 +14,16 @@ decoded whole, one byte a colour. The set holds tokens if the tokenizer has code
 float32 latents; for validation also the frames, lossless.
 
 The same command resumes after a kill, also in the middle of a video. Lost are only the work since
-the last save, SAVE_SECONDS at most, and the clips then in progress, which start again. The set
+the last save, five minutes at most, and the clips then in progress, which start again. The set
 appears at --out only when it is complete.
 """
 
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import os
 import pathlib
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -34,17 +31,16 @@ import jax
 import numpy as np
 from absl import flags
 
-from jaxvid import checks, cli, data, files
+from jaxvid import checks, cli, data
 from jaxvid import config as config_lib
 from jaxvid.data import clips, shards, video
+from jaxvid.data.journal import JOURNAL, Journal
 from jaxvid.data.source import SPLITS
 from jaxvid.data.transforms import Window, mirror, normalize
 from jaxvid.errors import UserError
 from jaxvid.runs import open_tokenizer
 
 FLAGS = flags.FLAGS
-SAVE_SECONDS = 300.0  # between two saves of the progress, which happen between clips
-JOURNAL = "journal.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,66 +272,16 @@ def _next(frames, number):
 # Writing
 
 
-class Journal:
-    """The progress of a set, in the folder where it grows; a new process resumes from it.
-
-    recipe: a dict that differs between sets. done: finished items. clips: finished clips of the
-    next item. records: of each closed shard. skipped, cut: (name, reason) of items.
-    """
-
-    def __init__(self, folder: pathlib.Path, recipe: dict):
-        self._path, self._recipe = folder / JOURNAL, recipe
-        self.done, self.clips, self.skipped, self.cut = 0, 0, [], []
-        self.records = {split: [] for split in SPLITS}
-        self._saved = time.monotonic()
-        if not self._path.exists():
-            shards.clear(folder)
-            folder.mkdir(parents=True)
-            return
-        found = json.loads(self._path.read_text())
-        changed = [name for name in recipe if found["recipe"].get(name) != recipe[name]]
-        if changed:
-            raise UserError(
-                f"out={folder}: holds the beginning of another set (with another "
-                f"{', '.join(changed)}); remove it, or repeat the command that began it"
-            )
-        # Journals of earlier versions have no "part", as they were only saved between items.
-        self.done, self.clips, self.records = found["done"], found.get("part", 0), found["records"]
-        self.skipped = [(entry["name"], entry["reason"]) for entry in found["skipped"]]
-        self.cut = list(map(tuple, found.get("cut", [])))
-        for split in SPLITS:  # shards that were still open
-            for path in folder.glob(f"{split}-?????"):
-                if int(path.name[-5:]) >= len(self.records[split]):
-                    path.unlink()
-
-    def save(self, done: int, clips: int, writers: dict, always: bool = False) -> None:
-        """If it is time, or `always`, close the shards of {split: Shards} and save the progress."""
-        if not always and time.monotonic() - self._saved <= SAVE_SECONDS:
-            return
-        for split, writer in writers.items():
-            writer.close()
-            self.records[split] = writer.records
-        self.done, self.clips = done, clips
-        skipped = [{"name": name, "reason": reason} for name, reason in self.skipped]
-        progress = {"recipe": self._recipe, "done": done, "part": clips}
-        progress |= {"records": self.records, "skipped": skipped, "cut": self.cut}
-        files.write(self._path, json.dumps(progress))
-        self._saved = time.monotonic()
-
-
 def _write_set(folder, inputs, encoder, recipe):
     """Encode all items into `folder`, from where its journal ends -> the manifest."""
     items = inputs.items
-    order = hashlib.sha256(os.fsencode("\n".join(item.name for item in items))).hexdigest()[:16]
-    journal = Journal(folder, {**dataclasses.asdict(recipe), "items": order})
+    journal = Journal(folder, dataclasses.asdict(recipe), [item.name for item in items])
     writers = {split: shards.Shards(folder, split, journal.records[split]) for split in SPLITS}
     done, first = journal.done, journal.clips
     if done or first:
-        print(f"resuming after {done} of {len(items)} {inputs.unit}", file=sys.stderr)
-    skipped = {name for name, _ in journal.skipped}
-    for item in items[:done]:
-        if item.name not in skipped:
-            inputs.assign(item.name)
+        print(journal.resuming(inputs.unit), file=sys.stderr)
+    for name in journal.used():
+        inputs.assign(name)
 
     def outcomes():
         for number, item in enumerate(items[done:], done):

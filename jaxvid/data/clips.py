@@ -151,10 +151,19 @@ def _probe(root, name):
     try:
         with open(os.path.join(root, name), "rb") as file:
             return dataclasses.asdict(video.probe(file))
-    except video.VideoError as error:
+    except Exception as error:
+        return _reason(error)
+
+
+def _reason(error) -> str:
+    """Why a file is not used. Decoders raise many kinds, and one file must not stop the others."""
+    if isinstance(error, video.VideoError):
         return str(error)
-    except OSError as error:
-        return f"cannot be opened ({error.strerror})"
+    if isinstance(error, OSError):
+        return f"cannot be read ({error.strerror or error})"
+    if isinstance(error, MemoryError):
+        return "needs too much memory"
+    return f"cannot be decoded ({type(error).__name__}: {' '.join(str(error).split())})"
 
 
 def _cache_file(root):
@@ -205,12 +214,8 @@ def walk(root: str, name: str, recipe, use=lambda picture_HWC: None) -> list[int
                     parts.append(0)
                 else:
                     parts[-1] += 1
-    except video.VideoError as error:
-        return str(error)
-    except OSError as error:
-        return f"cannot be opened ({error.strerror})"
-    except MemoryError:
-        return "needs too much memory"
+    except Exception as error:
+        return _reason(error)
     if max(parts) < recipe.frames:
         at = f" at {recipe.fps:g} per second" if recipe.fps else ""
         between = f" in a row, it {cuts_in(parts)}" if len(parts) > 1 else ""

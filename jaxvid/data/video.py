@@ -81,6 +81,8 @@ def _opened(file):
             if not container.streams.video:
                 raise VideoError("has no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise VideoError("has a codec that FFmpeg does not know")
             if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
                 raise VideoError(f"has pictures of more than {MAX_PIXELS} pixels")
             stream.thread_type = "NONE"  # frame threads can deadlock when a read ends early
