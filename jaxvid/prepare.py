@@ -26,7 +26,7 @@ from jaxvid.data import clips, shards
 from jaxvid.data.journal import JOURNAL, Journal
 from jaxvid.data.processes import in_processes
 from jaxvid.data.source import SPLITS
-from jaxvid.errors import UserError
+from jaxvid.errors import UserError, printable
 
 FLAGS = flags.FLAGS
 
@@ -50,10 +50,11 @@ def main():
     manifest = prepare(FLAGS.src, FLAGS.out, recipe, FLAGS.workers)
     for split, part in manifest["splits"].items():
         print(f"{split}: {part['clips']} clips, {part['records']} records")
-    if manifest["skipped"]:
-        print(f"skipped {len(manifest['skipped'])} files:")
-    for entry in manifest["skipped"]:
-        print(f"  {clips.printable(entry['name'])} {entry['reason']}")
+    for done in ("cut", "skipped"):
+        if manifest[done]:
+            print(f"{done} {len(manifest[done])} files:")
+        for entry in manifest[done]:
+            print(printable(f"  {entry['name']} {entry['reason']}"))
 
 
 def prepare(src: str, out: str, recipe: Recipe, workers: int) -> dict:

@@ -37,7 +37,7 @@ from jaxvid.data import clips, shards, video
 from jaxvid.data.journal import JOURNAL, Journal
 from jaxvid.data.source import SPLITS
 from jaxvid.data.transforms import Window, mirror, normalize
-from jaxvid.errors import UserError
+from jaxvid.errors import UserError, printable
 from jaxvid.runs import open_tokenizer
 
 FLAGS = flags.FLAGS
@@ -76,7 +76,7 @@ def main():
         print(f"{split}: {part['records']} clips")
     for done in ("cut", "skipped"):
         for entry in manifest[done]:
-            print(f"{done} {clips.printable(entry['name'])}: {entry['reason']}")
+            print(printable(f"{done} {entry['name']}: {entry['reason']}"))
 
 
 def tokenize(

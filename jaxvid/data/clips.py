@@ -15,7 +15,7 @@ from absl import logging
 from jaxvid import checks, files
 from jaxvid.data import video
 from jaxvid.data.transforms import Window
-from jaxvid.errors import UserError
+from jaxvid.errors import UserError, printable
 
 VALIDATION_SHARE = 0.1
 
@@ -105,14 +105,9 @@ def _hash(data):
     return hashlib.sha256(data).hexdigest()
 
 
-def printable(name: str) -> str:
-    """A file name for a terminal. Bytes that are not UTF-8 become \\xNN."""
-    return os.fsencode(name).decode(errors="backslashreplace")
-
-
 def report(skipped: list[tuple[str, str]], total: int, done: str = "skipped") -> str:
     """One line with the number of skipped files, and the names and reasons of the first eight."""
-    shown = "; ".join(f"{printable(name)} {reason}" for name, reason in skipped[:8])
+    shown = "; ".join(printable(f"{name} {reason}") for name, reason in skipped[:8])
     more = f"; and {len(skipped) - 8} more" if len(skipped) > 8 else ""
     return f"{done} {len(skipped)} of {total} files: {shown}{more}"
 
