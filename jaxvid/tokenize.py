@@ -241,7 +241,7 @@ def from_videos(recipe: Recipe, encoder: Encoder) -> Inputs:
     def load(name, first, count):
         caption = clips.class_of(name) if classes else ""
         labels = {"label": classes.index(caption) if classes else 0, "caption": caption}
-        with open(os.path.join(recipe.src, name), "rb") as file:
+        with video.opened(os.path.join(recipe.src, name)) as file:
             pictures = video.resample(file, recipe.size, recipe.fps)
             pictures = itertools.islice(whole(name, pictures), first * recipe.frames, None)
             frames = (crop(picture_HWC[None]) for picture_HWC in pictures)

@@ -43,6 +43,7 @@ def write_clip(
     pictures=None,
     times=None,
     options=None,
+    pixels="yuv420p",
 ):
     """Write moving bars or `pictures`; the suffix of the path is the container. Returns the frames.
 
@@ -55,7 +56,7 @@ def write_clip(
     with av.open(str(path), "w") as container:
         container.metadata.update(metadata or {})
         stream = container.add_stream(codec, rate=fps, options={"g": str(gop), **(options or {})})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width, height, pixels
         stream.bit_rate = 2_000_000
         for number, picture_HWC in enumerate(video_THWC):
             frame = av.VideoFrame.from_ndarray(picture_HWC, format="rgb24")

@@ -1,5 +1,6 @@
 """A directory of clips: its files, their classes and splits, and the results of decoding them."""
 
+import collections
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -23,21 +24,46 @@ VALIDATION_SHARE = 0.1
 def find(root: str, field: str = "path") -> list[str]:
     """Names of the video files below a directory, relative to it and sorted; no hidden files.
 
-    Raises UserError, which names `field`, if there is no directory or no video in it.
+    Links to directories are followed, each directory once. Other files, and links that are not
+    followed, are counted in one warning. Raises UserError, which names `field`, if there is no
+    directory or no video in it.
     """
     if not root or not os.path.isdir(root):
         raise UserError(f"{field}={str(root)!r}: no such directory; name a directory of videos")
-    names = []
-    for folder, folders, names_here in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names_here:
-            if name.lower().endswith(video.SUFFIXES) and not name.startswith("."):
-                names.append(pathlib.Path(folder, name).relative_to(root).as_posix())
+    names, others = _walk(str(root))
+    counts = collections.Counter(others)
+    left_out = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
     if not names:
-        raise UserError(
-            f"{field}={str(root)!r}: holds no {' '.join(video.SUFFIXES)} file; add some"
-        )
+        found = f" (only {printable(left_out)})" if others else ""
+        suffixes = " ".join(video.SUFFIXES)
+        raise UserError(f"{field}={str(root)!r}: holds no {suffixes} file{found}; add some")
+    if others:
+        logging.warning("%s: left out, as no videos: %s", root, printable(left_out))
     return sorted(names)
+
+
+def _walk(root):
+    """(names of video files, the kind of each other file) below a directory."""
+    names, others, seen = [], [], set()
+    waiting = collections.deque([root])
+    links = []  # followed last, so that a directory has its own name and not that of a link
+    while waiting or links:
+        folder = waiting.popleft() if waiting else links.pop(0)
+        stat = os.stat(folder)
+        if (stat.st_dev, stat.st_ino) in seen:
+            others.append("links to a directory that is read already")
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                (links if entry.is_symlink() else waiting).append(entry.path)
+            elif entry.name.lower().endswith(video.SUFFIXES):
+                names.append(pathlib.Path(entry.path).relative_to(root).as_posix())
+            else:
+                others.append(pathlib.Path(entry.name).suffix.lower() or "without a suffix")
+    return names, others
 
 
 def class_of(name: str) -> str:
@@ -144,7 +170,7 @@ def _stamp(root, name):
 def _probe(root, name):
     """The video.Info as a dict, or the reason, a str, for which there is none."""
     try:
-        with open(os.path.join(root, name), "rb") as file:
+        with video.opened(os.path.join(root, name)) as file:
             return dataclasses.asdict(video.probe(file))
     except Exception as error:
         return _reason(error)
@@ -202,7 +228,7 @@ def walk(root: str, name: str, recipe, use=lambda picture_HWC: None) -> list[int
     """
     parts = [0]
     try:
-        with open(os.path.join(root, name), "rb") as file:
+        with video.opened(os.path.join(root, name)) as file:
             for picture_HWC in video.resample(file, recipe.size, recipe.fps):
                 use(picture_HWC)
                 if picture_HWC is None:

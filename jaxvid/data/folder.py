@@ -85,7 +85,7 @@ class Source(source.Source):
     def _decode(self, index, numbers):
         name, info = self._clips[index]
         try:
-            with open(os.path.join(self._root, name), "rb") as file:
+            with video.opened(os.path.join(self._root, name)) as file:
                 return video.read(file, numbers, self._window.size, info)
         except (OSError, video.VideoError) as error:
             raise UserError(

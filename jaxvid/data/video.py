@@ -9,6 +9,8 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import os
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -23,8 +25,11 @@ from jaxvid import files
 from jaxvid.data import transforms
 from jaxvid.errors import UserError
 
-SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
-CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
+SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".flv", ".wmv"),
+    *(".mpg", ".mpeg", ".ts", ".gif"),
+)
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,asf,mpeg,mpegvideo,mpegts,gif"
 MAX_PIXELS = 2**25  # in one picture: 8192 x 4096
 MAX_FRAMES = 2**20  # in one file
 MAX_BYTES = 2**32  # of pixels in one read
@@ -66,6 +71,19 @@ class Info:
     def number(self, frame: av.VideoFrame) -> int:
         """The number of a frame by its time; -1 if a seek has lost its time."""
         return -1 if frame.pts is None else round((frame.pts - self.start) / self.step)
+
+
+def opened(path: str):
+    """A file for reading. Raises OSError; VideoError for a pipe or device, which could block."""
+    file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise VideoError("is not a file with content")
+
+
+def _without_waiting(path, flags):
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 @contextlib.contextmanager
@@ -391,7 +409,7 @@ def read_clip(path: str, frames: int, size: int) -> np.ndarray:
     Raises UserError.
     """
     try:
-        with open(path, "rb") as file:
+        with opened(path) as file:
             video_THWC = read(file, range(frames), size, probe(file))
     except (OSError, VideoError) as error:
         reason = error.strerror if isinstance(error, OSError) else error

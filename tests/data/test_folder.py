@@ -124,12 +124,35 @@ def test_bad_files_are_skipped_and_named(tmp_path, caplog):
     assert len(source) + len(data.make_source(folder_config(root), "validation")) == 2
 
 
+def test_links_are_followed_once_and_other_files_counted(tmp_path, caplog):
+    root = tmp_path / "root"
+    for name in ("root/cats/1.mp4", "elsewhere/dogs/2.mp4", "elsewhere/dogs/deep/3.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (root / "dogs").symlink_to(tmp_path / "elsewhere/dogs")
+    (root / "a loop").symlink_to(root)
+    (root / "again").symlink_to(root / "cats")
+    (root / "gone").symlink_to(tmp_path / "nowhere")
+    for name in ("notes.txt", "more.TXT"):
+        (root / name).write_text("no video")
+    assert clips.find(root) == ["cats/1.mp4", "dogs/2.mp4", "dogs/deep/3.mp4"]
+    assert "2 .txt, 2 links to a directory that is read already, 1 without a suffix" in caplog.text
+
+
+def test_a_pipe_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for name in ("a.mp4", "b.mp4"):
+        write_clip(tmp_path / name, 9)
+    source = data.make_source(folder_config(tmp_path), "train")
+    assert source.skipped == [("pipe.mp4", "is not a file with content")]
+
+
 def test_useless_folders_are_refused(tmp_path):
     for path in ("", tmp_path / "none"):
         with pytest.raises(UserError, match=f"^path='{path}': no such directory"):
             data.make_source(folder_config(path), "train")
     (tmp_path / "notes.txt").write_text("no videos here")
-    with pytest.raises(UserError, match=r"holds no \.mp4"):
+    with pytest.raises(UserError, match=r"holds no \.mp4 .*only 1 .txt"):
         data.make_source(folder_config(tmp_path), "train")
     write_clip(tmp_path / "short.mp4", 3)
     with pytest.raises(UserError, match=r"short.mp4 has 3 frames.*\(frames, stride\)") as caught:
