@@ -64,6 +64,7 @@ def _train(config, workdir, mesh, stack):
     config.task.update(task.binding())  # a run is bound to the weights of its tokenizer
     with within("data"):
         source = data.make_source(config.data, "train")
+        _check_hosts(source, config.data)
     with within("task"):
         task.check(source)
         split_frames = task.split_frames(config.data.frames)
@@ -128,6 +129,15 @@ def _train(config, workdir, mesh, stack):
     writer.videos(step, held_out.sample(state.weights, frozen))
     say(f"{workdir}: finished at step {step}")
     return state
+
+
+def _check_hosts(source, fields):
+    """Refuse hosts with other lists of clips: their rows would not be of one batch."""
+    if not multihost.all_equal(source.listing()):
+        raise UserError(
+            f"path={fields.path}: the hosts found different clips ({len(source)} here); make all "
+            "files readable on every host"
+        )
 
 
 def _catch_up(step, state, frozen, config, held_out, writer, log):

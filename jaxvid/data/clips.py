@@ -141,18 +141,21 @@ def report(skipped: list[tuple[str, str]], total: int, done: str = "skipped") ->
 def index(root: str, names: list[str]) -> tuple[dict[str, video.Info], list[tuple[str, str]]]:
     """Decode every clip once -> (the Info of each readable clip, [(name, reason)] of the others).
 
-    The results are kept in the user's cache directory; only new and changed files are decoded
-    again.
+    What is true of the bytes of a file is kept in the user's cache directory; only new and changed
+    files are decoded again, and those that could not be read.
     """
     cache = _cache_file(root)
     known, stamps = _load(cache), {name: _stamp(root, name) for name in names}
     fresh = [name for name in names if known.get(name, [None])[0] != stamps[name]]
+    passing = set()
     if fresh:
         logging.info("decoding %d new or changed videos in %s", len(fresh), root)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            for name, outcome in zip(fresh, pool.map(lambda name: _probe(root, name), fresh)):
+            outcomes = pool.map(lambda name: _probe(root, name), fresh)
+            for name, (outcome, is_lasting) in zip(fresh, outcomes):
                 known[name] = [stamps[name], outcome]
-        _save(cache, {name: known[name] for name in names})
+                passing |= set() if is_lasting else {name}
+        _save(cache, {name: known[name] for name in names if name not in passing})
     outcomes = {name: known[name][1] for name in names}
     infos = {name: video.Info(**o) for name, o in outcomes.items() if isinstance(o, dict)}
     return infos, [(name, outcomes[name]) for name in names if name not in infos]
@@ -168,12 +171,16 @@ def _stamp(root, name):
 
 
 def _probe(root, name):
-    """The video.Info as a dict, or the reason, a str, for which there is none."""
+    """(video.Info as a dict or the reason, a str, for which there is none; whether it is lasting).
+
+    An outcome is lasting if it depends on the bytes of the file alone.
+    """
     try:
         with video.opened(os.path.join(root, name)) as file:
-            return dataclasses.asdict(video.probe(file))
+            return dataclasses.asdict(video.probe(file)), True
     except Exception as error:
-        return _reason(error)
+        of_bytes = isinstance(error, video.VideoError) and not isinstance(error, video.ReadError)
+        return _reason(error), of_bytes
 
 
 def _reason(error) -> str:

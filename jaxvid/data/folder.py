@@ -62,6 +62,9 @@ class Source(source.Source):
     def __len__(self):
         return len(self._clips)
 
+    def listing(self):
+        return "\n".join(name for name, _ in self._clips)
+
     def name(self, index):
         return self._clips[index][0]
 

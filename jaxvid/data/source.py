@@ -19,6 +19,10 @@ class Source:
     def __len__(self) -> int:
         raise NotImplementedError
 
+    def listing(self) -> str:
+        """A text that differs between lists of clips; all hosts must have the same."""
+        return str(len(self))
+
     def name(self, index: int) -> str:
         """The name of a clip in messages."""
         raise NotImplementedError

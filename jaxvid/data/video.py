@@ -7,6 +7,7 @@ scaler serves all frames of a read, three times as fast as `frame.to_ndarray(for
 
 import contextlib
 import dataclasses
+import errno
 import io
 import itertools
 import os
@@ -43,6 +44,10 @@ _TOLERANT = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) <
 
 class VideoError(ValueError):
     """A video that cannot be read; the message is one line."""
+
+
+class ReadError(VideoError):
+    """A file that could not be read this time, which says nothing about its content."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +115,13 @@ def _opened(file):
             yield container, stream
     except VideoError:
         raise
-    # A broken file can also make FFmpeg seek to impossible positions of the Python file object.
-    except (av.FFmpegError, OSError, ValueError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise VideoError(f"cannot be decoded ({reason})") from error
+    except av.FFmpegError as error:
+        raise VideoError(f"cannot be decoded ({error.strerror or error})") from error
+    except (OSError, ValueError, OverflowError) as error:
+        # A broken file can make FFmpeg seek to impossible positions of the Python file object.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise ReadError(f"cannot be read ({error.strerror or error})") from error
+        raise VideoError(f"cannot be decoded ({error})") from error
 
 
 def _decode(container, stream):

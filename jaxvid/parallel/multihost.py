@@ -1,5 +1,6 @@
 """Many processes, one program: start-up, and global arrays from each host's part."""
 
+import hashlib
 import logging
 import os
 
@@ -87,6 +88,14 @@ def agreed(*flags):
     if jax.process_count() == 1:
         return flags
     return tuple(map(bool, multihost_utils.broadcast_one_to_all(np.array(flags))))
+
+
+def all_equal(text: str) -> bool:
+    """Whether all processes call this with the same text."""
+    if jax.process_count() == 1:
+        return True
+    digest = np.frombuffer(hashlib.sha256(os.fsencode(text)).digest(), np.int32)
+    return bool((multihost_utils.process_allgather(digest) == digest).all())
 
 
 def to_host(array):

@@ -1,6 +1,8 @@
 """The folder source: labels, splits by clip, windows, and files that are not videos."""
 
+import errno
 import functools
+import io
 import os
 import shutil
 
@@ -58,6 +60,7 @@ def test_classes_and_splits(tree):
         assert (source[i]["label"], source[i]["caption"]) == (expected == "dogs", expected)
     assert clips.classes_of(["a.mp4", "b.mp4"]) == clips.classes_of(["only/a.mp4"]) == []
     assert (len(source), len(held_out)) == (11, 1)
+    assert source.listing() == "\n".join(names(source))
     assert sorted(names(source) + names(held_out)) == clips.find(tree)
 
 
@@ -177,6 +180,30 @@ def test_the_index_is_kept_and_follows_changes(copied, monkeypatch):
     os.remove(copied / source.name(3))
     with pytest.raises(UserError, match=f"^clip={source.name(3)}: "):
         source.read(3)
+
+
+def test_a_failure_to_read_is_not_kept(square, monkeypatch):
+    """Neither of opening nor in the middle of decoding; the index then finds both clips."""
+    opened = video.opened
+
+    class Failing(io.BytesIO):
+        def read(self, size=-1):
+            raise OSError(errno.EIO, "Input/output error")
+
+    def fail_to_open(path):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    for failing, reason in (
+        (lambda path: Failing() if path.endswith("b.mp4") else opened(path), "Input/output error"),
+        (lambda path: fail_to_open(path) if path.endswith("b.mp4") else opened(path), "Permission"),
+    ):
+        monkeypatch.setattr(video, "opened", failing)
+        infos, ((name, found),) = clips.index(square, ["a.mp4", "b.mp4"])
+        assert (list(infos), name) == (["a.mp4"], "b.mp4")
+        assert found.startswith(f"cannot be read ({reason}")
+    monkeypatch.setattr(video, "opened", opened)
+    infos, skipped = clips.index(square, ["a.mp4", "b.mp4"])
+    assert (sorted(infos), skipped) == (["a.mp4", "b.mp4"], [])
 
 
 def test_batches_do_not_depend_on_hosts_or_threads(tree):
