@@ -8,6 +8,7 @@ scaler serves all frames of a read, three times as fast as `frame.to_ndarray(for
 import contextlib
 import dataclasses
 import errno
+import functools
 import io
 import itertools
 import os
@@ -287,6 +288,8 @@ def _orientation(frame):
         a, b, _, c, d = np.frombuffer(frame.side_data["DISPLAYMATRIX"], np.int32)[:5].tolist()
     except KeyError:
         return lambda picture_HWC: picture_HWC
+    except ValueError:  # PyAV before 19 fails at side data of new kinds
+        return functools.partial(np.rot90, k=frame.rotation // 90)
     is_transposed = abs(b) + abs(c) > abs(a) + abs(d)
     x, y = (c, b) if is_transposed else (a, d)
     flips = slice(None, None, -1 if y < 0 else 1), slice(None, None, -1 if x < 0 else 1)
