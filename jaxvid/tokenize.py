@@ -103,12 +103,17 @@ def tokenize(
         size = fields.size if size is None else size
         frames = fields.frames if frames is None else frames
         recipe = Recipe(str(src), frozen.digest, size, frames, fps, mirrored)
-        encoder = Encoder(frozen, recipe, batch)
         is_set = pathlib.Path(src, shards.MANIFEST).is_file()
+        if is_set:  # its clips have a rate already, and those of sprites have none
+            recipe = dataclasses.replace(recipe, fps=shards.read_manifest(src, "h264")["fps"])
+        elif src == "sprites":
+            recipe = dataclasses.replace(recipe, fps=0.0)
+        encoder = Encoder(frozen, recipe, batch)
         if is_set or src == "sprites":
             name = "array_record" if is_set else "sprites"
             fields.update(name=name, path=str(src), size=size, frames=frames)
             fields.update(stride=1, crop="center")
+            fields.update({"fps": 0.0} if "fps" in fields else {})
             inputs = from_source(fields, encoder)
         else:
             inputs = from_videos(recipe, encoder)

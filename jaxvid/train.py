@@ -65,6 +65,8 @@ def _train(config, workdir, mesh, stack):
     with within("data"):
         source = data.make_source(config.data, "train")
         _check_hosts(source, config.data)
+    if "fps" in config.data:
+        config.data.fps = float(source.fps)  # sampling conditions and shows clips at this rate
     with within("task"):
         task.check(source)
         split_frames = task.split_frames(config.data.frames)
@@ -93,7 +95,11 @@ def _train(config, workdir, mesh, stack):
     say(f"{workdir}: {'resuming at' if found else 'starting at'} step {step} of {config.steps}")
 
     update = make_step(task, tx, schedule, config, mesh, shardings)
-    writer = stack.enter_context(contextlib.closing(Writer(workdir, step, config.log.tensorboard)))
+    writer = stack.enter_context(
+        contextlib.closing(
+            Writer(workdir, step, config.log.tensorboard, data.clip_rate(config.data))
+        )
+    )
     guard = Guard(config.optim.skip_nonfinite, source, skipped=int(state.skipped))
     work = flops.of_step(task, state, frozen, shapes)
     frames = config.data.batch_size * config.data.frames

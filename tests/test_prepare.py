@@ -94,7 +94,12 @@ def test_resampling_and_cropping(tmp_path):
     src = write_clips(tmp_path / "src", 2, 36)
     prepare_here(src, tmp_path / "set", frames=4, fps=8.0)
     source = data.make_source(set_config(tmp_path / "set"), "train")
-    assert len(source) == 3
+    assert (len(source), source.fps) == (3, 8.0)
+    assert len(data.make_source(set_config(tmp_path / "set", fps=8.0), "train")) == 3
+    with pytest.raises(
+        UserError, match=r"^fps=5\.0: the source array_record has a rate of its own"
+    ):
+        data.make_source(set_config(tmp_path / "set", fps=5.0), "train")
     # Every third frame; the middle 12 of the 16 positions of the bar remain.
     assert numbers_of_12(source[0]["video"])[1:] == [1, 4, 7]
 

@@ -17,21 +17,24 @@ class Source(source.Source):
 
     The directories directly below it are the classes. Files that cannot be decoded, or are shorter
     than the window, are left out at the start, counted and named: in `skipped` and in one warning.
-    A window lies within one part of a video that is cut at gaps in its times or at stills. If the
-    scaled frames of a split fit into KEPT_BYTES, a clip is decoded at its first read and kept.
+    With config.fps, clips are resampled by their timestamps. A window lies within one part of a
+    video that is cut at gaps in its times or at stills. If the scaled frames of a split fit into
+    KEPT_BYTES, a clip is decoded at its first read and kept.
     """
 
     def __init__(self, config, split):
         self._root, self._window = config.path, Window.of(config)
+        self.fps = config.get("fps", 0.0)
         names = clips.find(self._root)
         infos, self.skipped = clips.index(self._root, names)
         self._classes = clips.classes_of(infos)
         splits = clips.split_of(infos)
         for name, info in infos.items():
-            most = max(map(len, info.pieces()))
+            most = max(map(len, info.pieces(self.fps)))
             if most < self._window.span:
                 between = f" in a row, it {clips.cuts_in(info.parts)}" if info.parts else ""
-                reason = f"has {most} frames{between}, a window spans {self._window.span}"
+                at = f" at {self.fps:g} per second" if self.fps else ""
+                reason = f"has {most} frames{at}{between}, a window spans {self._window.span}"
                 self.skipped.append((name, reason))
         short = {name for name, _ in self.skipped}
         self._clips = [
@@ -49,6 +52,7 @@ class Source(source.Source):
         cut = [(n, clips.cuts_in(info.parts)) for n, info in self._clips if info.parts]
         if cut:
             logging.warning("%s: %s", self._root, clips.report(cut, len(names), "cut"))
+        self._pieces = [info.pieces(self.fps) for _, info in self._clips]
         self._kept = {} if self._bytes() <= KEPT_BYTES else None
         self.num_classes = len(self._classes)
         self.captions = bool(self._classes)
@@ -71,7 +75,7 @@ class Source(source.Source):
     def read(self, index, rng=None):
         """A window of clip `index`: its start drawn with `rng`, or the middle without."""
         name, info = self._clips[index]
-        window = self._window.choose(info.pieces(), rng)
+        window = self._window.choose(self._pieces[index], rng)
         if self._kept is None:
             video_THWC = self._decode(index, window)
         else:

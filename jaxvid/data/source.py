@@ -9,12 +9,14 @@ class Source:
     """The clips of one split, by index. `data.make_source` calls the class with (config, split).
 
     num_classes: labels lie in [0, num_classes), or are all 0. captions: whether there are any.
-    tokenizer: digest of the tokenizer that encoded the clips; "" for a source of video.
+    tokenizer: digest of the tokenizer that encoded the clips; "" for a source of video. fps: frames
+    per second of the source; 0 if those of each file, or none.
     """
 
     num_classes: int = 0
     captions: bool = False
     tokenizer: str = ""
+    fps: float = 0.0
 
     def __len__(self) -> int:
         raise NotImplementedError

@@ -59,7 +59,8 @@ class Info:
     even or if a seek gives other pictures than a scan; such a file is read from its beginning.
 
     parts: [first, stop) frames of each part, if gaps in the times or stills cut the video; a clip
-    lies within one part.
+    lies within one part. duration: seconds from the first frame to the last. times: seconds from
+    the first frame to each, unless they are even.
     """
 
     frames: int
@@ -69,10 +70,23 @@ class Info:
     start: int = 0
     step: float = 0.0
     parts: Sequence[Sequence[int]] = ()
+    duration: float = 0.0
+    times: Sequence[float] = ()
 
-    def pieces(self) -> list[range]:
-        """The frames of each part, in order."""
-        return [range(*part) for part in self.parts or [(0, self.frames)]]
+    def pieces(self, fps: float = 0.0) -> list[Sequence[int]]:
+        """The frames of each part, in order; with fps, those shown `fps` times per second."""
+        parts = [range(*part) for part in self.parts or [(0, self.frames)]]
+        return [self._shown(part, fps) for part in parts] if fps else parts
+
+    def shown(self, fps: float) -> Sequence[int]:
+        """The frames shown at 0, 1 / fps, 2 / fps ... seconds, without regard to parts."""
+        return self._shown(range(self.frames), fps) if fps else range(self.frames)
+
+    def _shown(self, part, fps):
+        seconds = self.times or np.linspace(0, self.duration, self.frames)
+        seconds = np.maximum.accumulate(np.asarray(seconds)[part.start : part.stop])
+        due = seconds[0] + np.arange(int((seconds[-1] - seconds[0] + 1e-6) * fps) + 1) / fps
+        return part.start + np.searchsorted(seconds, due + 1e-6, "right") - 1
 
     def number(self, frame: av.VideoFrame) -> int:
         """The number of a frame by its time; -1 if a seek has lost its time."""
@@ -155,7 +169,8 @@ def probe(file) -> Info:
             raise VideoError("has no frames")
         parts = _parts(seconds, prints, _longest_still(_rate(stream)))
         info = Info(len(times), frame.height, frame.width, _rate(stream), *_even_times(times))
-        info = dataclasses.replace(info, parts=parts)
+        uneven = seconds if len(seconds) > 1 and not _even_times(seconds)[1] else ()
+        info = dataclasses.replace(info, parts=parts, duration=seconds[-1], times=tuple(uneven))
     # The last keyframe and the three frames after it.
     shown = dict(list(enumerate(prints))[last : last + 4])
     if info.step and not _seek_shows(file, info, shown):
@@ -318,11 +333,11 @@ def _from_frame(container, stream, first, info):
 def read(file, numbers: Sequence[int], size: int, info: Info) -> np.ndarray:
     """Frames `numbers` (ascending) of a binary file: uint8 [T, H, W, 3], shorter side `size`.
 
-    Raises VideoError if a frame is missing.
+    A number may come several times in a row. Raises VideoError if a frame is missing.
     """
     with _opened(file) as (container, stream):
         scale, taken = _Scaler(size, _pixel_shape(stream)), 0
-        for number, frame in _from_frame(container, stream, numbers[0], info):
+        for number, frame in _from_frame(container, stream, int(numbers[0]), info):
             if number < numbers[taken]:
                 continue
             if number > numbers[taken]:
@@ -330,8 +345,9 @@ def read(file, numbers: Sequence[int], size: int, info: Info) -> np.ndarray:
             picture_HWC = scale(frame)
             if not taken:
                 video_THWC = _allocate(len(numbers), picture_HWC.shape)
-            video_THWC[taken] = picture_HWC
-            taken += 1
+            while taken < len(numbers) and numbers[taken] == number:
+                video_THWC[taken] = picture_HWC
+                taken += 1
             if taken == len(numbers):
                 return video_THWC
     raise VideoError(f"gave {taken} of the {len(numbers)} frames asked for")
@@ -414,19 +430,29 @@ def _timed(container, stream):
         yield (number / _rate(stream) if untimed else frame.time - start), frame
 
 
-def read_clip(path: str, frames: int, size: int) -> np.ndarray:
-    """The first `frames` frames of a file, cropped to a square: uint8 [T, size, size, 3].
+def read_clip(
+    path: str, frames: int, size: int, fps: float = 0.0, stride: int = 1
+) -> tuple[np.ndarray, float]:
+    """(the first `frames` frames of a file, cropped to a square: uint8 [T, size, size, 3]; fps).
 
-    Raises UserError.
+    Every `stride`-th of the frames shown `fps` times per second, or of all frames; the fps returned
+    is that of the clip. Raises UserError.
     """
     try:
         with opened(path) as file:
-            video_THWC = read(file, range(frames), size, probe(file))
+            info = probe(file)
+            numbers = info.shown(fps)[::stride][:frames]
+            if len(numbers) < frames:
+                at = f" at {fps:g} per second" if fps else ""
+                every = f", every {stride}th" if stride > 1 else ""
+                raise VideoError(f"gives {len(numbers)} frames{at}{every}, {frames} are needed")
+            video_THWC = read(file, numbers, size, info)
     except (OSError, VideoError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         remedy = f"give a readable video of {frames} frames or more"
         raise UserError(f"clip={path}: {reason}; {remedy}") from error
-    return transforms.Window(frames, size).augment(video_THWC, None)
+    clip_THWC = transforms.Window(frames, size).augment(video_THWC, None)
+    return clip_THWC, (fps or info.fps) / stride
 
 
 def encode_chunk(video_THWC: np.ndarray) -> bytes:

@@ -102,6 +102,21 @@ def test_no_window_spans_a_gap(tmp_path, caplog):
         data.make_source(folder_config(tmp_path, frames=9), "train")
 
 
+@pytest.mark.parametrize("kept", [0, 2**29])
+def test_clips_of_different_rates_move_alike(tmp_path, monkeypatch, kept):
+    """With `fps`; by index they differ."""
+    monkeypatch.setattr(folder, "KEPT_BYTES", kept)
+    for name, rate in (("a.mp4", 8), ("b.mp4", 24)):
+        write_clip(tmp_path / name, rate, height=64, fps=rate)
+    for fps, stride, expected in ((8, 1, {(2, 3, 4, 5), (6, 9, 12, 15)}), (16, 2, None)):
+        config = folder_config(tmp_path, size=64, fps=fps, stride=stride)
+        sources = [data.make_source(config, split) for split in ("train", "validation")]
+        found = {tuple(np.diff(frame_numbers(source[0]["video"]))) for source in sources}
+        assert found == {(1, 1, 1), (3, 3, 3)} and sources[0].fps == fps
+        if expected:
+            assert {tuple(frame_numbers(source[0]["video"])) for source in sources} == expected
+
+
 def test_a_small_split_is_decoded_once(square, monkeypatch):
     read, calls = video.read, []
     monkeypatch.setattr(video, "read", lambda *a: calls.append(len(a[1])) or read(*a))

@@ -45,7 +45,7 @@ def test_a_file_whose_seeks_lie_is_scanned(tmp_path, monkeypatch):
     prints = iter(range(100))
     monkeypatch.setattr(video, "_fingerprint", lambda frame: next(prints))
     with open(path, "rb") as file:
-        assert video.probe(file) == video.Info(24, 48, 64, 24.0)
+        assert video.probe(file) == video.Info(24, 48, 64, 24.0, duration=pytest.approx(23 / 24))
     assert frame_numbers(read(path, [7, 13])) == [7, 13]
 
 
@@ -115,7 +115,7 @@ def test_hostile_files_are_refused_in_one_line(tmp_path):
         assert "\n" not in str(caught.value)
         assert isinstance(caught.value.__cause__, video.VideoError)
     # Tags that are not UTF-8 do no harm.
-    assert video.read_clip(tmp_path / "tags.mp4", 4, 48).shape == (4, 48, 48, 3)
+    assert video.read_clip(tmp_path / "tags.mp4", 4, 48)[0].shape == (4, 48, 48, 3)
 
 
 FORMATS = {
@@ -179,6 +179,26 @@ def test_resample_follows_the_clock(tmp_path):
     assert shown(path, 8) == [[0, 3, 6, 9, 12, 15]]
     assert shown(path, 48) == [[n // 2 for n in range(31)]]
     assert shown(path, 10) == [[0, 2, 4, 7, 9, 12, 14]]  # floor(2.4 n)
+
+
+@pytest.mark.parametrize("times", [None, [*range(10), *range(14, 28, 2)]])
+def test_frames_by_number_follow_the_same_clock(tmp_path, times):
+    """Of even and uneven times: what `resample` shows."""
+    path = tmp_path / "bars.mp4"
+    write_clip(path, 16, times=times, options={"bf": "0"})
+    with open(path, "rb") as file:
+        info = video.probe(file)
+    for fps in (0, 8, 10, 48):
+        assert [list(piece) for piece in info.pieces(fps)] == shown(path, fps)
+    clip_THWC, fps = video.read_clip(path, 3, 48, fps=8, stride=2)
+    assert (clip_THWC.shape, fps) == ((3, 48, 48, 3), 4)
+    wanted = np.array(shown(path, 8)[0][:5:2])
+    np.testing.assert_array_equal(clip_THWC, read(path, wanted.tolist())[:, :, 8:56])
+    assert video.read_clip(path, 3, 48, stride=2)[1] == pytest.approx(info.fps / 2)
+    with pytest.raises(
+        UserError, match=r"gives \d frames at 8 per second, every 2th, 9 are needed"
+    ):
+        video.read_clip(path, 9, 48, fps=8, stride=2)
 
 
 def test_resample_of_avi_uses_its_rate(tmp_path):
