@@ -82,6 +82,9 @@ def get_config() -> ConfigDict:
         path=field("", "folder of the clips (not for sprites and mqar)"),
         frames=field(16, "frames in a training clip"),
         size=field(24, "pixels along each side of the square frames"),
+        fps=field(
+            0.0, "folder: frames per second of the source, by the times of each video; 0 = all"
+        ),
         stride=field(1, "source frames from one frame of a clip to the next"),
         batch_size=field(8, "clips per step, over all hosts"),
         flip=field(False, "mirror half of the clips left to right"),

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 
 from jaxvid import checks, files
 from jaxvid import config as config_lib
-from jaxvid.errors import UserError
+from jaxvid.errors import UserError, printable
 from jaxvid.parallel import host
 
 FLAGS = flags.FLAGS
@@ -122,7 +122,7 @@ def _unraisable(trouble):
 
 
 def _report(error) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
     return 2
 
 

@@ -1,6 +1,7 @@
 """The one exception that means "the user can fix this"."""
 
 import contextlib
+import os
 
 
 class UserError(ValueError):
@@ -19,3 +20,13 @@ def within(section):
         yield
     except UserError as error:
         raise UserError(f"{section}.{error}") from error
+
+
+def printable(text: str) -> str:
+    """Foreign text, such as the name of a file, for a terminal, in one line.
+
+    Characters that do not print become escapes: control codes, line ends, marks that reorder a
+    line, and the bytes of names that are not UTF-8.
+    """
+    text = os.fsencode(text).decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

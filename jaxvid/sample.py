@@ -1,6 +1,6 @@
 """Sample videos from a run: `python -m jaxvid.sample --workdir=DIR --frames=64 --num=4`.
 
-    [--first_frames=clip.mp4]                    continue a clip
+    [--first_frames=clip.mp4]                    continue a clip, at the rate of the run's data
     [--prompt="a red square moves left"] [--label=3]   what a conditional model should show
     [--schedule=ad --s=5 --steps=50 --guidance=1]      the frame schedule
 
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from jaxvid import cli
+from jaxvid import cli, data
 from jaxvid.data import text, video
 from jaxvid.data.transforms import to_uint8
 from jaxvid.errors import UserError, within
@@ -42,7 +42,7 @@ def main():
     if out.exists() and not out.is_dir():
         raise UserError(f"out={out}: is a file; name a folder")
     frames = FLAGS.frames or run.config.data.frames
-    cond = conditions(run, FLAGS.num)
+    cond, fps = conditions(run, FLAGS.num)
     given = cond["first_frames"].shape[1] if "first_frames" in cond else 0
     if given >= frames:
         raise UserError(
@@ -54,14 +54,19 @@ def main():
             pass  # compiles; the figures below exclude it
         compiling = time.perf_counter() - begin
         clips_BTHWC, times = timed(run, cond, frames)
-    write_clips(out, clips_BTHWC)
+    write_clips(out, clips_BTHWC, fps)
     print(report(times, compiling, FLAGS.num * (frames - given)))
-    print(f"{len(clips_BTHWC)} clips of {clips_BTHWC.shape[1]} frames at {FPS} fps: {out}")
+    print(f"{len(clips_BTHWC)} clips of {clips_BTHWC.shape[1]} frames at {fps:g} fps: {out}")
 
 
 def conditions(run, num):
-    """The `cond` of `Task.sample` from the flags; UserError if they do not suit the run."""
+    """(`cond` of `Task.sample` from the flags, frames per second of the clips).
+
+    First frames are read at the rate and stride of the run's data. Raises UserError for flags that
+    do not suit the run.
+    """
     cond, fields = {"num": num}, run.config.task.condition
+    source, fps = run.config.data, data.clip_rate(run.config.data)
     for flag, kind in (("label", "class"), ("prompt", "text")):
         if FLAGS[flag].present and fields.kind != kind:
             raise UserError(
@@ -77,9 +82,11 @@ def conditions(run, num):
         cond["text"] = np.repeat(embedded_ME[None], num, axis=0)
     if FLAGS.first_frames:
         frames = FLAGS.num_first_frames or run.config.task.given
-        clip_THWC = video.read_clip(FLAGS.first_frames, frames, run.config.data.size)
+        clip_THWC, fps = video.read_clip(
+            FLAGS.first_frames, frames, source.size, source.get("fps", 0.0), source.stride
+        )
         cond["first_frames"] = np.repeat(clip_THWC[None], num, axis=0)
-    return cond
+    return cond, fps or FPS
 
 
 def decoded_frames(run, cond, frames):

@@ -14,19 +14,16 @@ decoded whole, one byte a colour. The set holds tokens if the tokenizer has code
 float32 latents; for validation also the frames, lossless.
 
 The same command resumes after a kill, also in the middle of a video. A kill loses the work
-since the last save, SAVE_SECONDS at most, and the clips in progress, which start again. The set
+since the last save, five minutes at most, and the clips in progress, which start again. The set
 appears at --out only when it is complete.
 """
 
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import os
 import pathlib
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -34,17 +31,16 @@ import jax
 import numpy as np
 from absl import flags
 
-from jaxvid import checks, cli, data, files
+from jaxvid import checks, cli, data
 from jaxvid import config as config_lib
 from jaxvid.data import clips, shards, video
+from jaxvid.data.journal import JOURNAL, Journal
 from jaxvid.data.source import SPLITS
 from jaxvid.data.transforms import Window, mirror, normalize
-from jaxvid.errors import UserError
+from jaxvid.errors import UserError, printable
 from jaxvid.runs import open_tokenizer
 
 FLAGS = flags.FLAGS
-SAVE_SECONDS = 300.0  # between two saves of the progress, which happen between clips
-JOURNAL = "journal.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +74,9 @@ def main():
     print(f"of each clip {shape} {manifest['dtype']}")
     for split, part in manifest["splits"].items():
         print(f"{split}: {part['records']} clips")
-    for entry in manifest["skipped"]:
-        print(f"skipped {clips.printable(entry['name'])}: {entry['reason']}")
+    for done in ("cut", "skipped"):
+        for entry in manifest[done]:
+            print(printable(f"{done} {entry['name']}: {entry['reason']}"))
 
 
 def tokenize(
@@ -106,12 +103,17 @@ def tokenize(
         size = fields.size if size is None else size
         frames = fields.frames if frames is None else frames
         recipe = Recipe(str(src), frozen.digest, size, frames, fps, mirrored)
-        encoder = Encoder(frozen, recipe, batch)
         is_set = pathlib.Path(src, shards.MANIFEST).is_file()
+        if is_set:  # its clips have a rate already, and those of sprites have none
+            recipe = dataclasses.replace(recipe, fps=shards.read_manifest(src, "h264")["fps"])
+        elif src == "sprites":
+            recipe = dataclasses.replace(recipe, fps=0.0)
+        encoder = Encoder(frozen, recipe, batch)
         if is_set or src == "sprites":
             name = "array_record" if is_set else "sprites"
             fields.update(name=name, path=str(src), size=size, frames=frames)
             fields.update(stride=1, crop="center")
+            fields.update({"fps": 0.0} if "fps" in fields else {})
             inputs = from_source(fields, encoder)
         else:
             inputs = from_videos(recipe, encoder)
@@ -180,12 +182,16 @@ class Item(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """All items. assign: name of a usable item, in order -> its split. labels: for the manifest."""
+    """All items. assign: name of a usable item, in order -> its split. labels: for the manifest.
+
+    parts: name of a counted video -> the lengths of its parts.
+    """
 
     items: list[Item]
     assign: Callable[[str], str]
     labels: dict
     unit: str
+    parts: dict[str, list[int]]
 
 
 def from_source(fields, encoder: Encoder) -> Inputs:
@@ -211,7 +217,7 @@ def from_source(fields, encoder: Encoder) -> Inputs:
             load_these = functools.partial(load, source, indices)
             items.append(Item(f"{split} {start}", count, load_these))
     labels = {"num_classes": sources["train"].num_classes, "captions": sources["train"].captions}
-    return Inputs(items, lambda name: name.split()[0], labels, "batches")
+    return Inputs(items, lambda name: name.split()[0], labels, "batches", {})
 
 
 def from_videos(recipe: Recipe, encoder: Encoder) -> Inputs:
@@ -220,17 +226,29 @@ def from_videos(recipe: Recipe, encoder: Encoder) -> Inputs:
     classes, splits = clips.classes_of(names), clips.Splits(names)
     shards.refuse_empty(recipe.src, {"validation": splits.count})  # before the work
     crop = functools.partial(Window(1, recipe.size).augment, rng=None)
+    parts = {}
 
     def count(name):
         outcome = clips.walk(recipe.src, name, recipe)
-        return outcome if isinstance(outcome, str) else outcome // recipe.frames
+        if isinstance(outcome, str):
+            return outcome
+        parts[name] = outcome
+        return sum(length // recipe.frames for length in outcome)
+
+    def whole(name, pictures):
+        """The pictures of the whole clips in each part."""
+        for length in parts[name]:
+            part = itertools.takewhile(lambda picture_HWC: picture_HWC is not None, pictures)
+            yield from itertools.islice(part, length - length % recipe.frames)
+            for _ in part:
+                pass
 
     def load(name, first, count):
         caption = clips.class_of(name) if classes else ""
         labels = {"label": classes.index(caption) if classes else 0, "caption": caption}
-        with open(os.path.join(recipe.src, name), "rb") as file:
+        with video.opened(os.path.join(recipe.src, name)) as file:
             pictures = video.resample(file, recipe.size, recipe.fps)
-            pictures = itertools.islice(pictures, first * recipe.frames, None)
+            pictures = itertools.islice(whole(name, pictures), first * recipe.frames, None)
             frames = (crop(picture_HWC[None]) for picture_HWC in pictures)
             for start in range(first, count, encoder.batch):
                 numbers = range(start, min(start + encoder.batch, count))
@@ -245,7 +263,7 @@ def from_videos(recipe: Recipe, encoder: Encoder) -> Inputs:
         for name in splits.order
     ]
     labels = {"num_classes": len(classes), "captions": bool(classes)}
-    return Inputs(items, splits.assign, labels, "videos")
+    return Inputs(items, splits.assign, labels, "videos", parts)
 
 
 def _next(frames, number):
@@ -259,65 +277,16 @@ def _next(frames, number):
 # Writing
 
 
-class Journal:
-    """The progress of a set, in the folder where it grows; a new process resumes from it.
-
-    recipe: a dict that differs between sets. done: finished items. clips: finished clips of the
-    next item. records: of each closed shard. skipped: (name, reason) of items.
-    """
-
-    def __init__(self, folder: pathlib.Path, recipe: dict):
-        self._path, self._recipe = folder / JOURNAL, recipe
-        self.done, self.clips, self.skipped = 0, 0, []
-        self.records = {split: [] for split in SPLITS}
-        self._saved = time.monotonic()
-        if not self._path.exists():
-            shards.clear(folder)
-            folder.mkdir(parents=True)
-            return
-        found = json.loads(self._path.read_text())
-        changed = [name for name in recipe if found["recipe"].get(name) != recipe[name]]
-        if changed:
-            raise UserError(
-                f"out={folder}: holds the beginning of another set (with another "
-                f"{', '.join(changed)}); remove it, or repeat the command that began it"
-            )
-        # Journals of earlier versions have no "part", as they were only saved between items.
-        self.done, self.clips, self.records = found["done"], found.get("part", 0), found["records"]
-        self.skipped = [(entry["name"], entry["reason"]) for entry in found["skipped"]]
-        for split in SPLITS:  # shards that were still open
-            for path in folder.glob(f"{split}-?????"):
-                if int(path.name[-5:]) >= len(self.records[split]):
-                    path.unlink()
-
-    def save(self, done: int, clips: int, writers: dict, always: bool = False) -> None:
-        """If it is time, or `always`, close the shards of {split: Shards} and save the progress."""
-        if not always and time.monotonic() - self._saved <= SAVE_SECONDS:
-            return
-        for split, writer in writers.items():
-            writer.close()
-            self.records[split] = writer.records
-        self.done, self.clips = done, clips
-        skipped = [{"name": name, "reason": reason} for name, reason in self.skipped]
-        progress = {"recipe": self._recipe, "done": done, "part": clips}
-        progress |= {"records": self.records, "skipped": skipped}
-        files.write(self._path, json.dumps(progress))
-        self._saved = time.monotonic()
-
-
 def _write_set(folder, inputs, encoder, recipe):
     """Encode all items into `folder`, from where its journal ends -> the manifest."""
     items = inputs.items
-    order = hashlib.sha256(os.fsencode("\n".join(item.name for item in items))).hexdigest()[:16]
-    journal = Journal(folder, {**dataclasses.asdict(recipe), "items": order})
+    journal = Journal(folder, dataclasses.asdict(recipe), [item.name for item in items])
     writers = {split: shards.Shards(folder, split, journal.records[split]) for split in SPLITS}
     done, first = journal.done, journal.clips
     if done or first:
-        print(f"resuming after {done} of {len(items)} {inputs.unit}", file=sys.stderr)
-    skipped = {name for name, _ in journal.skipped}
-    for item in items[:done]:
-        if item.name not in skipped:
-            inputs.assign(item.name)
+        print(journal.resuming(inputs.unit), file=sys.stderr)
+    for name in journal.used():
+        inputs.assign(name)
 
     def outcomes():
         for number, item in enumerate(items[done:], done):
@@ -332,6 +301,8 @@ def _write_set(folder, inputs, encoder, recipe):
     for number, (name, outcome) in enumerate(shown, done + 1):
         if isinstance(outcome, str):
             journal.skipped.append((name, outcome))
+        elif clips.cuts_in(inputs.parts.get(name, ())):
+            journal.cut.append((name, clips.cuts_in(inputs.parts[name])))
         journal.save(number, 0, writers, always=number == len(items))
     if len(journal.skipped) == len(items):
         report = clips.report(journal.skipped, len(items))
@@ -341,7 +312,7 @@ def _write_set(folder, inputs, encoder, recipe):
     fields["frames_per_latent"] = encoder.frames_per_latent
     fields |= {**dataclasses.asdict(recipe), **inputs.labels}
     parts = {split: writer.finish() for split, writer in writers.items()}
-    return shards.write_manifest(folder, "latents", fields, parts, journal.skipped)
+    return shards.write_manifest(folder, "latents", fields, parts, journal.skipped, journal.cut)
 
 
 def _encode_item(item, first, assign, encoder, recipe, writers, save):

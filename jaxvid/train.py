@@ -68,6 +68,9 @@ def _train(config, workdir, mesh, stack):
     config.task.update(task.binding())  # a run is bound to the weights of its tokenizer
     with within("data"):
         source = data.make_source(config.data, "train")
+        _check_hosts(source, config.data)
+    if "fps" in config.data:
+        config.data.fps = float(source.fps)  # sampling conditions and shows clips at this rate
     with within("task"):
         task.check(source)
         split_frames = task.split_frames(config.data.frames)
@@ -96,7 +99,11 @@ def _train(config, workdir, mesh, stack):
     say(f"{workdir}: {'resuming at' if found else 'starting at'} step {step} of {config.steps}")
 
     update = make_step(task, tx, schedule, config, mesh, shardings)
-    writer = stack.enter_context(contextlib.closing(Writer(workdir, step, config.log.tensorboard)))
+    writer = stack.enter_context(
+        contextlib.closing(
+            Writer(workdir, step, config.log.tensorboard, data.clip_rate(config.data))
+        )
+    )
     guard = Guard(config.optim.skip_nonfinite, source, skipped=int(state.skipped))
     work = flops.of_step(task, state, frozen, shapes)
     frames = config.data.batch_size * config.data.frames
@@ -132,6 +139,15 @@ def _train(config, workdir, mesh, stack):
     writer.videos(step, held_out.sample(state.weights, frozen))
     say(f"{workdir}: finished at step {step}")
     return state
+
+
+def _check_hosts(source, fields):
+    """Refuse hosts with other lists of clips: their rows would not be of one batch."""
+    if not multihost.all_equal(source.listing()):
+        raise UserError(
+            f"path={fields.path}: the hosts found different clips ({len(source)} here); make all "
+            "files readable on every host"
+        )
 
 
 def _catch_up(step, state, frozen, config, held_out, writer, log):

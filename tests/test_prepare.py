@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxvid import data
-from jaxvid.data import processes, shards
+from jaxvid.data import clips, processes, shards, video
 from jaxvid.errors import UserError
 from tests.videos import data_config, frame_numbers, prepare_here, write_clip, write_hostile
 
@@ -53,6 +53,7 @@ def test_the_manifest(made):
             "validation": {"clips": 1, "records": 2},
         },
         "skipped": [],
+        "cut": [],
     }
     for shard in parts[0] + parts[1]:
         content = (made / shard["file"]).read_bytes()
@@ -103,9 +104,29 @@ def test_resampling_and_cropping(tmp_path):
     src = write_clips(tmp_path / "src", 2, 36)
     prepare_here(src, tmp_path / "set", frames=4, fps=8.0)
     source = data.make_source(set_config(tmp_path / "set"), "train")
-    assert len(source) == 3
+    assert (len(source), source.fps) == (3, 8.0)
+    assert len(data.make_source(set_config(tmp_path / "set", fps=8.0), "train")) == 3
+    with pytest.raises(
+        UserError, match=r"^fps=5\.0: the source array_record has a rate of its own"
+    ):
+        data.make_source(set_config(tmp_path / "set", fps=5.0), "train")
     # Every third frame; the middle 12 of the 16 positions of the bar remain.
     assert numbers_of_12(source[0]["video"])[1:] == [1, 4, 7]
+
+
+def test_no_chunk_spans_a_gap(tmp_path):
+    for name in "ab":
+        times = [*range(9), *range(2400, 2415)]
+        path = tmp_path / "src" / f"{name}.mp4"
+        write_clip(path, 24, width=48, times=times, options={"bf": "0"})
+    manifest = prepare_here(tmp_path / "src", tmp_path / "set", frames=4)
+    reason = "is cut 1 times, at gaps or stills"
+    assert sorted(entry["name"] for entry in manifest["cut"]) == ["a.mp4", "b.mp4"]
+    assert {entry["reason"] for entry in manifest["cut"]} == {reason}
+    assert manifest["splits"]["train"]["records"] == 2 + 3
+    source = data.make_source(set_config(tmp_path / "set"), "train")
+    starts = [numbers_of_12(source[i]["video"])[0] for i in range(5)]
+    assert starts == [first % 12 for first in (0, 4, 9, 13, 17)]
 
 
 def test_bad_files_are_skipped_and_named(tmp_path, capsys):
@@ -117,8 +138,8 @@ def test_bad_files_are_skipped_and_named(tmp_path, capsys):
     assert skipped.pop(os.fsdecode(b"\xff.mp4")) == "is empty"
     assert sorted(skipped) == ["short.mp4", "sound.mp4", "text.mp4", "truncated.mp4", "zero.mp4"]
     assert skipped["short.mp4"] == "has 5 frames, 8 are needed"
-    clips = [manifest["splits"][split]["clips"] for split in ("train", "validation")]
-    assert clips == [1, 1]  # a bad file does not replace the clip that is held out
+    used = [manifest["splits"][split]["clips"] for split in ("train", "validation")]
+    assert used == [1, 1]  # a bad file does not replace the clip that is held out
     assert "8/8 clips, 6 skipped" in capsys.readouterr().err
 
 
@@ -168,30 +189,64 @@ def test_wrong_options_are_refused(tmp_path, options, message):
     assert os.listdir(tmp_path) == ["src"] and os.listdir(tmp_path / "src") == ["0.mp4"]
 
 
-def full_disk(writer):
-    raise RuntimeError("write() failed: No space left on device")
+def records(path):
+    sources = [data.make_source(set_config(path), split) for split in ("train", "validation")]
+    return [{source.name(i): source._records[i] for i in range(len(source))} for source in sources]
 
 
-def interrupt(writer):
-    raise KeyboardInterrupt
+def test_an_interrupted_or_failed_run_resumes(tmp_path, monkeypatch, capsys):
+    src, cut_of = write_clips(tmp_path / "src", 5, 24), clips.cut
+    (src / "bad.mp4").write_bytes(b"")
+    prepare_here(src, tmp_path / "whole")
+    calls = []
 
+    def interrupted(*arguments):
+        calls.append(arguments[-1])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return cut_of(*arguments)
 
-@pytest.mark.parametrize(
-    ("failure", "error"), [(full_disk, UserError), (interrupt, KeyboardInterrupt)]
-)
-def test_a_failure_leaves_nothing(tmp_path, monkeypatch, failure, error):
     class Failing(shards.ArrayRecordWriter):
         def close(self):
             super().close()
-            failure(self)
+            raise RuntimeError("write() failed: No space left on device")
 
-    src = write_clips(tmp_path / "src", 2, 24)
-    monkeypatch.setattr(shards, "ArrayRecordWriter", Failing)
-    with pytest.raises(error) as caught:
+    monkeypatch.setattr(clips, "cut", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         prepare_here(src, tmp_path / "set")
-    if error is UserError:
-        assert f"out={tmp_path / 'set'}: write() failed: No space" in str(caught.value)
-    assert os.listdir(tmp_path) == ["src"]
+    assert not (tmp_path / "set").exists()
+    with pytest.raises(UserError, match=r"holds the beginning of another set \(with another size"):
+        prepare_here(src, tmp_path / "set", size=24)
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "ArrayRecordWriter", Failing)
+        with pytest.raises(UserError, match=f"out={tmp_path / 'set'}: write.. failed: No space"):
+            prepare_here(src, tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+    manifest = prepare_here(src, tmp_path / "set")
+    assert "resuming after 3 of 6 clips" in capsys.readouterr().err
+    assert calls[4:7] == calls[7:] and len(set(calls)) == 6  # three clips were not cut again
+    assert [entry["name"] for entry in manifest["skipped"]] == ["bad.mp4"]
+    assert records(tmp_path / "set") == records(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path)) == ["set", "src", "whole"]
+
+
+def test_whatever_a_file_raises_is_its_reason(tmp_path, monkeypatch):
+    src = write_clips(tmp_path / "src", 3, 16)
+    content = (src / "0.mp4").read_bytes()
+    (src / "codec.mp4").write_bytes(content.replace(b"avc1", b"\0\0\0\0"))
+    scaler = video._Scaler
+
+    def failing(size, pixel):
+        if failing.calls.append(size) or len(failing.calls) == 2:
+            raise AttributeError("no\nsuch thing")
+        return scaler(size, pixel)
+
+    failing.calls = []
+    monkeypatch.setattr(video, "_Scaler", failing)
+    manifest = prepare_here(src, tmp_path / "set")
+    reasons = {entry["name"]: entry["reason"] for entry in manifest["skipped"]}
+    assert reasons.pop("codec.mp4") == "has a codec that FFmpeg does not know"
+    assert list(reasons.values()) == ["cannot be decoded (AttributeError: no such thing)"]
 
 
 def kill_the_process(name):
@@ -211,6 +266,7 @@ def test_processes_survive_a_crash():
 @pytest.mark.slow
 def test_the_command_and_a_killed_one(tmp_path):
     src = write_clips(tmp_path / "src", 40, 24)
+    (src / "zero.mp4").write_bytes(b"")
     command = [sys.executable, "-m", "jaxvid.prepare", "--src", str(src)]
     command += ["--out", str(tmp_path / "set"), "--size=48", "--fps=0", "--workers=1"]
     run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=100)
@@ -230,7 +286,6 @@ def test_the_command_and_a_killed_one(tmp_path):
     with pytest.raises(UserError, match=r"holds no dataset\.json"):
         data.make_source(set_config(partial), "train")
 
-    (src / "zero.mp4").write_bytes(b"")
     made = run(command)
     assert made.returncode == 0, made.stderr
     assert made.stdout.splitlines() == [

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxvid import data, tokenize
-from jaxvid.data import clips, shards
+from jaxvid.data import clips, journal, shards
 from jaxvid.data.source import SPLITS
 from jaxvid.errors import UserError
 from jaxvid.models.tokenizer import Tokenizer
@@ -54,7 +54,7 @@ def test_a_killed_run_resumes(kind, tmp_path, monkeypatch):
             write_clip(src / f"{name}.mp4", 8, height=12, width=16)  # two clips each
     whole, out = tmp_path / "whole", tmp_path / "set"
     encode(gaussian(), src, whole, **options)
-    monkeypatch.setattr(tokenize, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(journal, "SAVE_SECONDS", 0)
     done, call = [], tokenize.Encoder.__call__
 
     def die_at_the_fourth(encoder, pieces):
@@ -67,9 +67,9 @@ def test_a_killed_run_resumes(kind, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         encode(gaussian(), src, out, **options)
     partial = tmp_path / "set.partial"
-    journal = json.loads((partial / "journal.json").read_text())
-    assert (journal["done"], journal["part"]) == ((3, 0) if kind == "set" else (1, 1))
-    (partial / f"train-{len(journal['records']['train']):05d}").write_bytes(b"half")
+    saved = json.loads((partial / "journal.json").read_text())
+    assert (saved["done"], saved["part"]) == ((3, 0) if kind == "set" else (1, 1))
+    (partial / f"train-{len(saved['records']['train']):05d}").write_bytes(b"half")
     assert not out.exists()
     with pytest.raises(UserError, match=r"holds no dataset\.json"):
         shards.read_manifest(partial, "latents")

@@ -30,18 +30,37 @@ def frame_numbers(video_THWC, period=16):
     return (columns.argmax(1) * period // columns.shape[1]).tolist()
 
 
-def write_clip(path, frames=24, *, height=48, width=64, fps=24, codec=None, gop=8, metadata=None):
-    """Write moving bars; the suffix of the path is the container. Returns the frames."""
+def write_clip(
+    path,
+    frames=24,
+    *,
+    height=48,
+    width=64,
+    fps=24,
+    codec=None,
+    gop=8,
+    metadata=None,
+    pictures=None,
+    times=None,
+    options=None,
+    pixels="yuv420p",
+):
+    """Write moving bars or `pictures`; the suffix of the path is the container. Returns the frames.
+
+    times: of the frames, in units of 1 / fps. options: of the codec.
+    """
     codec = codec or {".webm": "libvpx", ".avi": "mpeg4"}.get(path.suffix, "libx264")
-    video_THWC = moving_bars(frames, height, width)
+    video_THWC = moving_bars(frames, height, width) if pictures is None else pictures
+    height, width = video_THWC.shape[1:3]
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         container.metadata.update(metadata or {})
-        stream = container.add_stream(codec, rate=fps, options={"g": str(gop)})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream = container.add_stream(codec, rate=fps, options={"g": str(gop), **(options or {})})
+        stream.width, stream.height, stream.pix_fmt = width, height, pixels
         stream.bit_rate = 2_000_000
-        for picture_HWC in video_THWC:
+        for number, picture_HWC in enumerate(video_THWC):
             frame = av.VideoFrame.from_ndarray(picture_HWC, format="rgb24")
+            frame.pts = number if times is None else times[number]
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return video_THWC

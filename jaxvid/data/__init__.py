@@ -23,6 +23,8 @@ def check(config) -> None:
         checks.at_least(field, config[field], 1)
     for field in ("workers", "text_tokens"):
         checks.at_least(field, config[field], 0)
+    if "fps" in config:
+        checks.between("fps", config.fps, 0, 1000)
     if "num_clips" in config:
         checks.between("num_clips", config.num_clips, 1, 2**31 - 1)
 
@@ -35,11 +37,19 @@ def make_source(config, split: str) -> source_lib.Source:
         names = (module.name for module in pkgutil.iter_modules(__path__))
         checks.choose("name", config.name, [name for name in names if _find(name)])
     source = found(config, split)
+    remedy = f"the source {config.name} has a rate of its own; use 0, or prepare with another --fps"
+    asked = config.get("fps", 0.0)
+    checks.require(asked in (0, source.fps), "fps", asked, remedy)
     if not len(source):
         raise UserError(
             f"name={config.name!r}: no clips in the {split} split; use data with more clips"
         )
     return source
+
+
+def clip_rate(config) -> float:
+    """Frames per second of the clips of config.data; 0.0 if they have the rates of their files."""
+    return config.get("fps", 0.0) / config.stride
 
 
 def _find(name):

@@ -27,6 +27,7 @@ class Source(source.Source):
                 f"prepare with --size {config.size}"
             )
         self._frames, self._classes = manifest["frames"], manifest["classes"]
+        self.fps = float(manifest["fps"])
         self._records = shards.open_split(config.path, manifest, split)
         self.digest = source.digest_of(manifest)
         self.num_classes = len(self._classes)

@@ -1,5 +1,6 @@
 """A directory of clips: its files, their classes and splits, and the results of decoding them."""
 
+import collections
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -7,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
@@ -14,7 +16,7 @@ from absl import logging
 from jaxvid import checks, files
 from jaxvid.data import video
 from jaxvid.data.transforms import Window
-from jaxvid.errors import UserError
+from jaxvid.errors import UserError, printable
 
 VALIDATION_SHARE = 0.1
 
@@ -22,21 +24,46 @@ VALIDATION_SHARE = 0.1
 def find(root: str, field: str = "path") -> list[str]:
     """Names of the video files below a directory, relative to it and sorted; no hidden files.
 
-    Raises UserError, which names `field`, if there is no directory or no video in it.
+    Links to directories are followed, each directory once. Other files, and links that are not
+    followed, are counted in one warning. Raises UserError, which names `field`, if there is no
+    directory or no video in it.
     """
     if not root or not os.path.isdir(root):
         raise UserError(f"{field}={str(root)!r}: no such directory; name a directory of videos")
-    names = []
-    for folder, folders, names_here in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names_here:
-            if name.lower().endswith(video.SUFFIXES) and not name.startswith("."):
-                names.append(pathlib.Path(folder, name).relative_to(root).as_posix())
+    names, others = _walk(str(root))
+    counts = collections.Counter(others)
+    left_out = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
     if not names:
-        raise UserError(
-            f"{field}={str(root)!r}: holds no {' '.join(video.SUFFIXES)} file; add some"
-        )
+        found = f" (only {printable(left_out)})" if others else ""
+        suffixes = " ".join(video.SUFFIXES)
+        raise UserError(f"{field}={str(root)!r}: holds no {suffixes} file{found}; add some")
+    if others:
+        logging.warning("%s: left out, as no videos: %s", root, printable(left_out))
     return sorted(names)
+
+
+def _walk(root):
+    """(names of video files, the kind of each other file) below a directory."""
+    names, others, seen = [], [], set()
+    waiting = collections.deque([root])
+    links = []  # followed last, so that a directory has its own name and not that of a link
+    while waiting or links:
+        folder = waiting.popleft() if waiting else links.pop(0)
+        stat = os.stat(folder)
+        if (stat.st_dev, stat.st_ino) in seen:
+            others.append("links to a directory that is read already")
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                (links if entry.is_symlink() else waiting).append(entry.path)
+            elif entry.name.lower().endswith(video.SUFFIXES):
+                names.append(pathlib.Path(entry.path).relative_to(root).as_posix())
+            else:
+                others.append(pathlib.Path(entry.name).suffix.lower() or "without a suffix")
+    return names, others
 
 
 def class_of(name: str) -> str:
@@ -104,33 +131,31 @@ def _hash(data):
     return hashlib.sha256(data).hexdigest()
 
 
-def printable(name: str) -> str:
-    """A file name for a terminal. Bytes that are not UTF-8 become \\xNN."""
-    return os.fsencode(name).decode(errors="backslashreplace")
-
-
-def report(skipped: list[tuple[str, str]], total: int) -> str:
+def report(skipped: list[tuple[str, str]], total: int, done: str = "skipped") -> str:
     """One line with the number of skipped files, and the names and reasons of the first eight."""
-    shown = "; ".join(f"{printable(name)} {reason}" for name, reason in skipped[:8])
+    shown = "; ".join(printable(f"{name} {reason}") for name, reason in skipped[:8])
     more = f"; and {len(skipped) - 8} more" if len(skipped) > 8 else ""
-    return f"skipped {len(skipped)} of {total} files: {shown}{more}"
+    return f"{done} {len(skipped)} of {total} files: {shown}{more}"
 
 
 def index(root: str, names: list[str]) -> tuple[dict[str, video.Info], list[tuple[str, str]]]:
     """Decode every clip once -> (the Info of each readable clip, [(name, reason)] of the others).
 
-    The results are kept in the user's cache directory; only new and changed files are decoded
-    again.
+    What is true of the bytes of a file is kept in the user's cache directory; only new and changed
+    files are decoded again, and those that could not be read.
     """
     cache = _cache_file(root)
     known, stamps = _load(cache), {name: _stamp(root, name) for name in names}
     fresh = [name for name in names if known.get(name, [None])[0] != stamps[name]]
+    passing = set()
     if fresh:
         logging.info("decoding %d new or changed videos in %s", len(fresh), root)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            for name, outcome in zip(fresh, pool.map(lambda name: _probe(root, name), fresh)):
+            outcomes = pool.map(lambda name: _probe(root, name), fresh)
+            for name, (outcome, is_lasting) in zip(fresh, outcomes):
                 known[name] = [stamps[name], outcome]
-        _save(cache, {name: known[name] for name in names})
+                passing |= set() if is_lasting else {name}
+        _save(cache, {name: known[name] for name in names if name not in passing})
     outcomes = {name: known[name][1] for name in names}
     infos = {name: video.Info(**o) for name, o in outcomes.items() if isinstance(o, dict)}
     return infos, [(name, outcomes[name]) for name in names if name not in infos]
@@ -146,20 +171,33 @@ def _stamp(root, name):
 
 
 def _probe(root, name):
-    """The video.Info as a dict, or the reason, a str, for which there is none."""
+    """(video.Info as a dict or the reason, a str, for which there is none; whether it is lasting).
+
+    An outcome is lasting if it depends on the bytes of the file alone.
+    """
     try:
-        with open(os.path.join(root, name), "rb") as file:
-            return dataclasses.asdict(video.probe(file))
-    except video.VideoError as error:
+        with video.opened(os.path.join(root, name)) as file:
+            return dataclasses.asdict(video.probe(file)), True
+    except Exception as error:
+        of_bytes = isinstance(error, video.VideoError) and not isinstance(error, video.ReadError)
+        return _reason(error), of_bytes
+
+
+def _reason(error) -> str:
+    """Why a file is not used. Decoders raise many kinds, and one file must not stop the others."""
+    if isinstance(error, video.VideoError):
         return str(error)
-    except OSError as error:
-        return f"cannot be opened ({error.strerror})"
+    if isinstance(error, OSError):
+        return f"cannot be read ({error.strerror or error})"
+    if isinstance(error, MemoryError):
+        return "needs too much memory"
+    return f"cannot be decoded ({type(error).__name__}: {' '.join(str(error).split())})"
 
 
 def _cache_file(root):
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     key = _hash(os.fsencode(os.path.realpath(root)))[:16]
-    return pathlib.Path(home, "jaxvid", f"index-2-{key}.json")
+    return pathlib.Path(home, "jaxvid", f"index-3-{key}.json")
 
 
 def _load(cache):
@@ -189,40 +227,48 @@ def check_cut(size: int, frames: int, fps: float) -> None:
     checks.require(0 <= fps <= 1000, "fps", fps, "must lie in [0, 1000]; 0 keeps the source's rate")
 
 
-def walk(root: str, name: str, recipe, use=lambda picture_HWC: None) -> int | str:
-    """Call `use` with each picture of a video -> their number, or the reason not to use the video.
+def walk(root: str, name: str, recipe, use=lambda picture_HWC: None) -> list[int] | str:
+    """Call `use` with each picture of a video -> the lengths of its parts, or why not to use it.
 
-    recipe: has size, frames and fps. A video with fewer frames, or that cannot be decoded to its
-    end, is not used.
+    recipe: has size, frames and fps. `use` gets None where the video is cut (`video.resample`). A
+    video without a part of `frames` frames, or that cannot be decoded to its end, is not used.
     """
-    frames = 0
+    parts = [0]
     try:
-        with open(os.path.join(root, name), "rb") as file:
+        with video.opened(os.path.join(root, name)) as file:
             for picture_HWC in video.resample(file, recipe.size, recipe.fps):
                 use(picture_HWC)
-                frames += 1
-    except video.VideoError as error:
-        return str(error)
-    except OSError as error:
-        return f"cannot be opened ({error.strerror})"
-    except MemoryError:
-        return "needs too much memory"
-    if frames < recipe.frames:
+                if picture_HWC is None:
+                    parts.append(0)
+                else:
+                    parts[-1] += 1
+    except Exception as error:
+        return _reason(error)
+    if max(parts) < recipe.frames:
         at = f" at {recipe.fps:g} per second" if recipe.fps else ""
-        return f"has {frames} frames{at}, {recipe.frames} are needed"
-    return frames
+        between = f" in a row, it {cuts_in(parts)}" if len(parts) > 1 else ""
+        return f"has {max(parts)} frames{at}{between}, {recipe.frames} are needed"
+    return parts
 
 
-def cut(root: str, recipe, name: str) -> list[bytes] | str:
-    """The chunks of a video, `recipe.frames` frames each, or the reason not to use it."""
+def cuts_in(parts: Sequence) -> str:
+    """What `walk` did to a video of several parts; "" for one part."""
+    return f"is cut {len(parts) - 1} times, at gaps or stills" if len(parts) > 1 else ""
+
+
+def cut(root: str, recipe, name: str) -> tuple[list[int], list[bytes]] | str:
+    """(lengths of the parts, chunks of `recipe.frames` frames) of a video, or why not to use it."""
     window = Window(recipe.frames, recipe.size)
     chunks, pictures = [], []
 
     def use(picture_HWC):
+        if picture_HWC is None:
+            pictures.clear()
+            return
         pictures.append(picture_HWC)
         if len(pictures) == recipe.frames:
             chunks.append(video.encode_chunk(window.augment(np.stack(pictures), None)))
             pictures.clear()
 
     outcome = walk(root, name, recipe, use)
-    return outcome if isinstance(outcome, str) else chunks
+    return outcome if isinstance(outcome, str) else (outcome, chunks)

@@ -31,6 +31,7 @@ class Source(source.Source):
         self._shape = (1 + self._mirrored, *manifest["shape"])
         self._latents = 1 + (config.frames - 1) // manifest["frames_per_latent"]
         self._field = "tokens" if self._dtype.kind in "iu" else "latents"
+        self.fps = float(manifest["fps"])
         self._records = shards.open_split(config.path, manifest, split)
         self.digest = source.digest_of(manifest)
         self.num_classes, self.captions = manifest["num_classes"], manifest["captions"]

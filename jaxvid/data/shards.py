@@ -195,13 +195,16 @@ def write_manifest(
     fields: dict,
     splits: dict[str, dict],
     skipped: list[tuple[str, str]],
+    cut: list[tuple[str, str]],
 ) -> dict:
     """Write dataset.json, the last file of a set, and return its content.
 
-    fields: of this codec alone. splits: {split: entry of its Shards}. skipped: (name, reason).
+    fields: of this codec alone. splits: {split: entry of its Shards}. skipped: (name, reason) of
+    files. cut: (name, what was done) of files of several parts.
     """
     manifest = {"schema": SCHEMA, "codec": codec, **fields, "splits": splits}
     manifest["skipped"] = [{"name": name, "reason": reason} for name, reason in skipped]
+    manifest["cut"] = [{"name": name, "reason": reason} for name, reason in cut]
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     return manifest
 

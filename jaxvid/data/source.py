@@ -18,16 +18,22 @@ class Source:
 
     num_classes: labels lie in [0, num_classes), or are all 0. captions: whether there are any.
     tokenizer: digest of the tokenizer that encoded the clips; "" for a source of video. digest: a
-    name for the clips of both splits, wherever they lie; "" if config.data alone names them.
+    name for the clips of both splits, wherever they lie; "" if config.data alone names them. fps:
+    frames per second of the source; 0 if files have rates of their own, or none.
     """
 
     num_classes: int = 0
     captions: bool = False
     tokenizer: str = ""
     digest: str = ""
+    fps: float = 0.0
 
     def __len__(self) -> int:
         raise NotImplementedError
+
+    def listing(self) -> str:
+        """A text that differs between lists of clips; all hosts must have the same."""
+        return str(len(self))
 
     def name(self, index: int) -> str:
         """The name of a clip in messages."""

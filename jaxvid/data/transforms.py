@@ -1,6 +1,7 @@
 """Transforms of a clip between its source and the batch: window, crop, flip, resize and range."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -34,6 +35,23 @@ class Window:
         """The first source frame: uniform with an rng, centred without."""
         last = available - self.span
         return last // 2 if rng is None else int(rng.integers(last + 1))
+
+    def choose(self, pieces: Sequence[Sequence[int]], rng: np.random.Generator | None):
+        """The frames of a window within one of the pieces, which hold the frames in order.
+
+        Uniform over all windows with an rng. Without one: the middle of the longest piece.
+        """
+        if rng is None:
+            pieces = [max(pieces, key=len)]
+        fitting = [piece for piece in pieces if len(piece) >= self.span]
+        start = self.start(
+            sum(len(piece) - self.span + 1 for piece in fitting) + self.span - 1, rng
+        )
+        for piece in fitting:
+            windows = len(piece) - self.span + 1
+            if start < windows:
+                return piece[start : start + self.span : self.stride]
+            start -= windows
 
     def augment(self, video_THWC, rng: np.random.Generator | None):
         """Crop to a square of `size` and, with `flip`, mirror half of the clips.

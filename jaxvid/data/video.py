@@ -7,25 +7,37 @@ scaler serves all frames of a read, three times as fast as `frame.to_ndarray(for
 
 import contextlib
 import dataclasses
+import errno
+import functools
 import io
+import itertools
+import os
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
+from av.filter import Graph
+from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
 from jaxvid import files
 from jaxvid.data import transforms
 from jaxvid.errors import UserError
 
-SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
-CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
+SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".flv", ".wmv"),
+    *(".mpg", ".mpeg", ".ts", ".gif"),
+)
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,asf,mpeg,mpegvideo,mpegts,gif"
 MAX_PIXELS = 2**25  # in one picture: 8192 x 4096
 MAX_FRAMES = 2**20  # in one file
 MAX_BYTES = 2**32  # of pixels in one read
+STILL = 2.0  # seconds for which one picture may be shown within a clip, or four frames if longer
+# Without these two flags swscale is up to 3 of 255 wrong in a flat colour, differently by size.
+EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 # PyAV before 19 raises UnicodeDecodeError for tags that are not UTF-8 without this option.
 _TOLERANT = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
@@ -35,12 +47,20 @@ class VideoError(ValueError):
     """A video that cannot be read; the message is one line."""
 
 
+class ReadError(VideoError):
+    """A file that could not be read this time, which says nothing about its content."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Info:
     """The properties of a file, found by decoding all of it.
 
     Frame n is shown at start + n * step in units of the stream. The step is 0 if the times are not
     even or if a seek gives other pictures than a scan; such a file is read from its beginning.
+
+    parts: [first, stop) frames of each part, if gaps in the times or stills cut the video; a clip
+    lies within one part. duration: seconds from the first frame to the last. times: seconds from
+    the first frame to each, unless they are even.
     """
 
     frames: int
@@ -49,10 +69,41 @@ class Info:
     fps: float
     start: int = 0
     step: float = 0.0
+    parts: Sequence[Sequence[int]] = ()
+    duration: float = 0.0
+    times: Sequence[float] = ()
+
+    def pieces(self, fps: float = 0.0) -> list[Sequence[int]]:
+        """The frames of each part, in order; with fps, those shown `fps` times per second."""
+        parts = [range(*part) for part in self.parts or [(0, self.frames)]]
+        return [self._shown(part, fps) for part in parts] if fps else parts
+
+    def shown(self, fps: float) -> Sequence[int]:
+        """The frames shown at 0, 1 / fps, 2 / fps ... seconds, without regard to parts."""
+        return self._shown(range(self.frames), fps) if fps else range(self.frames)
+
+    def _shown(self, part, fps):
+        seconds = self.times or np.linspace(0, self.duration, self.frames)
+        seconds = np.maximum.accumulate(np.asarray(seconds)[part.start : part.stop])
+        due = seconds[0] + np.arange(int((seconds[-1] - seconds[0] + 1e-6) * fps) + 1) / fps
+        return part.start + np.searchsorted(seconds, due + 1e-6, "right") - 1
 
     def number(self, frame: av.VideoFrame) -> int:
         """The number of a frame by its time; -1 if a seek has lost its time."""
         return -1 if frame.pts is None else round((frame.pts - self.start) / self.step)
+
+
+def opened(path: str):
+    """A file for reading. Raises OSError; VideoError for a pipe or device, which could block."""
+    file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise VideoError("is not a file with content")
+
+
+def _without_waiting(path, flags):
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 @contextlib.contextmanager
@@ -68,6 +119,8 @@ def _opened(file):
             if not container.streams.video:
                 raise VideoError("has no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise VideoError("has a codec that FFmpeg does not know")
             if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
                 raise VideoError(f"has pictures of more than {MAX_PIXELS} pixels")
             stream.thread_type = "NONE"  # frame threads can deadlock when a read ends early
@@ -77,10 +130,13 @@ def _opened(file):
             yield container, stream
     except VideoError:
         raise
-    # A broken file can also make FFmpeg seek to impossible positions of the Python file object.
-    except (av.FFmpegError, OSError, ValueError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise VideoError(f"cannot be decoded ({reason})") from error
+    except av.FFmpegError as error:
+        raise VideoError(f"cannot be decoded ({error.strerror or error})") from error
+    except (OSError, ValueError, OverflowError) as error:
+        # A broken file can make FFmpeg seek to impossible positions of the Python file object.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise ReadError(f"cannot be read ({error.strerror or error})") from error
+        raise VideoError(f"cannot be decoded ({error})") from error
 
 
 def _decode(container, stream):
@@ -103,22 +159,55 @@ def _is_untimed(container):
 def probe(file) -> Info:
     """Decode all of a binary file. Raises VideoError if that fails or gives no frame."""
     with _opened(file) as (container, stream):
-        times, prints = [], {}
-        for number, frame in enumerate(_decode(container, stream)):
+        times, seconds, prints, last = [], [], [], 0
+        for second, frame in _timed(container, stream):
+            last = len(times) if frame.key_frame else last
             times.append(frame.pts)
-            prints = {} if frame.key_frame else prints
-            if len(prints) < 4:  # the last keyframe and the three frames after it
-                prints[number] = _fingerprint(frame)
+            seconds.append(second)
+            prints.append(_fingerprint(frame))
         if not times:
             raise VideoError("has no frames")
+        parts = _parts(seconds, prints, _longest_still(_rate(stream)))
         info = Info(len(times), frame.height, frame.width, _rate(stream), *_even_times(times))
-    if info.step and not _seek_shows(file, info, prints):
+        uneven = seconds if len(seconds) > 1 and not _even_times(seconds)[1] else ()
+        info = dataclasses.replace(info, parts=parts, duration=seconds[-1], times=tuple(uneven))
+    # The last keyframe and the three frames after it.
+    shown = dict(list(enumerate(prints))[last : last + 4])
+    if info.step and not _seek_shows(file, info, shown):
         return dataclasses.replace(info, start=0, step=0.0)
     return info
 
 
 def _fingerprint(frame):
-    return zlib.crc32(frame.planes[0])
+    """A number that differs between pictures, from 64 rows or more of the brightness."""
+    plane = frame.planes[0]
+    rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[
+        :: max(1, plane.height // 64)
+    ]
+    return zlib.crc32(rows[:, : plane.width].tobytes())
+
+
+def _longest_still(rate):
+    """Seconds for which one picture may be shown within a clip of `rate` frames per second."""
+    return max(STILL, 4 / rate)
+
+
+def _parts(seconds, prints, longest):
+    """[first, stop) of each part of a video, of the times and fingerprints of its frames.
+
+    A part ends at the first frame that is shown for longer than `longest`, because of a gap or of
+    equal frames after it. The next begins with the next picture. () if there is one part.
+    """
+    changes = [n for n in range(1, len(prints)) if prints[n] != prints[n - 1]]
+    parts, first = [], 0
+    for begin, end in itertools.pairwise([0, *changes, len(prints)]):
+        until = seconds[min(end, len(seconds) - 1)]
+        if abs(until - seconds[begin]) > longest:
+            parts.append((first, begin + 1))
+            first = end
+    if first < len(prints):
+        parts.append((first, len(prints)))
+    return tuple(parts) if parts != [(0, len(prints))] else ()
 
 
 def _seek_shows(file, info, prints):
@@ -148,29 +237,78 @@ def _even_times(times):
     return times[0], step
 
 
+class _Reformatter:
+    """Frames in other sizes and pixel formats, colours to within 1 of 255."""
+
+    def __init__(self):
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, frame, format, width=None, height=None):
+        return self._reformatter.reformat(
+            frame, width, height, format, interpolation=EXACT, threads=1
+        )
+
+
 class _Scaler:
     """Frames -> uint8 [H, W, 3], upright, with square pixels and a shorter side of `size`.
 
-    The first frame fixes the shape, even if a later frame has another.
+    The first frame fixes the shape, even if a later frame has another. Only the upper field of an
+    interlaced frame is taken, as its lines show two moments in turn.
     """
 
     def __init__(self, size, pixel=1.0):
         self._size, self._pixel = size, pixel  # width / height of a pixel of the source
-        self._reformatter = VideoReformatter()
-        self._shape = None
+        self._reformat = _Reformatter()
+        self._shape, self._field = None, _UpperField()
 
     def __call__(self, frame):
         if self._shape is None:
             width = max(1, round(frame.width * self._pixel))
             self._shape = transforms.cover(frame.height, width, self._size)
-            self._turns = frame.rotation // 90
+            self._upright = _orientation(frame)
             if self._shape[0] * self._shape[1] > MAX_PIXELS:
                 raise VideoError(f"is too long and narrow ({frame.width} x {frame.height})")
         height, width = self._shape
-        scaled = self._reformatter.reformat(
-            frame, width=width, height=height, format="rgb24", threads=1
-        )
-        return np.rot90(scaled.to_ndarray(), self._turns)
+        frame = self._field(frame) if frame.interlaced_frame else frame
+        scaled = self._reformat(frame, "rgb24", width, height)
+        return self._upright(scaled.to_ndarray())
+
+
+class _UpperField:
+    """The upper field of a frame, a frame of half the height."""
+
+    def __init__(self):
+        self._graph, self._kind = None, None
+
+    def __call__(self, frame):
+        kind = frame.width, frame.height, frame.format.name
+        if kind != self._kind:
+            self._graph, self._kind = Graph(), kind
+            source = self._graph.add_buffer(
+                width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1)
+            )
+            field, sink = self._graph.add("field", "type=top"), self._graph.add("buffersink")
+            self._graph.link_nodes(source, field, sink).configure()
+        self._graph.vpush(frame)
+        return self._graph.vpull()
+
+
+def _orientation(frame):
+    """A function that turns and mirrors pictures [H, W, 3] as the frame's display matrix says.
+
+    The matrix maps the pixel (x, y) to (a x + c y, b x + d y); of a matrix that is not one of the 8
+    orientations, the larger entries count.
+    """
+    try:
+        a, b, _, c, d = np.frombuffer(frame.side_data["DISPLAYMATRIX"], np.int32)[:5].tolist()
+    except KeyError:
+        return lambda picture_HWC: picture_HWC
+    except ValueError:  # PyAV before 19 fails at side data of new kinds
+        return functools.partial(np.rot90, k=frame.rotation // 90)
+    is_transposed = abs(b) + abs(c) > abs(a) + abs(d)
+    x, y = (c, b) if is_transposed else (a, d)
+    flips = slice(None, None, -1 if y < 0 else 1), slice(None, None, -1 if x < 0 else 1)
+    return lambda picture_HWC: (picture_HWC.swapaxes(0, 1) if is_transposed else picture_HWC)[flips]
 
 
 def _pixel_shape(stream):
@@ -195,11 +333,11 @@ def _from_frame(container, stream, first, info):
 def read(file, numbers: Sequence[int], size: int, info: Info) -> np.ndarray:
     """Frames `numbers` (ascending) of a binary file: uint8 [T, H, W, 3], shorter side `size`.
 
-    Raises VideoError if a frame is missing.
+    A number may come several times in a row. Raises VideoError if a frame is missing.
     """
     with _opened(file) as (container, stream):
         scale, taken = _Scaler(size, _pixel_shape(stream)), 0
-        for number, frame in _from_frame(container, stream, numbers[0], info):
+        for number, frame in _from_frame(container, stream, int(numbers[0]), info):
             if number < numbers[taken]:
                 continue
             if number > numbers[taken]:
@@ -207,8 +345,9 @@ def read(file, numbers: Sequence[int], size: int, info: Info) -> np.ndarray:
             picture_HWC = scale(frame)
             if not taken:
                 video_THWC = _allocate(len(numbers), picture_HWC.shape)
-            video_THWC[taken] = picture_HWC
-            taken += 1
+            while taken < len(numbers) and numbers[taken] == number:
+                video_THWC[taken] = picture_HWC
+                taken += 1
             if taken == len(numbers):
                 return video_THWC
     raise VideoError(f"gave {taken} of the {len(numbers)} frames asked for")
@@ -220,27 +359,59 @@ def _allocate(frames, shape):
     return np.empty((frames, *shape), np.uint8)
 
 
-def resample(file, size: int, fps: float) -> Iterator[np.ndarray]:
+def resample(file, size: int, fps: float) -> Iterator[np.ndarray | None]:
     """Yield the pictures that a binary file shows at 0, 1 / fps, 2 / fps ... seconds.
 
     uint8 [H, W, 3], shorter side `size`; the time starts at the first frame and ends at the last.
-    An fps of 0 yields every frame.
+    An fps of 0 yields every frame. Where the times have a gap, or one picture is shown for long
+    (STILL), the video is cut: the picture comes once, then None, and the time starts again.
     """
     with _opened(file) as (container, stream):
-        scale, due, held = _Scaler(size, _pixel_shape(stream)), 0, None
-        for time, frame in _timed(container, stream):
-            if not fps:
-                yield scale(frame)
-                continue
-            while held is not None and due / fps < time - 1e-6:
-                yield scale(held)
+        rate = fps or _rate(stream)
+        longest = _longest_still(rate)
+        pictures = _by_clock(_timed(container, stream), fps, longest)
+        scale = _Scaler(size, _pixel_shape(stream))
+        scaled = (None if frame is None else scale(frame) for frame in pictures)
+        yield from _without_stills(scaled, longest * rate)
+
+
+def _by_clock(timed_frames, fps, longest):
+    """Frames at the times of `resample`; None at gaps of more than `longest` seconds."""
+    due, start, held, last = 0, 0.0, None, 0.0
+    for time, frame in timed_frames:
+        is_gap = held is not None and abs(time - last) > longest
+        if fps and held is not None:
+            until = last + 1e-6 if is_gap else time - 1e-6
+            while due / fps < until - start:
+                yield held
                 due += 1
-                if due > MAX_FRAMES:
-                    raise VideoError("has frame times that are too far apart")
-            held = frame
-        while held is not None and due / fps <= time + 1e-6:
-            yield scale(held)
-            due += 1
+        if is_gap:
+            yield None
+            due, start = 0, time
+        if not fps:
+            yield frame
+        held, last = frame, time
+    while fps and held is not None and due / fps <= last - start + 1e-6:
+        yield held
+        due += 1
+
+
+def _without_stills(pictures, most):
+    """Pass pictures through; of more than `most` equal ones in a row, one, and then None."""
+    held, count = None, 0
+    for picture in pictures:
+        if count and picture is not None and np.array_equal(picture, held):
+            count += 1
+            continue
+        yield from _run(held, count, most)
+        held, count = picture, int(picture is not None)
+        if picture is None:
+            yield None
+    yield from _run(held, count, most)
+
+
+def _run(picture, count, most):
+    return [picture, None] if count > most else [picture] * count
 
 
 def resize(video_THWC: np.ndarray, size: int) -> np.ndarray:
@@ -259,19 +430,29 @@ def _timed(container, stream):
         yield (number / _rate(stream) if untimed else frame.time - start), frame
 
 
-def read_clip(path: str, frames: int, size: int) -> np.ndarray:
-    """The first `frames` frames of a file, cropped to a square: uint8 [T, size, size, 3].
+def read_clip(
+    path: str, frames: int, size: int, fps: float = 0.0, stride: int = 1
+) -> tuple[np.ndarray, float]:
+    """(the first `frames` frames of a file, cropped to a square: uint8 [T, size, size, 3]; fps).
 
-    Raises UserError.
+    Every `stride`-th of the frames shown `fps` times per second, or of all frames; the fps returned
+    is that of the clip. Raises UserError.
     """
     try:
-        with open(path, "rb") as file:
-            video_THWC = read(file, range(frames), size, probe(file))
+        with opened(path) as file:
+            info = probe(file)
+            numbers = info.shown(fps)[::stride][:frames]
+            if len(numbers) < frames:
+                at = f" at {fps:g} per second" if fps else ""
+                every = f", every {stride}th" if stride > 1 else ""
+                raise VideoError(f"gives {len(numbers)} frames{at}{every}, {frames} are needed")
+            video_THWC = read(file, numbers, size, info)
     except (OSError, VideoError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         remedy = f"give a readable video of {frames} frames or more"
         raise UserError(f"clip={path}: {reason}; {remedy}") from error
-    return transforms.Window(frames, size).augment(video_THWC, None)
+    clip_THWC = transforms.Window(frames, size).augment(video_THWC, None)
+    return clip_THWC, (fps or info.fps) / stride
 
 
 def encode_chunk(video_THWC: np.ndarray) -> bytes:
@@ -296,11 +477,13 @@ class ChunkWriter:
         quality = {"qp": "0"} if lossless else {"crf": "18", "tune": "fastdecode"}
         codec.options = {"g": str(frames), "threads": "1", **quality}
         self._codec, self._packets, self._number = codec, [], 0
+        self._reformat = _Reformatter()
 
     def write(self, video_THWC: np.ndarray) -> None:
         """Encode the next frames, uint8 [t, H, W, 3]."""
         for picture_HWC in np.ascontiguousarray(video_THWC):
             frame = av.VideoFrame.from_ndarray(picture_HWC, format="rgb24")
+            frame = self._reformat(frame, self._codec.pix_fmt)
             frame.pts = self._number
             self._packets += map(bytes, self._codec.encode(frame))
             self._number += 1
@@ -315,16 +498,13 @@ def decode_chunk(data: bytes, numbers: Sequence[int], size: int) -> np.ndarray:
     codec = av.CodecContext.create("h264", "r")
     codec.thread_type, codec.thread_count = "NONE", 1
     codec.options = {"max_pixels": str(MAX_PIXELS)}
-    reformatter = VideoReformatter()
+    reformat = _Reformatter()
     video_THWC = np.empty((len(numbers), size, size, 3), np.uint8)
     taken = 0
     try:
         for number, frame in enumerate(_chunk_frames(codec, data)):
             if number == numbers[taken]:
-                scaled = reformatter.reformat(
-                    frame, width=size, height=size, format="rgb24", threads=1
-                )
-                video_THWC[taken] = scaled.to_ndarray()
+                video_THWC[taken] = reformat(frame, "rgb24", size, size).to_ndarray()
                 taken += 1
                 if taken == len(numbers):
                     return video_THWC
@@ -348,9 +528,10 @@ def write_mp4(path, video_THWC: np.ndarray, fps: float) -> None:
         options = {"crf": "18", "threads": "1"}
         stream = container.add_stream("libx264", rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = W + W % 2, H + H % 2, "yuv420p"
+        reformat = _Reformatter()
         for picture_HWC in np.ascontiguousarray(even_THWC):
             frame = av.VideoFrame.from_ndarray(picture_HWC, format="rgb24")
-            container.mux(stream.encode(frame))
+            container.mux(stream.encode(reformat(frame, stream.pix_fmt)))
         container.mux(stream.encode(None))
     files.write(path, buffer.getvalue())
 

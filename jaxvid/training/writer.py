@@ -14,7 +14,7 @@ from jaxvid import files
 from jaxvid.data import video
 
 SHEET = "sheet.png"
-FPS = 8  # of sampled clips; a model has frames, not seconds
+FPS = 8.0  # of sampled clips of a run on data without a rate
 
 
 class Writer:
@@ -24,7 +24,8 @@ class Writer:
     a disk error is raised by the call that meets it.
     """
 
-    def __init__(self, workdir, step, tensorboard):
+    def __init__(self, workdir, step, tensorboard, fps=0.0):
+        self.fps = fps
         self.workdir, self.lines, self.events = Path(workdir), None, None
         self._path = self.workdir / "metrics.jsonl"
         if jax.process_index():
@@ -68,11 +69,11 @@ class Writer:
         """uint8 clips -> samples/<step>/: an mp4 and a GIF each, and sheet.png with all."""
         if not self.lines:
             return
-        write_clips(self._samples(step), video_BTHWC)
+        write_clips(self._samples(step), video_BTHWC, self.fps)
         if self.events:
             # As an image: tensorboardX.add_video writes nothing, silently, without moviepy.
             H, W = video_BTHWC.shape[2:4]
-            gifs = [video.gif_bytes(video_THWC, FPS) for video_THWC in video_BTHWC]
+            gifs = [video.gif_bytes(video_THWC, self.fps or FPS) for video_THWC in video_BTHWC]
             images = [
                 Summary.Image(encoded_image_string=gif, height=H, width=W, colorspace=3)
                 for gif in gifs
@@ -115,12 +116,15 @@ class Writer:
         self.events.flush()
 
 
-def write_clips(folder, video_BTHWC):
-    """uint8 clips -> an mp4 and a GIF each, numbered, and sheet.png with all, a row each."""
+def write_clips(folder, video_BTHWC, fps=0.0):
+    """uint8 clips -> an mp4 and a GIF each, numbered, and sheet.png with all, a row each.
+
+    fps: of the clips; 0 = FPS.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for index, video_THWC in enumerate(video_BTHWC):
-        video.write_mp4(folder / f"{index}.mp4", video_THWC, FPS)
-        video.write_gif(folder / f"{index}.gif", video_THWC, FPS)
+        video.write_mp4(folder / f"{index}.mp4", video_THWC, fps or FPS)
+        video.write_gif(folder / f"{index}.gif", video_THWC, fps or FPS)
     files.write(
         folder / SHEET, video.contact_sheet(video_BTHWC)
     )  # last: it marks the folder as complete

@@ -1,6 +1,8 @@
 """The folder source: labels, splits by clip, windows, and files that are not videos."""
 
+import errno
 import functools
+import io
 import os
 import shutil
 
@@ -58,6 +60,7 @@ def test_classes_and_splits(tree):
         assert (source[i]["label"], source[i]["caption"]) == (expected == "dogs", expected)
     assert clips.classes_of(["a.mp4", "b.mp4"]) == clips.classes_of(["only/a.mp4"]) == []
     assert (len(source), len(held_out)) == (11, 1)
+    assert source.listing() == "\n".join(names(source))
     assert sorted(names(source) + names(held_out)) == clips.find(tree)
 
 
@@ -92,6 +95,35 @@ def test_windows(square, kept, monkeypatch):
     assert frame_numbers(source[0]["video"]) == [2, 5, 8, 11]
 
 
+def test_no_window_spans_a_gap(tmp_path, caplog):
+    for name in ("a.mp4", "b.mp4"):
+        times = [*range(6), *range(2400, 2408)]
+        write_clip(tmp_path / name, 14, height=64, times=times, options={"bf": "0"})
+    source = data.make_source(folder_config(tmp_path, size=64), "train")
+    rngs = map(np.random.default_rng, range(60))
+    shown = {frame_numbers(source.read(0, rng)["video"])[0] for rng in rngs}
+    assert shown == {0, 1, 2, 6, 7, 8, 9, 10}
+    assert frame_numbers(source[0]["video"]) == [8, 9, 10, 11]
+    assert "cut 1 of 2 files: " in caplog.text
+    with pytest.raises(UserError, match="mp4 has 8 frames in a row, it is cut 1 times"):
+        data.make_source(folder_config(tmp_path, frames=9), "train")
+
+
+@pytest.mark.parametrize("kept", [0, 2**29])
+def test_clips_of_different_rates_move_alike(tmp_path, monkeypatch, kept):
+    """With `fps`; by index they differ."""
+    monkeypatch.setattr(folder, "KEPT_BYTES", kept)
+    for name, rate in (("a.mp4", 8), ("b.mp4", 24)):
+        write_clip(tmp_path / name, rate, height=64, fps=rate)
+    for fps, stride, expected in ((8, 1, {(2, 3, 4, 5), (6, 9, 12, 15)}), (16, 2, None)):
+        config = folder_config(tmp_path, size=64, fps=fps, stride=stride)
+        sources = [data.make_source(config, split) for split in ("train", "validation")]
+        found = {tuple(np.diff(frame_numbers(source[0]["video"]))) for source in sources}
+        assert found == {(1, 1, 1), (3, 3, 3)} and sources[0].fps == fps
+        if expected:
+            assert {tuple(frame_numbers(source[0]["video"])) for source in sources} == expected
+
+
 def test_a_small_split_is_decoded_once(square, monkeypatch):
     read, calls = video.read, []
     monkeypatch.setattr(video, "read", lambda *a: calls.append(len(a[1])) or read(*a))
@@ -117,12 +149,35 @@ def test_bad_files_are_skipped_and_named(tmp_path, caplog):
     assert len(source) + len(data.make_source(folder_config(root), "validation")) == 2
 
 
+def test_links_are_followed_once_and_other_files_counted(tmp_path, caplog):
+    root = tmp_path / "root"
+    for name in ("root/cats/1.mp4", "elsewhere/dogs/2.mp4", "elsewhere/dogs/deep/3.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (root / "dogs").symlink_to(tmp_path / "elsewhere/dogs")
+    (root / "a loop").symlink_to(root)
+    (root / "again").symlink_to(root / "cats")
+    (root / "gone").symlink_to(tmp_path / "nowhere")
+    for name in ("notes.txt", "more.TXT"):
+        (root / name).write_text("no video")
+    assert clips.find(root) == ["cats/1.mp4", "dogs/2.mp4", "dogs/deep/3.mp4"]
+    assert "2 .txt, 2 links to a directory that is read already, 1 without a suffix" in caplog.text
+
+
+def test_a_pipe_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for name in ("a.mp4", "b.mp4"):
+        write_clip(tmp_path / name, 9)
+    source = data.make_source(folder_config(tmp_path), "train")
+    assert source.skipped == [("pipe.mp4", "is not a file with content")]
+
+
 def test_useless_folders_are_refused(tmp_path):
     for path in ("", tmp_path / "none"):
         with pytest.raises(UserError, match=f"^path='{path}': no such directory"):
             data.make_source(folder_config(path), "train")
     (tmp_path / "notes.txt").write_text("no videos here")
-    with pytest.raises(UserError, match=r"holds no \.mp4"):
+    with pytest.raises(UserError, match=r"holds no \.mp4 .*only 1 .txt"):
         data.make_source(folder_config(tmp_path), "train")
     write_clip(tmp_path / "short.mp4", 3)
     with pytest.raises(UserError, match=r"short.mp4 has 3 frames.*\(frames, stride\)") as caught:
@@ -147,6 +202,30 @@ def test_the_index_is_kept_and_follows_changes(copied, monkeypatch):
     os.remove(copied / source.name(3))
     with pytest.raises(UserError, match=f"^clip={source.name(3)}: "):
         source.read(3)
+
+
+def test_a_failure_to_read_is_not_kept(square, monkeypatch):
+    """Neither of opening nor in the middle of decoding; the index then finds both clips."""
+    opened = video.opened
+
+    class Failing(io.BytesIO):
+        def read(self, size=-1):
+            raise OSError(errno.EIO, "Input/output error")
+
+    def fail_to_open(path):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    for failing, reason in (
+        (lambda path: Failing() if path.endswith("b.mp4") else opened(path), "Input/output error"),
+        (lambda path: fail_to_open(path) if path.endswith("b.mp4") else opened(path), "Permission"),
+    ):
+        monkeypatch.setattr(video, "opened", failing)
+        infos, ((name, found),) = clips.index(square, ["a.mp4", "b.mp4"])
+        assert (list(infos), name) == (["a.mp4"], "b.mp4")
+        assert found.startswith(f"cannot be read ({reason}")
+    monkeypatch.setattr(video, "opened", opened)
+    infos, skipped = clips.index(square, ["a.mp4", "b.mp4"])
+    assert (sorted(infos), skipped) == (["a.mp4", "b.mp4"], [])
 
 
 def test_batches_do_not_depend_on_hosts_or_threads(tree):

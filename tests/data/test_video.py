@@ -11,7 +11,7 @@ from PIL import Image
 
 from jaxvid.data import video
 from jaxvid.errors import UserError
-from tests.videos import frame_numbers, write_clip, write_hostile
+from tests.videos import frame_numbers, moving_bars, write_clip, write_hostile
 
 
 def read(path, numbers, size=48):
@@ -45,7 +45,7 @@ def test_a_file_whose_seeks_lie_is_scanned(tmp_path, monkeypatch):
     prints = iter(range(100))
     monkeypatch.setattr(video, "_fingerprint", lambda frame: next(prints))
     with open(path, "rb") as file:
-        assert video.probe(file) == video.Info(24, 48, 64, 24.0)
+        assert video.probe(file) == video.Info(24, 48, 64, 24.0, duration=pytest.approx(23 / 24))
     assert frame_numbers(read(path, [7, 13])) == [7, 13]
 
 
@@ -78,15 +78,28 @@ def test_a_stream_that_changes_shape_keeps_the_first():
         assert scale(av.VideoFrame.from_ndarray(picture, format="rgb24")).shape == (24, 48, 3)
 
 
-def test_a_picture_filmed_upright_is_turned(tmp_path):
+@pytest.mark.parametrize(
+    "a, b, c, d", [m for s in (1, -1) for t in (1, -1) for m in ((s, 0, 0, t), (0, s, t, 0))]
+)
+def test_display_matrices_turn_and_mirror(tmp_path, a, b, c, d):
+    """All 8 orientations, in both readers: the pixel (x, y) goes to (a x + c y, b x + d y)."""
     path = tmp_path / "bars.mp4"
-    write_clip(path, 4)
+    picture_HW = np.kron(np.arange(0, 240, 40).reshape(2, 3), np.ones((16, 16)))
+    write_clip(path, pictures=np.stack([picture_HW.astype(np.uint8)] * 3, -1)[None].repeat(2, 0))
+    plain = read(path, range(2))
     data = bytearray(path.read_bytes())
     matrix = data.index(b"tkhd") + 4 + 40  # version 0: nine fixed-point numbers follow
-    struct.pack_into(">9i", data, matrix, 0, 1 << 16, 0, -(1 << 16), 0, 0, 48 << 16, 0, 1 << 30)
-    plain = read(path, range(4))
+    sides = [n << 16 for n in (a, b, c, d)]
+    struct.pack_into(">9i", data, matrix, *sides[:2], 0, *sides[2:], 0, 0, 0, 1 << 30)
     path.write_bytes(data)
-    np.testing.assert_array_equal(read(path, range(4)), np.rot90(plain, -1, axes=(1, 2)))
+    y, x = np.mgrid[: plain.shape[1], : plain.shape[2]]
+    to_x, to_y = a * x + c * y, b * x + d * y
+    to_x, to_y = to_x - to_x.min(), to_y - to_y.min()
+    expected = np.empty((2, to_y.max() + 1, to_x.max() + 1, 3), np.uint8)
+    expected[:, to_y, to_x] = plain
+    np.testing.assert_array_equal(read(path, range(2)), expected)
+    with open(path, "rb") as file:
+        np.testing.assert_array_equal(np.stack(list(video.resample(file, 48, 0))), expected)
 
 
 def test_hostile_files_are_refused_in_one_line(tmp_path):
@@ -102,20 +115,36 @@ def test_hostile_files_are_refused_in_one_line(tmp_path):
         assert "\n" not in str(caught.value)
         assert isinstance(caught.value.__cause__, video.VideoError)
     # Tags that are not UTF-8 do no harm.
-    assert video.read_clip(tmp_path / "tags.mp4", 4, 48).shape == (4, 48, 48, 3)
+    assert video.read_clip(tmp_path / "tags.mp4", 4, 48)[0].shape == (4, 48, 48, 3)
+
+
+FORMATS = {
+    ".mpg": ("mpeg2video", "yuv420p", 24),
+    ".mpeg": ("mpeg1video", "yuv420p", 24),
+    ".ts": ("libx264", "yuv420p", 24),
+    ".3gp": ("libx264", "yuv420p", 24),
+    ".wmv": ("msmpeg4v3", "yuv420p", 24),
+    ".flv": ("flv", "yuv420p", 24),
+    ".gif": ("gif", "gray", 20),
+}
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_other_formats(tmp_path, suffix):
+    path = tmp_path / f"bars{suffix}"
+    codec, pixels, fps = FORMATS[suffix]
+    write_clip(path, 12, codec=codec, pixels=pixels, fps=fps)
+    assert suffix in video.SUFFIXES
+    with open(path, "rb") as file:
+        assert video.probe(file).fps == pytest.approx(fps)
+    assert frame_numbers(read(path, [0, 5, 11])) == [0, 5, 11]
+    assert shown(path, 0) == [list(range(12))]
 
 
 def test_other_containers_are_refused(tmp_path):
-    write_clip(tmp_path / "bars.mp4", 4)
-    flv = tmp_path / "bars.flv"
-    with av.open(str(flv), "w") as container:
-        stream = container.add_stream("flv", rate=24)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for picture in np.zeros((4, 48, 64, 3), np.uint8):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
+    write_clip(tmp_path / "bars.nut", 4)
     with pytest.raises(video.VideoError, match="cannot be decoded"):
-        read(flv, [0])
+        read(tmp_path / "bars.nut", [0])
 
 
 def test_caps_on_size(tmp_path, monkeypatch):
@@ -146,14 +175,30 @@ def test_resample_follows_the_clock(tmp_path):
     path = tmp_path / "bars.mp4"
     write_clip(path, 16, fps=24)
 
-    def shown(fps):
-        with open(path, "rb") as file:
-            return frame_numbers(np.stack(list(video.resample(file, 48, fps))))
+    assert shown(path, 0) == shown(path, 24) == [list(range(16))]
+    assert shown(path, 8) == [[0, 3, 6, 9, 12, 15]]
+    assert shown(path, 48) == [[n // 2 for n in range(31)]]
+    assert shown(path, 10) == [[0, 2, 4, 7, 9, 12, 14]]  # floor(2.4 n)
 
-    assert shown(0) == shown(24) == list(range(16))
-    assert shown(8) == [0, 3, 6, 9, 12, 15]
-    assert shown(48) == [n // 2 for n in range(31)]
-    assert shown(10) == [0, 2, 4, 7, 9, 12, 14]  # floor(2.4 n)
+
+@pytest.mark.parametrize("times", [None, [*range(10), *range(14, 28, 2)]])
+def test_frames_by_number_follow_the_same_clock(tmp_path, times):
+    """Of even and uneven times: what `resample` shows."""
+    path = tmp_path / "bars.mp4"
+    write_clip(path, 16, times=times, options={"bf": "0"})
+    with open(path, "rb") as file:
+        info = video.probe(file)
+    for fps in (0, 8, 10, 48):
+        assert [list(piece) for piece in info.pieces(fps)] == shown(path, fps)
+    clip_THWC, fps = video.read_clip(path, 3, 48, fps=8, stride=2)
+    assert (clip_THWC.shape, fps) == ((3, 48, 48, 3), 4)
+    wanted = np.array(shown(path, 8)[0][:5:2])
+    np.testing.assert_array_equal(clip_THWC, read(path, wanted.tolist())[:, :, 8:56])
+    assert video.read_clip(path, 3, 48, stride=2)[1] == pytest.approx(info.fps / 2)
+    with pytest.raises(
+        UserError, match=r"gives \d frames at 8 per second, every 2th, 9 are needed"
+    ):
+        video.read_clip(path, 9, 48, fps=8, stride=2)
 
 
 def test_resample_of_avi_uses_its_rate(tmp_path):
@@ -161,6 +206,61 @@ def test_resample_of_avi_uses_its_rate(tmp_path):
     write_clip(path, 16, fps=24)
     with open(path, "rb") as file:
         assert frame_numbers(np.stack(list(video.resample(file, 48, 12)))) == list(range(0, 16, 2))
+
+
+def shown(path, fps):
+    """Numbers of the frames of each part."""
+    parts = [[]]
+    with open(path, "rb") as file:
+        for picture_HWC in video.resample(file, 48, fps):
+            if picture_HWC is None:
+                parts.append([])
+            else:
+                parts[-1] += frame_numbers(picture_HWC[None])
+    return parts
+
+
+HOUR = 3600 * 24
+
+
+def test_a_gap_in_the_times_cuts(tmp_path):
+    path = tmp_path / "gap.mp4"
+    write_clip(path, 12, times=[*range(6), *range(HOUR, HOUR + 6)], options={"bf": "0"})
+    assert shown(path, 0) == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
+    assert shown(path, 12) == [[0, 2, 4], [6, 8, 10]]
+    with open(path, "rb") as file:
+        assert video.probe(file).parts == ((0, 6), (6, 12))
+
+
+def test_a_pause_or_a_slow_video_is_not_cut(tmp_path):
+    write_clip(tmp_path / "pause.mp4", 4, times=[0, 1, 30, 31], options={"bf": "0"})
+    assert shown(tmp_path / "pause.mp4", 4) == [[0, 1, 1, 1, 1, 2]]
+    write_clip(tmp_path / "slow.mp4", 4, times=[0, 120, 240, 360], options={"bf": "0"})
+    assert shown(tmp_path / "slow.mp4", 0) == [[0, 1, 2, 3]]
+
+
+def test_a_still_cuts(tmp_path):
+    """A picture of 60 frames, 2.5 seconds, comes once."""
+    truth = moving_bars(10)
+    path = tmp_path / "still.mp4"
+    write_clip(path, pictures=truth[[0, 1, 2, 3, *[4] * 60, *range(5, 10)]], options={"qp": "0"})
+    assert shown(path, 0) == shown(path, 24) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert shown(path, 12) == [[0, 2, 4], [5, 7, 9]]
+    with open(path, "rb") as file:
+        assert video.probe(file).parts == ((0, 5), (64, 69))
+    write_clip(path, pictures=truth[[0] * 60], options={"qp": "0"})
+    assert shown(path, 8) == [[0], []]
+
+
+def test_interlaced_frames_give_one_field(tmp_path):
+    path = tmp_path / "fields.mkv"
+    picture_HWC = np.full((64, 64, 3), 40, np.uint8)
+    picture_HWC[1::2] = 200  # the other field: another moment
+    options = {"flags": "+ildct+ilme", "x264-params": "tff=1"}
+    write_clip(path, pictures=np.stack([picture_HWC] * 4), options=options)
+    field_THWC = read(path, range(4), size=32)
+    assert field_THWC.shape == (4, 32, 32, 3)
+    assert np.abs(field_THWC.astype(int) - 40).max() < 12
 
 
 def test_chunks_round_trip_closely_and_by_number(tmp_path):
@@ -216,3 +316,22 @@ def test_contact_sheet_has_a_row_per_clip_and_a_column_per_frame():
     assert not sheet[:, 10].any()
     few = np.asarray(Image.open(io.BytesIO(video.contact_sheet(clips, columns=2))))
     np.testing.assert_array_equal(few[:8, 11:], clips[0, 2])
+
+
+COLOURS = np.array([(128,) * 3, (0, 0, 0), (255, 255, 255), (200, 30, 30), (30, 30, 200)])
+
+
+@pytest.mark.parametrize("size", [24, 31, 48])
+def test_flat_colours_keep_their_value(tmp_path, size):
+    """From a frame of 4:2:0 at any size, and on through a chunk."""
+    for colour in COLOURS:
+        source = np.full((4, 48, 48, 3), colour, np.uint8)
+        decoded_THWC = video.decode_chunk(video.encode_chunk(source), range(4), size)
+        assert np.abs(decoded_THWC.astype(int) - colour).max() <= 2
+        video.write_mp4(tmp_path / "flat.mp4", source, 8)
+        assert np.abs(read(tmp_path / "flat.mp4", range(4), size).astype(int) - colour).max() <= 2
+    # Exactly one grey: Y 126, U and V 128.
+    grey = av.VideoFrame(64, 48, "yuv420p")
+    for plane, value in zip(grey.planes, (126, 128, 128)):
+        plane.update(bytes([value]) * plane.buffer_size)
+    assert (video._Scaler(size)(grey) == 128).all()

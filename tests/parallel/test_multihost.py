@@ -1,3 +1,4 @@
+import hashlib
 from types import SimpleNamespace
 
 import jax
@@ -50,3 +51,15 @@ def test_initialize_after_jax_was_used_goes_on(monkeypatch, caplog):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
     multihost.initialize()
     assert "SIGTERM" in caplog.text
+
+
+def test_all_equal(monkeypatch):
+    """Of two simulated processes, of which the other has "a"."""
+    others = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        multihost.multihost_utils, "process_allgather", lambda x: np.stack([*others, x])
+    )
+    for text, equal in (("a", True), ("a", True), ("b", False)):
+        assert multihost.all_equal(text) == equal
+        others = others or [np.frombuffer(hashlib.sha256(b"a").digest(), np.int32)]

@@ -11,6 +11,7 @@ import pytest
 import toy
 
 from jaxvid import config as config_lib
+from jaxvid.data import video
 from jaxvid.errors import UserError
 from jaxvid.runs import open_run
 from jaxvid.train import train
@@ -56,6 +57,15 @@ def test_the_work_folder(finished):
     for step in ("000004", "000008"):
         names = {path.name for path in (finished / "samples" / step).iterdir()}
         assert names == {"0.mp4", "0.gif", "1.mp4", "1.gif", "sheet.png"}
+
+
+def test_the_rate_of_the_source_is_kept(tmp_path, monkeypatch):
+    """For sampling; clips are written at it."""
+    monkeypatch.setattr(toy.Source, "fps", 12.0)
+    train(toy.config(steps=1, data__fps=0.0, data__stride=2), str(tmp_path / "run"))
+    assert config_lib.load(tmp_path / "run" / "config.json").data.fps == 12
+    with open(tmp_path / "run" / "samples" / "000001" / "0.mp4", "rb") as file:
+        assert video.probe(file).fps == 6
 
 
 def test_the_best_checkpoint_is_kept_beside_the_last(finished):
