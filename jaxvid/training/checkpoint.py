@@ -171,6 +171,8 @@ class Checkpoints:
                 continue
             if field in PATHS and _is_one_path(old, new):
                 continue
+            if field == "data.fps" and field not in before and _keeps_rate(self.config.data):
+                continue
             if field in before:
                 changed.append(f"{field}: {old!r} -> {repr(new) if field in now else 'no field'}")
             else:
@@ -280,6 +282,11 @@ class Checkpoints:
                 f"workdir={self.workdir}: cannot {action} ({trouble}); {kept}; "
                 "make room or repair the folder and run the same command again"
             ) from error
+
+
+def _keeps_rate(fields):
+    """Whether clips keep the rate of their source, as in runs from before the field `fps`."""
+    return fields.name != "folder" or not fields.fps
 
 
 def _is_one_path(a, b):
