@@ -125,6 +125,8 @@ def validate(config: ConfigDict) -> None:
 
     The task, the data source, the optimizer and the mesh check their own fields when they are made.
     """
+    if "task" not in config:
+        raise UserError("config: has no section task; use configs/ar_diffusion.py, for example")
     for name, value in flatten(config).items():
         if isinstance(value, str):
             checks.no_nul(name, value)

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from jaxvid import cli, files, weights
+from jaxvid import checks, cli, files, weights
 from jaxvid.errors import UserError
 from jaxvid.evaluators import codec, fvd, report
 from jaxvid.evaluators.held_out import mean, open_held_out
@@ -41,6 +41,7 @@ def main():
     path, is_autoencoder = Path(FLAGS.workdir, "evaluate.json"), isinstance(run.task, Autoencoder)
     i3d_params = None
     if FLAGS.i3d:
+        checks.at_least("data.frames", run.config.data.frames, i3d.MIN_FRAMES)
         i3d_params = i3d.convert(weights.read(FLAGS.i3d, "--i3d"), f"--i3d={FLAGS.i3d}")
     for name, value in (("lpips", FLAGS.lpips), ("frames", FLAGS.frames)):
         if value and not is_autoencoder:

@@ -4,13 +4,14 @@ import hashlib
 import importlib
 import inspect
 import json
+import pkgutil
 from pathlib import Path
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxvid import checks
+from jaxvid import checks, tasks
 from jaxvid import config as config_lib
 from jaxvid.errors import UserError, within
 from jaxvid.models.tokenizer import FrozenTokenizer
@@ -83,16 +84,24 @@ def make_task(fields: ConfigDict) -> Task:
 
 
 def _task_class(name: str) -> type[Task]:
-    module = f"jaxvid.tasks.{name}"
-    try:
-        found = vars(importlib.import_module(module)).get("Task")
-    except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):  # an import in the module fails
-            raise
-        found = None
+    found = _find_task(name)
     if found is None:
-        raise UserError(f"name={name!r}: there is no class Task in jaxvid/tasks/{name}.py")
+        names = (module.name for module in pkgutil.iter_modules(tasks.__path__))
+        checks.choose("name", name, [name for name in names if _find_task(name)])
     return found
+
+
+def _find_task(name: str) -> type[Task] | None:
+    """The class Task of the module jaxvid.tasks.<name>, or None."""
+    path = f"{tasks.__name__}.{name}"
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if not f"{path}.".startswith(f"{error.name}."):  # an import in the module fails
+            raise
+        return None
+    found = vars(module).get("Task")
+    return None if found is Task else found
 
 
 def open_tokenizer(workdir, field: str = "tokenizer") -> FrozenTokenizer:

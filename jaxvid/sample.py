@@ -48,6 +48,7 @@ def main():
         raise UserError(
             f"frames={frames}: --first_frames already has {given}; ask for more than that"
         )
+    run.task.split_frames(frames)  # raises for lengths that do not suit the tokenizer
     with jax.set_mesh(run.mesh), within("task"):
         begin = time.perf_counter()
         for _ in zip(range(2 if given else 1), decoded_frames(run, cond, frames)):

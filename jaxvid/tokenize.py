@@ -196,7 +196,10 @@ class Inputs(NamedTuple):
 
 def from_source(fields, encoder: Encoder) -> Inputs:
     """The clips of the data source that config.data describes."""
-    sources = {split: data.make_source(fields, split) for split in SPLITS}
+    try:
+        sources = {split: data.make_source(fields, split) for split in SPLITS}
+    except UserError as error:
+        raise UserError(str(error).replace("path=", "src=", 1)) from error
 
     def load(source, indices, first, count):
         if first == count:

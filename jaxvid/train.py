@@ -57,7 +57,7 @@ def train(config, workdir):
             stack.enter_context(_disk_errors(workdir))
             stack.enter_context(locked(workdir))
             return _train(config, workdir, mesh, stack)
-    except UserError:
+    except BaseException:
         if is_new:
             _remove_if_empty(workdir)
         raise
@@ -92,7 +92,7 @@ def _train(config, workdir, mesh, stack):
     held_out_shapes = _peek(validation, config.data.batch_size, mesh)
     checkpoints.check_best(held_out.trace(target.weights, frozen, held_out_shapes))
     found = checkpoints.restore(target, clips)
-    step, state = found or (0, _begin(init(), task, config))
+    step, state = found or (0, _begin(init, task, config))
     if jax.process_index() == 0:
         config_lib.save(config, Path(workdir, "config.json"))
     say(parameter_table(state.params))
@@ -165,14 +165,14 @@ def _catch_up(step, state, frozen, config, held_out, writer, log):
         writer.videos(step, held_out.sample(state.weights, frozen))
 
 
-def _begin(state, task, config):
+def _begin(init, task, config):
     """The first state, with the weights of the run config.init_from if that is set."""
     if not config.init_from:
-        return state
+        return init()
     fields, _, weights = open_weights(config.init_from, config.task.name, "init_from")
     with within("task"):
         weights = task.inflate(weights, fields)
-    state, taken = adopt(state, weights)
+    state, taken = adopt(init(), weights)
     say(f"from {config.init_from}: {taken}")
     return state
 

@@ -80,14 +80,17 @@ def step(config, tokenizer):
 
 def sample(config, tokenizer):
     """Sampling of one clip with the exact cache and without: every frame in every iteration."""
+    if "sampler" not in config.task:
+        raise UserError(f"task.name={config.task.name}: use --config=configs/ar_diffusion.py")
     frames, figures = config.data.frames, {}
     cond = {**random_batch(config, 1), "num": 1}
     for memory in ("cache", "none"):
         fields = ConfigDict(config.task.to_dict())
         fields.sampler.memory = memory
         task = _task(fields, tokenizer)
-        frozen = task.frozen()
-        params, _ = jax.jit(task.init)(jax.random.key(0), random_batch(config, 1))
+        with within("task"):
+            frozen = task.frozen()
+            params, _ = jax.jit(task.init)(jax.random.key(0), random_batch(config, 1))
 
         def clip(task=task, params=params, frozen=frozen):
             return task.sample(params, jax.random.key(1), cond, frozen=frozen, frames=frames)
@@ -304,8 +307,11 @@ def _program(config, tokenizer, batch, mesh):
     task = _task(config.task, tokenizer)
     with within("optim"):
         tx, schedule = make_optimizer(config.optim, config.steps)
-    init, shardings = make_init(task, tx, batch, config, mesh)
-    return task, task.frozen(), init(), make_step(task, tx, schedule, config, mesh, shardings)
+    with within("task"):
+        frozen = task.frozen()
+        init, shardings = make_init(task, tx, batch, config, mesh)
+        state = init()
+    return task, frozen, state, make_step(task, tx, schedule, config, mesh, shardings)
 
 
 def stand_in(latents):

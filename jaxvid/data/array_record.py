@@ -17,7 +17,7 @@ class Source(source.Source):
         manifest = shards.read_manifest(config.path, "h264")
         if self._window.span > manifest["frames"]:
             raise UserError(
-                f"frames={config.frames}, stride={config.stride}: a window spans "
+                f"frames={config.frames}: with stride={config.stride} a window spans "
                 f"{self._window.span} frames, the set stores {manifest['frames']}; lower them or "
                 f"prepare with --frames {self._window.span}"
             )
@@ -48,7 +48,7 @@ class Source(source.Source):
         try:
             header, chunk = shards.unpack(self._records[index])
             video_THWC = video.decode_chunk(chunk, numbers, self._window.size)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # the latter is of ArrayRecord
             raise UserError(
                 f"clip={header['name']}: {error}; copy or prepare the set again"
             ) from error

@@ -55,7 +55,7 @@ class Source(source.Source):
             example = {"label": header["label"], "caption": header["caption"]}
             if frames:
                 example["video"] = video.decode_chunk(frames, range(self._frames), self._size)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # the latter is of ArrayRecord
             raise UserError(
                 f"clip={header['name']}: {error}; copy the set or encode it again"
             ) from error

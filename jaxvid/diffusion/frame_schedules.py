@@ -114,7 +114,7 @@ def block_causal(
     _check_sizes(frames, sample_steps, window)
     checks.at_least("block", block, 1)
     s = sample_steps if s is None else s
-    checks.between("s", s, 0, sample_steps)
+    _check_difference(s, sample_steps)
     checks.require(s == int(s), "s", s, "must be a whole number; use schedule='pyramid'")
     window = min(window or frames, frames)
     remedy = f"longer than window={window}; use block <= {window}"
@@ -131,7 +131,7 @@ def pyramid(frames: int, sample_steps: int, u: float, window: int | None = None)
     at once. Messages call u by its name in `make_frame_schedule`, s.
     """
     _check_sizes(frames, sample_steps, window)
-    checks.between("s", u, 0, sample_steps)
+    _check_difference(u, sample_steps)
     window = min(window or frames, frames)
     start_F = tuple(int(i * u) for i in range(frames))
     smallest = math.ceil(1000 * sample_steps / window) / 1000
@@ -184,3 +184,8 @@ def _check_sizes(frames, sample_steps, window):
     checks.at_least("sample_steps", sample_steps, 1)
     if window is not None:
         checks.at_least("window", window, 1)
+
+
+def _check_difference(s, sample_steps):
+    remedy = f"use 0 (all frames together) to {sample_steps}, the steps (one frame after another)"
+    checks.require(0 <= s <= sample_steps, "s", s, remedy)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxvid import data, weights
+from jaxvid import checks, data, weights
 from jaxvid.data.source import Source
 from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError, within
@@ -25,6 +25,7 @@ REPEATS = 5  # of encoding and decoding; their speed is of the median
 
 def with_lpips(run: Run, path) -> Run:
     """The run with the weights of LPIPS in a file instead of those it was trained with."""
+    checks.at_least("data.size", run.config.data.size, lpips.MIN_SIZE)
     params = lpips.convert(weights.read(path, "--lpips"), f"--lpips={path}")
     frozen = {**run.frozen, "lpips": jax.device_put(params, replicated(run.mesh))}
     return run._replace(frozen=frozen)

@@ -116,7 +116,9 @@ class Task(Generator):
         with within("sampler"):
             choose("memory", options["memory"], MEMORIES)
             choose("end", options["end"], samplers.ENDS)
-            between("steps", options["steps"], 1, self.noise.num_steps - 1)
+            levels = self.noise.num_steps
+            remedy = f"there are {levels} noise levels; use 1 to {levels - 1}"
+            require(1 <= options["steps"] < levels, "steps", options["steps"], remedy)
             between("eta", options["eta"], 0, 1)
             at_least("guidance", options["guidance"], 0)
             require(
@@ -395,7 +397,7 @@ def _conditions(conditioner, batch, size):
         if "text" not in batch:
             raise UserError(
                 "condition.kind='text': the data has no captions; set data.text_tokens and "
-                "data.text_width, or condition.kind=none"
+                "data.text_width, or task.condition.kind=none"
             )
         return {"text_BME": batch["text"]}
     return {}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxvid.checks import choose
+from jaxvid.checks import at_least, choose
 from jaxvid.data.mqar import BLANK
 from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError, within
@@ -24,6 +24,7 @@ class Task(base.Task):
     """
 
     def __init__(self, *, vocabulary: int, pairs: tuple[int, ...], model):
+        at_least("vocabulary", vocabulary, 4)
         self.vocabulary, self.pairs = vocabulary, tuple(pairs)
         with within("model"):
             choose("dtype", model["dtype"], DTYPES)

@@ -1,5 +1,6 @@
 """Tokenizers: networks that compress video to a few latents or tokens and reconstruct it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -77,13 +78,23 @@ class Task(Autoencoder):
             for pixels in (size, *self.sizes):
                 self.tokenizer.grid(pixels)
         self.tokenizer.latents_for_frames(frames)
+        if self.perceptual.get("lpips"):
+            at_least("size", min(size, *self.sizes, size), lpips.MIN_SIZE)
+        if self.perceptual.get("i3d") and frames > 1:
+            at_least("frames", frames, i3d.MIN_FRAMES)
         self.adversary = self._make_adversary(gan) if gan else None
 
     def _make_tokenizer(self, arch, network, quantizer) -> Tokenizer:
         options = dict(quantizer)
         with within("quantizer"):
             choose("name", options["name"], QUANTIZERS)
-            quantizer = QUANTIZERS[options.pop("name")](**options)
+            name = options.pop("name")
+            known = [option.name for option in dataclasses.fields(QUANTIZERS[name])]
+            for option, value in options.items():
+                remedy = "choose a quantizer behind the colon of --config, as in quantizer"
+                has_none = f"{name} has no such option; {remedy}={name}"
+                require(option in known, option, value, has_none)
+            quantizer = QUANTIZERS[name](**options)
         with within("network"):
             choose("dtype", network["dtype"], DTYPES)
             options = {**network, "dtype": jnp.dtype(network["dtype"])}
