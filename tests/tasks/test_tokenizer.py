@@ -288,6 +288,9 @@ def test_i3d_features_are_in_the_loss_with_their_weight(monkeypatch):
         ({"perceptual__lpips_weight": -1.0}, "perceptual.lpips_weight=-1.0"),
         ({"network__patch": 5}, "network.patch=5: does not divide frames of 12 x 12"),
         ({"frames": 6}, "frames=6: .* use 5 or 7"),
+        ({"perceptual__i3d": "i3d.npz"}, "frames=5: must be at least 9"),
+        ({"perceptual__lpips": "vgg.npz"}, "size=12: must be at least 16"),
+        ({"quantizer__name": "vq"}, "quantizer.levels=.*: vq has no such option"),
         ({"sizes": (8, 16)}, r"sizes=\(8, 16\): .* at most data.size=12"),
         ({"sizes": (8.0,)}, r"sizes=\(8.0,\): 8.0 is not a whole number"),
         ({"sizes": (10,)}, "network.patch=4: does not divide frames of 10 x 10"),
@@ -300,6 +303,7 @@ def test_bad_settings_are_refused_in_one_line(changes, message):
 
 @pytest.mark.parametrize("name", ["lpips", "i3d"])
 def test_a_missing_file_of_weights_is_named_with_its_field(name):
-    task = Task(**fields(**{f"perceptual__{name}": "/nowhere/weights.npz"}))
+    large = {"size": 16, "frames": 9}  # enough for both networks
+    task = Task(**fields(**{f"perceptual__{name}": "/nowhere/weights.npz"}, **large))
     with pytest.raises(UserError, match=f"^perceptual.{name}=/nowhere/weights.npz: No such"):
         task.frozen()
