@@ -9,6 +9,7 @@ checkpoint. Prints the latency to the first frame, the speed with and without de
 memory, and leaves clips as mp4 and GIF with a contact sheet in --out.
 """
 
+import itertools
 import time
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def main():
             f"workdir={FLAGS.workdir}: task {run.config.task.name} does not generate video; "
             "use python -m jaxvid.evaluate to score it"
         )
-    out = Path(FLAGS.out or Path(FLAGS.workdir, "samples", f"stream-{run.step:06d}-{FLAGS.seed}"))
+    out = Path(FLAGS.out or _new_folder(FLAGS.workdir, f"stream-{run.step:06d}-{FLAGS.seed}"))
     if out.exists() and not out.is_dir():
         raise UserError(f"out={out}: is a file; name a folder")
     frames = FLAGS.frames or run.config.data.frames
@@ -58,6 +59,13 @@ def main():
     write_clips(out, clips_BTHWC, fps)
     print(report(times, compiling, FLAGS.num * (frames - given)))
     print(f"{len(clips_BTHWC)} clips of {clips_BTHWC.shape[1]} frames at {fps:g} fps: {out}")
+
+
+def _new_folder(workdir, name) -> Path:
+    """samples/<name> in the work folder, or the next of <name>-2, <name>-3 ... that is free."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    folders = (Path(workdir, "samples", name) for name in names)
+    return next(folder for folder in folders if not folder.exists())
 
 
 def conditions(run, num):
