@@ -275,6 +275,7 @@ def test_scores_without_weights_are_unavailable_and_kept_if_fvd_fails(
 
     monkeypatch.setattr(evaluate.weights, "read", lambda path, field: {})
     monkeypatch.setattr(evaluate.i3d, "convert", lambda arrays, path: {})
+    monkeypatch.setattr(evaluate.i3d, "MIN_FRAMES", 5)
     monkeypatch.setattr(evaluate.fvd, "video_distance", video_distance)
     (workdir / "evaluate.json").unlink()
     options(workdir, i3d="i3d.npz")
@@ -287,6 +288,9 @@ def test_scores_without_weights_are_unavailable_and_kept_if_fvd_fails(
 def test_weights_of_lpips_may_be_given_to_evaluate(workdir, monkeypatch, tmp_path):
     (tmp_path / "vgg.npz").write_bytes(b"weights")
     monkeypatch.setattr(codec.weights, "read", lambda path, field: {})
+    with pytest.raises(UserError, match=r"^data\.size=12: must be at least 16"):
+        codec.with_lpips(open_run(str(workdir)), tmp_path / "vgg.npz")
+    monkeypatch.setattr(codec.lpips, "MIN_SIZE", 12)
     monkeypatch.setattr(codec.lpips, "convert", lambda arrays, path: jnp.float32(3))
     monkeypatch.setattr(
         codec.lpips, "distance", lambda weight, a, b: weight * jnp.abs(a - b).mean((1, 2, 3))

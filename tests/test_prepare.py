@@ -336,7 +336,7 @@ def test_a_missing_or_broken_manifest(tmp_path):
 
 
 def test_windows_beyond_the_set_are_refused(made):
-    with pytest.raises(UserError, match=r"^frames=5, stride=2.*spans 9.*stores 8"):
+    with pytest.raises(UserError, match=r"^frames=5: with stride=2 .*spans 9.*stores 8"):
         data.make_source(set_config(made, frames=5, stride=2), "train")
     with pytest.raises(UserError, match=r"^size=64: the set stores 48"):
         data.make_source(set_config(made, size=64), "train")
