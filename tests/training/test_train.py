@@ -4,6 +4,7 @@ import functools
 import json
 import resource
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -141,6 +142,20 @@ def test_a_run_without_a_field_is_refused_by_field(finished):
     message = error_of(changed, finished)
     assert "config (task.noise: 0.1 -> no field; task.width: 16 -> 32; task.refuse_" in message
     assert "task.refuse_to_sample: no field -> False); undo" in message
+
+
+def test_only_clips_at_the_rates_of_their_files_resume_a_run_without_the_field(
+    tmp_path, monkeypatch
+):
+    """The source `folder` did not resample clips before the field `fps` was there."""
+    monkeypatch.setitem(sys.modules, "jaxvid.data.folder", toy)
+    train(toy.config(steps=1, data__name="folder"), str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(toy.Source, "fps", 12.0)
+        message = error_of(toy.config(steps=2, data__name="folder", data__fps=12.0), tmp_path)
+    assert "run without fields of this config (data.fps: no field -> 12.0)" in message
+    state = train(toy.config(steps=2, data__name="folder", data__fps=0.0), str(tmp_path))
+    assert int(state.step) == 2
 
 
 def cut_arrays(folder):
