@@ -6,6 +6,7 @@
 
 Options: size=tiny|s|b|l|xl (tiny is for two CPU cores, xl has the 672 M parameters of the paper),
 data=sprites|folder|array_record|tfds|latents, cond=none|class|text, noise=diffusion|flow,
+layout=mixed|diffusion_forcing|clean_prefix|teacher_forced (what noisy frames read in training),
 mixer=softmax|linear|lightning|gla|gated_delta|lightnet|aaren|routing (softmax sees a window of the
 past, all others keep a state of constant size).
 
@@ -34,6 +35,7 @@ def get_config(options=""):
         data=("sprites", "folder", "array_record", "tfds", "latents"),
         cond=("none", "class", "text"),
         noise=("diffusion", "flow"),
+        layout=("mixed", "diffusion_forcing", "clean_prefix", "teacher_forced"),
         mixer=tuple(common.MIXERS),
     )
     config = common.get_config()
@@ -60,8 +62,9 @@ def get_config(options=""):
         timesteps=field(
             "fopp", "noise levels of a training clip: fopp, iid, uniform or full_sequence"
         ),
-        clean_prefix=field(
-            0.7 if tiny else 0.5, "probability that a training clip begins with clean frames"
+        layout=field(
+            chosen.layout if chosen.layout != "mixed" else _mixed(0.7 if tiny else 0.5),
+            "what noisy frames read: diffusion_forcing, clean_prefix or teacher_forced, or shares",
         ),
         given=field(4, "clean frames before the continuation that evaluate scores"),
     )
@@ -92,7 +95,10 @@ def get_config(options=""):
     config.task.condition = _condition(config, chosen.cond)
     config.task.sampler = dict(
         steps=field(10 if tiny else 50, "denoising steps per frame"),
-        schedule=field("ad", "ad, synchronous, autoregressive, pyramid or block_causal"),
+        schedule=field(
+            "autoregressive" if chosen.layout == "teacher_forced" else "ad",
+            "ad, synchronous, autoregressive, pyramid or block_causal",
+        ),
         s=field(
             1 if tiny else 5, "iterations between the starts of frames (block_causal: of blocks)"
         ),
@@ -103,6 +109,11 @@ def get_config(options=""):
         memory=field("cache", "cache (exact), none, or window (recompute within a moving window)"),
     )
     return config
+
+
+def _mixed(clean_prefix):
+    """Clips with and without a prefix of clean frames."""
+    return f"clean_prefix={clean_prefix:g},diffusion_forcing={1 - clean_prefix:g}"
 
 
 def _condition(config, kind):

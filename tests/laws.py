@@ -91,6 +91,76 @@ def causality(layer, x, reach=2, first=lambda k: k, gradients=True):
         assert (changes[near] > 0).all(), f"frame {frame} ignores its past"
 
 
+def unrolled_scan(step, state, frames):
+    """`jax.lax.scan` with a state that grows."""
+    outputs = []
+    for f in range(len(frames[0])):
+        state, y = step(state, [x[f] for x in frames])
+        outputs.append(y)
+    return state, [jnp.stack(parts) for parts in zip(*outputs)]
+
+
+def teacher_forcing(layer, forced, clean, noisy, reach=2, tolerance=1e-5):
+    """Teacher forcing equals the loop over frames that denoises and then commits, with gradients.
+
+    forced(clean, noisy, state) -> (y_clean, y_noisy, state). layer: a Partial of parameters, or a
+    pair of them, the layers of noisy and of clean frames. The output of noisy frame f has a
+    gradient of exactly zero at clean frames from f on and at other noisy frames; it depends on its
+    own noisy frame and on the `reach - 1` clean frames before it.
+    """
+    denoise, commit = layer if isinstance(layer, tuple) else (layer, layer)
+    T = clean.shape[1]
+    cuts = (slice(0, 2), slice(2, T))  # the second piece continues a stream
+
+    def by_loop(denoise, commit, clean, noisy):
+        def frame(state, frames):
+            clean, noisy = (x[:, None] for x in frames)
+            y_noisy, _ = denoise(noisy, state)
+            y_clean, state = commit(clean, state)
+            return state, (y_clean[:, 0], y_noisy[:, 0])
+
+        # The first frame alone: its state may have other shapes than the state of the start.
+        state, first = frame(None, (clean[:, 0], noisy[:, 0]))
+        frames = [jnp.moveaxis(x[:, 1:], 1, 0) for x in (clean, noisy)]
+        scan = jax.lax.scan
+        if jax.eval_shape(frame, state, [x[0] for x in frames])[0] != jax.eval_shape(lambda: state):
+            scan = unrolled_scan
+        later = scan(frame, state, frames)[1]
+        return [jnp.moveaxis(jnp.concatenate([a[None], b]), 0, 1) for a, b in zip(first, later)]
+
+    def at_once(forced, clean, noisy):
+        state, outputs = None, []
+        for cut in cuts:
+            *y, state = forced(clean[:, cut], noisy[:, cut], state)
+            outputs.append(y)
+        return [jnp.concatenate(parts, axis=1) for parts in zip(*outputs)]
+
+    @jax.jit
+    def both(denoise, commit, forced, clean, noisy):
+        y_loop, vjp_loop = jax.vjp(by_loop, denoise, commit, clean, noisy)
+        y, vjp = jax.vjp(at_once, forced, clean, noisy)
+        weight = [
+            jnp.cos(jnp.arange(part.size, dtype=jnp.float32)).reshape(part.shape) for part in y
+        ]
+        one_frame = jnp.eye(T)[:, None, :, None, None]
+        of_clean = vjp([weight[0], 0 * weight[1]])
+        of_noisy = jax.vmap(lambda frame: vjp([0 * weight[0], frame * weight[1]]))(one_frame)
+        total = jax.tree.map(lambda a, b: a + b.sum(0), of_clean, of_noisy)
+        d_denoise, d_commit, *d_frames = vjp_loop(weight)
+        d_layer = jax.tree.map(jnp.add, d_denoise.args, d_commit.args)
+        return (y_loop, (d_layer, d_frames)), (y, (total[0].args, list(total[1:]))), of_noisy[1:]
+
+    expected, got, by_frame = both(denoise, commit, forced, clean, noisy)
+    for (path, want), have in zip(tree_leaves_with_path(expected), jax.tree.leaves(got)):
+        scale = max(1.0, np.abs(want).max())  # gradients of parameters are sums over all tokens
+        np.testing.assert_allclose(have, want, atol=tolerance * scale, err_msg=keystr(path))
+    for f in range(T):
+        of_clean, of_noisy = (np.abs(part[f]).max((0, 2, 3)) for part in by_frame)
+        np.testing.assert_array_equal(of_clean[f:], 0, f"noisy frame {f} sees its future")
+        np.testing.assert_array_equal(np.delete(of_noisy, f), 0, f"{f} sees another noisy frame")
+        assert of_noisy[f] > 0 and (of_clean[max(f - reach + 1, 0) : f] > 0).all()
+
+
 def image(layer, x):
     """A stream of one frame equals the beginning of any stream that begins with that frame.
 

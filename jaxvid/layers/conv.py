@@ -7,27 +7,33 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxvid.layers import pairs
+
 
 class CausalConv(nn.Module):
     """Convolution over frames, each channel and location alone: y_t = sum_i kernel_i x_{t-i}.
 
     x_BTND -> y_BTND in `dtype`. State: the last `width - 1` frames, [B, width - 1, N, D] in
-    `dtype`; None is a stream of zeros.
+    `dtype`; None is a stream of zeros. paired: x holds clean frames and their noisy copies
+    (`layers.pairs`), and both read the clean frames before them.
     """
 
     width: int = 4
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x_BTND, state=None):
-        B, T, N, D = x_BTND.shape
+    def __call__(self, x_BTND, state=None, paired=False):
+        B, _, N, D = x_BTND.shape
         kernel_ID = self.param("kernel", nn.initializers.lecun_normal(), (self.width, D))
         kernel_ID, x_BTND = kernel_ID.astype(self.dtype), x_BTND.astype(self.dtype)
         if state is None:
             state = jnp.zeros((B, self.width - 1, N, D), self.dtype)
-        seen_BTND = jnp.concatenate([state, x_BTND], axis=1)
-        taps = range(self.width)
-        y_BTND = sum(kernel_ID[i] * seen_BTND[:, self.width - 1 - i :][:, :T] for i in taps)
+        stream_BTND = pairs.split(x_BTND)[0] if paired else x_BTND
+        seen_BTND, T = jnp.concatenate([state, stream_BTND], axis=1), stream_BTND.shape[1]
+        y_BTND = kernel_ID[0] * x_BTND
+        for i in range(1, self.width):
+            past_BTND = kernel_ID[i] * seen_BTND[:, self.width - 1 - i :][:, :T]
+            y_BTND += pairs.join(past_BTND, past_BTND) if paired else past_BTND
         return y_BTND, seen_BTND[:, T:]
 
 

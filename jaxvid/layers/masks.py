@@ -2,7 +2,8 @@
 
 A position is a frame index, so causality is by frame: all tokens of a frame see that whole frame
 and everything before it. Two values are special. `CONTEXT` marks prefix tokens, which precede every
-frame. `EMPTY` marks unused cache slots, which follow every frame.
+frame. `EMPTY` marks unused cache slots, which follow every frame. `NOISY` plus a frame is the
+position of its noisy copy in teacher forcing.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from jaxvid import checks
 
 CONTEXT = -1
 EMPTY = np.iinfo(np.int32).max
+NOISY = 2**30
 
 
 def causal(window: int | None = None, sinks: int = 0) -> Callable:
@@ -27,6 +29,21 @@ def causal(window: int | None = None, sinks: int = 0) -> Callable:
     def allow(q, k):
         past = k <= q
         return past if window is None else past & ((k > q - window) | (k < sinks))
+
+    return allow
+
+
+def teacher_forced(window: int | None = None, sinks: int = 0) -> Callable:
+    """`causal` for clean frames and their noisy copies; a copy sees earlier frames and itself.
+
+    Nothing else sees a copy, and a copy does not see the clean frame that it stands for. window,
+    sinks, errors: as in `causal`.
+    """
+    clean = causal(window, sinks)
+
+    def allow(q, k):
+        past = clean(q % NOISY, k) & (k < NOISY) & ((q < NOISY) | (k < q - NOISY))
+        return past | (k == q)
 
     return allow
 

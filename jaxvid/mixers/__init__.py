@@ -8,6 +8,14 @@ first frame, each frame having `tokens` tokens:
 
     `y_BMD, state = mixer.prefill(context_BMD, tokens)`
 
+A third trains with teacher forcing: every frame has a noisy copy, which reads the state after the
+clean frames before it and writes nothing:
+
+    `y_clean_BTND, y_noisy_BTND, state = mixer.teacher_forced(clean_BTND, noisy_BTND, state)`
+
+It equals the loop over frames f of `y_noisy[f], _ = mixer(noisy[f], state)` and then
+`y_clean[f], state = mixer(clean[f], state)`, which is what sampling does: denoise, then commit.
+
 Facts that every mixer states:
 
     window            frames that a query sees, including its own; None = all of the past

@@ -61,12 +61,13 @@ class Alibi(nn.Module):
         q, k, v = shard(q_BLAK, "BLAK"), shard(k_BMAK, "BMAK"), shard(v_BMAK, "BMAK")
         return attend(q, k, v, bias_ALM, scale)
 
-    def _bias(self, q_position_L, k_position_M):
+    def _bias(self, q_position_L, k_position_M, allow):
         """-slope (q - k) where q may see k; the distance to the context is 0."""
         q_L1, k_1M = q_position_L[:, None], k_position_M[None]
         xp = np if isinstance(k_position_M, np.ndarray) else jnp
-        distance_LM = xp.where(k_1M == masks.CONTEXT, 0, q_L1 - k_1M).astype(np.float32)
-        allowed_LM = masks.causal(self.window, self.sinks)(q_L1, k_1M)
+        distance_LM = q_L1 % masks.NOISY - k_1M % masks.NOISY
+        distance_LM = xp.where(k_1M == masks.CONTEXT, 0, distance_LM).astype(np.float32)
+        allowed_LM = allow(q_L1, k_1M)
         slope_A11 = alibi_slopes(self.heads)[:, None, None]
         return xp.where(allowed_LM, -slope_A11 * distance_LM, np.float32(MASKED))
 
@@ -77,16 +78,36 @@ class Alibi(nn.Module):
         return self.out(y.reshape(context_BMD.shape)), kv.start(k, v, tokens)
 
     def __call__(self, x_BTND, state=None):
-        B, T, N, D = x_BTND.shape
+        state = self._start(x_BTND) if state is None else state
         q_BTNAK, k_BTNAK, v_BTNAK = self._project(x_BTND)
-        if state is None:
-            no_context = jnp.zeros((B, 0, self.heads, D // self.heads), self.dtype)
-            state = kv.start(no_context, no_context, N)
-        y_BTND = jnp.zeros((B, T, N, D), self.dtype)
+        y_BTND = jnp.zeros(x_BTND.shape, self.dtype)
         if x_BTND.size > 0:
-            k_BMAK, v_BMAK, position_M = kv.extend(state, k_BTNAK, v_BTNAK)
-            bias_ALM = self._bias(position_M[-T * N :], position_M)
-            q_BLAK = q_BTNAK.reshape(B, T * N, *q_BTNAK.shape[3:])
-            y_BLAK = self._attend(q_BLAK, k_BMAK, v_BMAK, bias_ALM)
-            y_BTND = self.out(y_BLAK.reshape(B, T, N, D))
+            frame_T = kv.next_frames(state, x_BTND.shape[1])
+            allow = masks.causal(self.window, self.sinks)
+            y_BTND = self._mix(q_BTNAK, k_BTNAK, v_BTNAK, frame_T, state, allow)
         return y_BTND, kv.append(state, k_BTNAK, v_BTNAK, window=self.window, sinks=self.sinks)
+
+    def teacher_forced(self, clean_BTND, noisy_BTND, state=None):
+        """Teacher forcing (see `jaxvid.mixers`) in one masked call for all frames."""
+        state = self._start(clean_BTND) if state is None else state
+        T = clean_BTND.shape[1]
+        q, k, v = self._project(jnp.concatenate([clean_BTND, noisy_BTND], axis=1))
+        frame_T = kv.next_frames(state, T)
+        position_T = (np if kv.is_start(state) else jnp).append(frame_T, frame_T + masks.NOISY)
+        allow = masks.teacher_forced(self.window, self.sinks)
+        y_clean, y_noisy = jnp.split(self._mix(q, k, v, position_T, state, allow), 2, axis=1)
+        state = kv.append(state, k[:, :T], v[:, :T], window=self.window, sinks=self.sinks)
+        return y_clean, y_noisy, state
+
+    def _start(self, x_BTND):
+        """The state before the first frame of a stream without context."""
+        no_context = jnp.zeros((len(x_BTND), 0, self.heads, self.width // self.heads), self.dtype)
+        return kv.start(no_context, no_context, x_BTND.shape[2])
+
+    def _mix(self, q_BTNAK, k_BTNAK, v_BTNAK, position_T, state, allow):
+        """y_BTND of frames at these positions, which see each other and the cache as allowed."""
+        B, T, N, A, K = q_BTNAK.shape
+        k_BMAK, v_BMAK, position_M = kv.extend(state, k_BTNAK, v_BTNAK, position_T)
+        bias_ALM = self._bias(position_M[-T * N :], position_M, allow)
+        y_BLAK = self._attend(q_BTNAK.reshape(B, T * N, A, K), k_BMAK, v_BMAK, bias_ALM)
+        return self.out(y_BLAK.reshape(B, T, N, self.width))

@@ -77,26 +77,52 @@ class Attention(nn.Module):
         return self.out(y.reshape(context_BMD.shape)), kv.start(k, v, tokens)
 
     def __call__(self, x_BTND, state=None):
-        B, T, N, D = x_BTND.shape
-        if state is None:
-            no_context = jnp.zeros((B, 0, self.heads, D // self.heads), self.dtype)
-            state = kv.start(no_context, no_context, N)
+        state = self._start(x_BTND) if state is None else state
         message = "cannot continue a stream; use causal"
         require(self.streams or kv.is_start(state), "mask", self.mask, message)
-        q_BTNAK, k_BTNAK, v_BTNAK = self._project(x_BTND)
-        frame_T = state.length + np.arange(T, dtype=np.int32)
-        angle_TNK = rotary_angles(frame_T, self.grid, D // self.heads)
-        q_BTNAK, k_BTNAK = rotate(q_BTNAK, angle_TNK), rotate(k_BTNAK, angle_TNK)
-        y_BTND = jnp.zeros((B, T, N, D), self.dtype)
+        frame_T = kv.next_frames(state, x_BTND.shape[1])
+        q_BTNAK, k_BTNAK, v_BTNAK = self._rotated(x_BTND, frame_T)
+        y_BTND = jnp.zeros(x_BTND.shape, self.dtype)
         if x_BTND.size > 0:
-            k_BMAK, v_BMAK, position_M = kv.extend(state, k_BTNAK, v_BTNAK)
-            y_BLAK = attention(
-                shard(q_BTNAK.reshape(B, T * N, *q_BTNAK.shape[3:]), "BLAK"),
-                shard(k_BMAK, "BMAK"),
-                shard(v_BMAK, "BMAK"),
-                q_position_L=position_M[-T * N :],
-                k_position_M=position_M,
-                allow=masks.causal(self.window, self.sinks) if self.streams else masks.full,
-            )
-            y_BTND = self.out(y_BLAK.reshape(B, T, N, D))
+            allow = masks.causal(self.window, self.sinks) if self.streams else masks.full
+            y_BTND = self._attend(q_BTNAK, k_BTNAK, v_BTNAK, frame_T, state, allow)
         return y_BTND, kv.append(state, k_BTNAK, v_BTNAK, window=self.window, sinks=self.sinks)
+
+    def teacher_forced(self, clean_BTND, noisy_BTND, state=None):
+        """Teacher forcing (see `jaxvid.mixers`) in one masked call for all frames."""
+        state = self._start(clean_BTND) if state is None else state
+        require(self.streams, "mask", self.mask, "has no past to be forced to; use causal")
+        T = clean_BTND.shape[1]
+        frame_T = kv.next_frames(state, T)
+        parts = zip(self._rotated(clean_BTND, frame_T), self._rotated(noisy_BTND, frame_T))
+        q, k, v = (jnp.concatenate(pair, axis=1) for pair in parts)
+        position_T = (np if kv.is_start(state) else jnp).append(frame_T, frame_T + masks.NOISY)
+        allow = masks.teacher_forced(self.window, self.sinks)
+        y_clean, y_noisy = jnp.split(self._attend(q, k, v, position_T, state, allow), 2, axis=1)
+        state = kv.append(state, k[:, :T], v[:, :T], window=self.window, sinks=self.sinks)
+        return y_clean, y_noisy, state
+
+    def _start(self, x_BTND):
+        """The state before the first frame of a stream without context."""
+        no_context = jnp.zeros((len(x_BTND), 0, self.heads, self.width // self.heads), self.dtype)
+        return kv.start(no_context, no_context, x_BTND.shape[2])
+
+    def _rotated(self, x_BTND, frame_T):
+        """Queries and keys turned to their frames, and values [B, T, N, A, K]."""
+        q, k, v = self._project(x_BTND)
+        angle_TNK = rotary_angles(frame_T, self.grid, self.width // self.heads)
+        return rotate(q, angle_TNK), rotate(k, angle_TNK), v
+
+    def _attend(self, q_BTNAK, k_BTNAK, v_BTNAK, position_T, state, allow):
+        """y_BTND of frames at these positions, which see each other and the cache as allowed."""
+        B, T, N, A, K = q_BTNAK.shape
+        k_BMAK, v_BMAK, position_M = kv.extend(state, k_BTNAK, v_BTNAK, position_T)
+        y_BLAK = attention(
+            shard(q_BTNAK.reshape(B, T * N, A, K), "BLAK"),
+            shard(k_BMAK, "BMAK"),
+            shard(v_BMAK, "BMAK"),
+            q_position_L=position_M[-T * N :],
+            k_position_M=position_M,
+            allow=allow,
+        )
+        return self.out(y_BLAK.reshape(B, T, N, self.width))

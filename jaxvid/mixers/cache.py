@@ -45,13 +45,18 @@ def is_start(cache: KVCache) -> bool:
     return isinstance(cache.length, np.integer)
 
 
-def extend(cache: KVCache, k_BTNAK, v_BTNAK):
+def next_frames(cache: KVCache, T: int):
+    """The indices of the next T frames, int32 [T]; numpy at the start of a stream."""
+    return cache.length + np.arange(T, dtype=np.int32)
+
+
+def extend(cache: KVCache, k_BTNAK, v_BTNAK, position_T):
     """(k_BMAK, v_BMAK, position_M) of the context, the cached frames and then the new frames."""
-    B, T, N, A, K = k_BTNAK.shape
+    B, _, N, A, K = k_BTNAK.shape
     positions = [
         np.full(cache.context_k_BMAK.shape[1], masks.CONTEXT, np.int32),
         cache.frame_S.repeat(N),
-        (cache.length + np.arange(T, dtype=np.int32)).repeat(N),
+        position_T.repeat(N),
     ]
     static = all(isinstance(p, np.ndarray) for p in positions)
 
@@ -74,7 +79,7 @@ def append(cache: KVCache, k_BTNAK, v_BTNAK, *, window: int | None, sinks: int) 
     are all the past frames that a later frame may see.
     """
     T = k_BTNAK.shape[1]
-    frame_T = cache.length + np.arange(T, dtype=np.int32)
+    frame_T = next_frames(cache, T)
     length = cache.length + np.int32(T)
     if window is None:
         return cache._replace(

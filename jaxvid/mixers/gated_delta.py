@@ -1,10 +1,14 @@
 """Gated DeltaNet: a matrix state whose writes correct what it holds."""
 
+import functools
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from jaxvid.checks import at_least
 from jaxvid.kernels.gated_delta import gated_delta
+from jaxvid.layers import pairs
 from jaxvid.layers.conv import CausalConv
 from jaxvid.layers.linear import Linear
 from jaxvid.mixers.recurrent import Recurrent, unit_length
@@ -43,14 +47,24 @@ class GatedDelta(Recurrent):
         B, _, D = context_BMD.shape
         return y_BMD, (state_BAKV, (jnp.zeros((B, self.conv - 1, tokens, D), self.dtype),) * 3)
 
-    @nn.compact
     def __call__(self, x_BTND, state=None):
+        return self._layer(x_BTND, state, gated_delta_by_frame)
+
+    def teacher_forced(self, clean_BTND, noisy_BTND, state=None):
+        """Teacher forcing (see `jaxvid.mixers`) in one pass over the clean frames."""
+        x_BTND = pairs.join(clean_BTND, noisy_BTND)
+        y_BTND, state = self._layer(x_BTND, state, gated_delta_teacher_forced, paired=True)
+        return *pairs.split(y_BTND), state
+
+    @nn.compact
+    def _layer(self, x_BTND, state, rule, paired=False):
         B, T, N, D = x_BTND.shape
         state_BAKV, pasts = (None, (None,) * 3) if state is None else state
         qkv, new_pasts = [], []
         for name, past in zip("qkv", pasts):
             y_BTND = self._dense(self.width, name)(x_BTND)
-            y_BTND, past = CausalConv(self.conv, self.dtype, name=f"conv_{name}")(y_BTND, past)
+            conv = CausalConv(self.conv, self.dtype, name=f"conv_{name}")
+            y_BTND, past = conv(y_BTND, past, paired)
             qkv.append(nn.silu(y_BTND).reshape(B, T, N, self.heads, D // self.heads))
             new_pasts.append(past)
         q, k, v = qkv
@@ -60,7 +74,7 @@ class GatedDelta(Recurrent):
         step_BTNA = self._per_head("step")(x_BTND).astype(jnp.float32) + step_A
         g_BTA = -(jnp.exp(rate_A) * nn.softplus(step_BTNA)).mean(axis=2)
         q, k = unit_length(q), unit_length(k)
-        y_BTNAK, state_BAKV = gated_delta_by_frame(q, k, v, beta_BTNA, g_BTA, state_BAKV)
+        y_BTNAK, state_BAKV = rule(q, k, v, beta_BTNA, g_BTA, state_BAKV)
         return self._gated_out(y_BTNAK, x_BTND, nn.silu), (state_BAKV, tuple(new_pasts))
 
     def _per_head(self, name: str) -> Linear:
@@ -80,21 +94,74 @@ def gated_delta_by_frame(q_BTNAK, k_BTNAK, v_BTNAV, beta_BTNA, g_BTA, state_BAKV
     A frame of one token is one token of the kernel. A frame of N > 1 tokens is 2 N tokens of the
     kernel: N that write, then N that read, with beta 0 so that they write nothing.
     """
-    B, T, N, A, K = q_BTNAK.shape
     if state_BAKV is None:
-        state_BAKV = jnp.zeros((B, A, K, v_BTNAV.shape[-1]))
-    if T == 0:
+        state_BAKV = _zero_state(k_BTNAK, v_BTNAV)
+    if q_BTNAK.shape[1] == 0:
         return v_BTNAV, state_BAKV
+    y_BTNAV, state_BAKV = _by_kernel(
+        _writes_and_reads(q_BTNAK, k_BTNAK, v_BTNAV, beta_BTNA, g_BTA), state_BAKV
+    )
+    return y_BTNAV[:, :, -q_BTNAK.shape[2] :], state_BAKV
+
+
+def gated_delta_teacher_forced(q, k, v, beta, g, state_BAKV):
+    """As `gated_delta_by_frame` for `layers.pairs`: a copy reads the state before its frame.
+
+    Let R = exp(g) S, with the state S after the clean frames before the copy and g of its own. The
+    N tokens of a copy write w_n = beta_n (v_n - k_n R - sum_{m < n} (k_n k_m) w_m), a triangular
+    system, and read q_n R + sum_m (q_n k_m) w_m. So a copy needs only k_n S and q_n S, which to the
+    kernel are 2 N tokens before its frame that write nothing.
+    """
+    N, scale = q.shape[2], q.shape[-1] ** -0.5
+    if state_BAKV is None:
+        state_BAKV = _zero_state(k, v)
+    clean, copy = zip(*(pairs.split(part) for part in (q, k, v, beta, g)))
+    tokens = _writes_and_reads(*clean)
+    keys_and_queries = jnp.concatenate([copy[1], copy[0]], axis=2)
+    silent = [jnp.zeros_like(jnp.concatenate([part[:, :, :1]] * 2 * N, 2)) for part in tokens[1:]]
+    before = (keys_and_queries, *silent)
+    tokens = [jnp.concatenate(parts, axis=2) for parts in zip(before, tokens)]
+    y_BTNAV, state_BAKV = _by_kernel(tokens, state_BAKV)
+    past_BTNAV, y_clean = y_BTNAV[:, :, : 2 * N].astype(jnp.float32), y_BTNAV[:, :, -N:]
+
+    q, k, v, beta = (part.astype(jnp.float32) for part in copy[:4])
+    past_BTNAV *= jnp.exp(copy[4])[:, :, None, :, None]
+    key_reads, query_reads = past_BTNAV[:, :, :N] / scale, past_BTNAV[:, :, N:]
+    exact = functools.partial(jnp.einsum, precision="highest")
+    overlap_BTANM = exact("BTNAK,BTMAK->BTANM", k, k)
+    beta_BTAN1 = beta.swapaxes(2, 3)[..., None]
+    own_BTANV = beta_BTAN1 * (v - key_reads).swapaxes(2, 3)
+    system_BTANM = beta_BTAN1 * jnp.tril(overlap_BTANM, -1) + jnp.eye(N)
+    options = dict(lower=True, unit_diagonal=True)
+    w_BTANV = jax.scipy.linalg.solve_triangular(system_BTANM, own_BTANV, **options)
+    read_BTANM = scale * exact("BTNAK,BTMAK->BTANM", q, k)
+    y_copy = query_reads + exact("BTANM,BTAMV->BTNAV", read_BTANM, w_BTANV)
+    return pairs.join(y_clean, y_copy.astype(y_clean.dtype)), state_BAKV
+
+
+def _zero_state(k_BTNAK, v_BTNAV):
+    B, _, _, A, K = k_BTNAK.shape
+    return jnp.zeros((B, A, K, v_BTNAV.shape[-1]))
+
+
+def _writes_and_reads(q_BTNAK, k_BTNAK, v_BTNAV, beta_BTNA, g_BTA):
+    """q, k, v, beta, g of the kernel's tokens, [B, T, tokens, A, ..]; the last N of each read."""
+    N = q_BTNAK.shape[2]
     first_BTNA = jnp.pad(g_BTA[:, :, None], ((0, 0), (0, 0), (0, N - 1), (0, 0)))
+    if N == 1:
+        return q_BTNAK, k_BTNAK, v_BTNAV, beta_BTNA, first_BTNA
     writes = (jnp.zeros_like(q_BTNAK), k_BTNAK, v_BTNAV, beta_BTNA, first_BTNA)
     reads = (q_BTNAK, *(jnp.zeros_like(part) for part in writes[1:]))
-    tokens = [jnp.concatenate(parts, axis=2) for parts in zip(writes, reads)]
-    if N == 1:
-        tokens = [q_BTNAK, *writes[1:]]
+    return [jnp.concatenate(parts, axis=2) for parts in zip(writes, reads)]
+
+
+def _by_kernel(tokens, state_BAKV):
+    """(y [B, T, tokens, A, V], state_BAKV) of q, k, v, beta, g, [B, T, tokens, A, ..] each."""
+    B, T = tokens[0].shape[:2]
     q, k, v, beta, g = (part.reshape(B, -1, *part.shape[3:]) for part in tokens)
     q, k, v, beta, g = (shard(part, "BLAK"[: part.ndim]) for part in (q, k, v, beta, g))
     y_BLAV, state_BAKV = gated_delta(q, k, v, beta, g, initial_state=state_BAKV, return_state=True)
-    return y_BLAV.reshape(B, T, -1, *y_BLAV.shape[2:])[:, :, -N:], state_BAKV
+    return y_BLAV.reshape(B, T, -1, *y_BLAV.shape[2:]), state_BAKV
 
 
 def _step_biases(rng, shape):

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxvid.checks import at_least, between, choose, require
 from jaxvid.kernels.linear_attention import linear_attention
+from jaxvid.layers import pairs
 from jaxvid.layers.bias import alibi_slopes
 from jaxvid.layers.linear import Linear
 from jaxvid.mixers.recurrent import Recurrent
@@ -29,7 +30,20 @@ DECAY_DIVISOR = 16  # of the logarithm of GLA's decays
 _EPSILON = 1e-6
 
 
-class LinearAttention(Recurrent):
+class _MatrixMemory(Recurrent):
+    """A mixer that is `_layer` of a rule: that of a stream or that of teacher forcing."""
+
+    def __call__(self, x_BTND, state=None):
+        return self._layer(x_BTND, state, linear_attention_by_frame)
+
+    def teacher_forced(self, clean_BTND, noisy_BTND, state=None):
+        """Teacher forcing (see `jaxvid.mixers`) in one pass over the clean frames."""
+        x_BTND = pairs.join(clean_BTND, noisy_BTND)
+        y_BTND, state = self._layer(x_BTND, state, linear_attention_teacher_forced)
+        return *pairs.split(y_BTND), state
+
+
+class LinearAttention(_MatrixMemory):
     """Attention with the kernel phi(q) phi(k)^T, phi = elu + 1 (Katharopoulos et al. 2020).
 
     x_BTND -> y_BTND in `dtype`: the mean of the values of all tokens up to the end of the frame,
@@ -37,16 +51,16 @@ class LinearAttention(Recurrent):
     """
 
     @nn.compact
-    def __call__(self, x_BTND, state=None):
+    def _layer(self, x_BTND, state, rule):
         q, k, v = self._qkv(x_BTND)
         q, k = nn.elu(q) + 1, nn.elu(k) + 1
         v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-        y_BTNAV, state = linear_attention_by_frame(q, k, v, None, state)
+        y_BTNAV, state = rule(q, k, v, None, state)
         y_BTNAK = y_BTNAV[..., :-1] / (y_BTNAV[..., -1:] + _EPSILON)
         return self._dense(self.width, "out")(y_BTNAK.reshape(x_BTND.shape)), state
 
 
-class Lightning(Recurrent):
+class Lightning(_MatrixMemory):
     """Lightning Attention-2 in the block of TransNormerLLM (Qin et al. 2024).
 
     x_BTND -> y_BTND in `dtype`. silu on q, k, v; a constant decay exp(-slope) per head and frame;
@@ -70,15 +84,15 @@ class Lightning(Recurrent):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x_BTND, state=None):
+    def _layer(self, x_BTND, state, rule):
         q, k, v = (nn.silu(part) for part in self._qkv(x_BTND))
         slope_A = decay_slopes(self.slopes, self.heads, self.layer, self.layers)
         g_A = -jnp.asarray(slope_A, jnp.float32)
-        y_BTNAK, state = linear_attention_by_frame(q, k, v, g_A, state)
+        y_BTNAK, state = rule(q, k, v, g_A, state)
         return self._gated_out(y_BTNAK, x_BTND, nn.sigmoid), state
 
 
-class GLA(Recurrent):
+class GLA(_MatrixMemory):
     """Gated linear attention (Yang et al. 2024, section 4.4): a decay per channel from the input.
 
     x_BTND -> y_BTND in `dtype`. The log decay is log sigmoid(low-rank projection) / 16,
@@ -95,7 +109,7 @@ class GLA(Recurrent):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x_BTND, state=None):
+    def _layer(self, x_BTND, state, rule):
         q, k, v = self._qkv(x_BTND)
         if self.feature == "silu":
             q, k = nn.silu(q), nn.silu(k)
@@ -110,7 +124,7 @@ class GLA(Recurrent):
         g_BTD = (nn.log_sigmoid(logit_BTND) / DECAY_DIVISOR).mean(axis=2)
         K = q.shape[-1]
         g_BTAK = g_BTD.reshape(*g_BTD.shape[:2], self.heads, K)
-        y_BTNAK, state = linear_attention_by_frame(q, k, v, g_BTAK, state, scale=K**-0.5)
+        y_BTNAK, state = rule(q, k, v, g_BTAK, state, scale=K**-0.5)
         return self._gated_out(y_BTNAK, x_BTND, nn.silu), state
 
     def _decay_biases(self, rng, shape):
@@ -132,17 +146,63 @@ def linear_attention_by_frame(q_BTNAK, k_BTNAK, v_BTNAV, log_decay, state_BAKV, 
     more tokens a scan computes the state after each frame, all tokens of a frame read that state by
     one product, and a mesh gathers the states.
     """
-    B, T, N, A, K = q_BTNAK.shape
-    V = v_BTNAV.shape[-1]
-    if state_BAKV is None:
-        state_BAKV = jnp.zeros((B, A, K, V))
+    _, T, N, _, _ = q_BTNAK.shape
+    state_BAKV = _given_or_zero(state_BAKV, k_BTNAK, v_BTNAV)
     if N == 1 and T > 0:
-        q, k, v = (shard(x[:, :, 0], "BTAK") for x in (q_BTNAK, k_BTNAK, v_BTNAV))
-        if log_decay is not None and log_decay.ndim == 4:
-            log_decay = shard(log_decay, "BTAK")
-        options = dict(scale=scale, initial_state=state_BAKV, return_state=True)
-        y_BTAV, state_BAKV = linear_attention(q, k, v, log_decay, **options)
-        return y_BTAV[:, :, None], state_BAKV
+        return _by_kernel(q_BTNAK, k_BTNAK, v_BTNAV, log_decay, state_BAKV, scale)
+    seen_TBAKV, state_BAKV = _states(k_BTNAK, v_BTNAV, log_decay, state_BAKV)
+    return _read(q_BTNAK * scale, seen_TBAKV), state_BAKV
+
+
+def linear_attention_teacher_forced(q, k, v, log_decay, state_BAKV, *, scale=1.0):
+    """As `linear_attention_by_frame` for `layers.pairs`: a copy reads the state before its frame.
+
+    A noisy copy sees exp(g) S + sum_n k_n^T v_n, with the state S after the clean frames before it
+    and g, k, v of its own. q, k, v [B, 2 T, N, A, ..] -> (y [B, 2 T, N, A, V], state_BAKV).
+    """
+    B, frames, N, A, _ = q.shape
+    state_BAKV = _given_or_zero(state_BAKV, k, v)
+    g_BTAK = jnp.zeros((B, frames, A, 1))
+    if log_decay is not None:
+        g_BTAK += log_decay[:, None] if log_decay.ndim == 1 else log_decay
+    (q, q_copy), (k, k_copy), (v, v_copy) = (pairs.split(x) for x in (q * scale, k, v))
+    g, g_copy = pairs.split(g_BTAK)
+    own_BTANM = jnp.einsum("BTNAK,BTMAK->BTANM", q_copy, k_copy)
+    y_copy = jnp.einsum("BTANM,BTMAV->BTNAV", own_BTANM, v_copy)
+    q_copy = (q_copy * jnp.exp(g_copy)[:, :, None]).astype(q.dtype)
+    if N > 1:
+        seen_TBAKV, last_BAKV = _states(k, v, g, state_BAKV)
+        before_TBAKV = jnp.concatenate([state_BAKV[None], seen_TBAKV[:-1]])
+        y, y_past = _read(q, seen_TBAKV), _read(q_copy, before_TBAKV)
+        return pairs.join(y, y_past + y_copy), last_BAKV
+    # To the kernel a copy is a token before its frame that only reads.
+    q, k, v = (pairs.join(*two) for two in ((q_copy, q), (0 * k, k), (0 * v, v)))
+    g = pairs.join(0 * g, g)
+    if log_decay is None or log_decay.ndim == 1:
+        g = None if log_decay is None else g[..., 0]
+    y, state_BAKV = _by_kernel(q, k, v, g, state_BAKV, 1.0)
+    y_past, y = pairs.split(y)
+    return pairs.join(y, y_past + y_copy), state_BAKV
+
+
+def _given_or_zero(state_BAKV, k_BTNAK, v_BTNAV):
+    B, _, _, A, K = k_BTNAK.shape
+    return jnp.zeros((B, A, K, v_BTNAV.shape[-1])) if state_BAKV is None else state_BAKV
+
+
+def _by_kernel(q_BT1AK, k_BT1AK, v_BT1AV, log_decay, state_BAKV, scale):
+    """(y_BT1AV, state_BAKV) of frames of one token."""
+    q, k, v = (shard(x[:, :, 0], "BTAK") for x in (q_BT1AK, k_BT1AK, v_BT1AV))
+    if log_decay is not None and log_decay.ndim > 1:
+        log_decay = shard(log_decay, "BTAK"[: log_decay.ndim])
+    options = dict(scale=scale, initial_state=state_BAKV, return_state=True)
+    y_BTAV, state_BAKV = linear_attention(q, k, v, log_decay, **options)
+    return y_BTAV[:, :, None], state_BAKV
+
+
+def _states(k_BTNAK, v_BTNAV, log_decay, state_BAKV):
+    """(the state after each frame, float32 [T, B, A, K, V], the last of them)."""
+    B, T, _, A, K = k_BTNAK.shape
 
     def step(state_BAKV, frame):
         written_BAKV, decay_BAK1 = frame
@@ -157,8 +217,12 @@ def linear_attention_by_frame(q_BTNAK, k_BTNAK, v_BTNAV, log_decay, state_BAKV, 
     decay_TBAK1 = jnp.exp(g_BTAK).swapaxes(0, 1)[..., None]
     frames = [shard(part, "_BAKV") for part in (written_TBAKV, decay_TBAK1)]
     state_BAKV, seen_TBAKV = jax.lax.scan(step, state_BAKV, frames)
-    y_BTNAV = jnp.einsum("BTNAK,TBAKV->BTNAV", q_BTNAK * scale, seen_TBAKV.astype(q_BTNAK.dtype))
-    return y_BTNAV, state_BAKV
+    return seen_TBAKV, state_BAKV
+
+
+def _read(q_BTNAK, seen_TBAKV):
+    """Every token of a frame reads one state."""
+    return jnp.einsum("BTNAK,TBAKV->BTNAV", q_BTNAK, seen_TBAKV.astype(q_BTNAK.dtype))
 
 
 def decay_slopes(

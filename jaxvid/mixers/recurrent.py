@@ -36,6 +36,24 @@ class Recurrent(nn.Module):
         y_B1MD, state = self(context_BMD[:, None])
         return y_B1MD[:, 0], state
 
+    def teacher_forced(self, clean_BTND, noisy_BTND, state=None):
+        """Teacher forcing (see `jaxvid.mixers`) by its definition, in a scan over frames."""
+        if state is None:
+            _, state = self(clean_BTND[:, :0])
+
+        def step(mixer, state, frame):
+            clean_B1ND, noisy_B1ND = (x_BND[:, None] for x_BND in frame)
+            y_noisy, _ = mixer(noisy_B1ND, state)
+            y_clean, state = mixer(clean_B1ND, state)
+            return state, (y_clean[:, 0], y_noisy[:, 0])
+
+        shared = dict(variable_broadcast="params", split_rngs={"params": False})
+        scan = nn.scan(step, in_axes=1, out_axes=1, **shared)
+        state, (y_clean, y_noisy) = scan(
+            self, jax.tree.map(jnp.asarray, state), (clean_BTND, noisy_BTND)
+        )
+        return y_clean, y_noisy, state
+
     def _dense(self, features: int, name: str) -> Linear:
         init = nn.initializers.xavier_uniform()
         return Linear(features, dtype=self.dtype, kernel_init=init, name=name)

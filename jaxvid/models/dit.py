@@ -10,6 +10,7 @@ from flax.core import FrozenDict
 
 from jaxvid.checks import at_least, choose, finite, require
 from jaxvid.errors import within
+from jaxvid.layers import pairs
 from jaxvid.layers.embed import grid_sincos, sinusoid
 from jaxvid.layers.linear import Linear
 from jaxvid.mixers import cache, check_heads, check_options, make_mixer
@@ -47,7 +48,8 @@ class Block(nn.Module):
     modulation and sees only itself, so a layer reads it once, at the start of the stream; the state
     then holds it. Without `factorised` the mixer runs over the tokens of all frames. With
     `factorised` attention mixes each frame (and the context), then the mixer runs over time at
-    every location.
+    every location. paired: the frames are clean ones and their noisy copies (`layers.pairs`), and
+    the mixer runs with teacher forcing; all else works on single frames.
     """
 
     heads: int
@@ -57,6 +59,7 @@ class Block(nn.Module):
     mixer: Mapping[str, Any]
     qk_norm: bool
     dtype: Any
+    paired: bool = False
 
     def _temporal(self, width):
         return make_mixer(
@@ -68,6 +71,12 @@ class Block(nn.Module):
             dtype=self.dtype,
             name="temporal",
         )
+
+    def _over_time(self, temporal, x_BTND, state):
+        if not self.paired:
+            return temporal(x_BTND, state)
+        *both, state = temporal.teacher_forced(*pairs.split(x_BTND), state)
+        return pairs.join(*both), state
 
     @nn.compact
     def __call__(self, carry, state, c_BTD):
@@ -101,14 +110,14 @@ class Block(nn.Module):
 
             # Locations join the batch: [B N, T, 1, D].
             h = normalise(1, x_BTND).swapaxes(1, 2).reshape(B * N, T, 1, D)
-            h, state = temporal(h, state)
+            h, state = self._over_time(temporal, h, state)
             x_BTND = x_BTND + gates[1] * h.reshape(B, N, T, D).swapaxes(1, 2)
             state = (context_kv, state)
         else:
             h_BTND = normalise(0, x_BTND)
             if context_BMD is not None:
                 y_BMD, state = temporal.prefill(layer_norm(context_BMD), N)
-            h_BTND, state = temporal(h_BTND, state)
+            h_BTND, state = self._over_time(temporal, h_BTND, state)
             x_BTND = x_BTND + gates[0] * h_BTND
         if context_BMD is not None:
             context_BMD = context_BMD + y_BMD
@@ -142,6 +151,11 @@ class DiT(nn.Module):
     (prediction_BTNC float32, state). The state None starts a stream and reads the context. A
     returned state continues the stream and holds the context, so later calls pass none. T = 0 is
     allowed and only starts the stream.
+
+    clean_BTNC: teacher forcing. These are the frames of the stream, at timestep 0, and x_BTNC are
+    their noisy copies. A copy reads the clean frames before its own and itself, so one call gives
+    the prediction of every frame as sampling one frame after another makes it. The state has read
+    the clean frames.
 
     width: D. depth: layers. heads: A, divides D into even heads. grid: (H, W) of the tokens of a
     frame, H * W = N. mlp_ratio: hidden width of the MLPs over D. arrangement: "joint" (all tokens
@@ -181,7 +195,10 @@ class DiT(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x_BTNC, t_BT, context_BME=None, state=None):
+    def __call__(self, x_BTNC, t_BT, context_BME=None, state=None, clean_BTNC=None):
+        paired = clean_BTNC is not None
+        if paired:
+            x_BTNC, t_BT = pairs.join(clean_BTNC, x_BTNC), pairs.join(jnp.zeros_like(t_BT), t_BT)
         dense = dict(dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
         x_BTND = Linear(self.width, name="embed", **dense)(x_BTNC)
         x_BTND = shard(x_BTND + grid_sincos(self.grid, self.width).astype(self.dtype), "BTND")
@@ -200,6 +217,7 @@ class DiT(nn.Module):
             mixer=self.mixer,
             qk_norm=self.qk_norm,
             dtype=self.dtype,
+            paired=paired,
         )
         carry = (context_BMD, x_BTND)
         if self.scan:
@@ -218,6 +236,8 @@ class DiT(nn.Module):
                 states.append(new)
             state = tuple(states)
         x_BTND = carry[1]
+        if paired:
+            x_BTND, x_BTNC, c_BTD = (pairs.split(part)[1] for part in (x_BTND, x_BTNC, c_BTD))
         C, zero = x_BTNC.shape[-1], dict(kernel_init=nn.initializers.zeros, dtype=jnp.float32)
         y_BTNC = Linear(C, name="head", **zero)(layer_norm(x_BTND))
         if self.input_skip:

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from jaxvid.checks import at_least, between, choose, divides, positive, require
 from jaxvid.data.transforms import normalize
 from jaxvid.diffusion import guidance, samplers, timesteps
 from jaxvid.diffusion.frame_schedules import FrameSchedule, make_frame_schedule
+from jaxvid.diffusion.layouts import parse_layout
 from jaxvid.diffusion.noise import make_noise_schedule
 from jaxvid.errors import UserError, within
 from jaxvid.metrics import quality
@@ -40,8 +42,9 @@ class Task(Generator):
     size, frames: pixels and frames of the training clips. model: options of `models.dit.DiT`.
     noise: options of `diffusion.noise.make_noise_schedule`. prediction, weight, snr_clip: see
     `diffusion.noise.NoiseSchedule`. timesteps: how training draws the noise levels of a clip
-    (`diffusion.timesteps`). clean_prefix: probability that a clip begins with clean frames, which
-    are condition and not target.
+    (`diffusion.timesteps`) where noisy frames read each other; frames that are teacher-forced do
+    not, and draw theirs independently. layout: which frames of a clip are noisy and what they read
+    (`diffusion.layouts`). A clip draws its layout, but a whole batch is teacher-forced or not.
     condition: kind, tokens, width, num_classes (`models.conditioning`), and drop, the probability
     of the null condition. sampler: steps, schedule, s, block
     (`diffusion.frame_schedules.make_frame_schedule`), guidance, eta, end (`diffusion.samplers`) and
@@ -64,7 +67,7 @@ class Task(Generator):
         weight: str,
         snr_clip: float,
         timesteps: str,
-        clean_prefix: float,
+        layout: str,
         condition,
         sampler,
         given: int,
@@ -72,12 +75,11 @@ class Task(Generator):
     ):
         choose("timesteps", timesteps, TIMESTEPS)
         positive("snr_clip", snr_clip)
-        between("clean_prefix", clean_prefix, 0, 1)
         at_least("frames", frames, 2)
         between("given", given, 1, frames - 1)
         self.size, self.frames, self.given = size, frames, given
         self.prediction, self.weight, self.snr_clip = prediction, weight, snr_clip
-        self.draw_timesteps, self.clean_prefix = TIMESTEPS[timesteps], clean_prefix
+        self.draw_timesteps, self.layout = TIMESTEPS[timesteps], parse_layout(layout)
         # Runs of earlier versions have no field `end`.
         self.condition, self.sampler = dict(condition), {"end": "clean", **sampler}
         self.drop = self.condition.pop("drop")
@@ -95,6 +97,9 @@ class Task(Generator):
         for name, value in (("frames", frames), ("given", given)):
             self._in_latents(name, self._latents, value)
         self.model = self._make_model(model)
+        remedy = "this mixer sees later frames, so no frame has a past of its own; use clean_prefix"
+        streams = self.temporal_mixer.streams
+        require(streams or not self.layout.teacher_forced, "layout", layout, remedy)
         self._check_sampler()
         options = (self.sampler[name] for name in ("eta", "end"))
         self.solver = samplers.Solver(self.noise, prediction, *options)
@@ -127,6 +132,12 @@ class Task(Generator):
                 options["guidance"],
                 "condition.kind='none' leaves nothing to guide by; use 1",
             )
+            if self.layout.teacher_forced == 1 and options["schedule"] != "autoregressive":
+                logging.warning(
+                    "task.sampler.schedule=%s: frames that are teacher-forced never read noisy "
+                    "ones in training; use autoregressive",
+                    options["schedule"],
+                )
             require(
                 self.temporal_mixer.streams or options["memory"] != "cache",
                 "memory",
@@ -219,9 +230,9 @@ class Task(Generator):
         cond = _conditions(self.conditioner, batch, drop_B.shape[0])
         return self.conditioner.apply({"params": params["conditioner"]}, drop_B, **cond)
 
-    def _apply(self, params, x_BTNC, t_BT, context_BME=None, state=None, model=None):
+    def _apply(self, params, x_BTNC, t_BT, context_BME=None, state=None, model=None, **options):
         model = model or self.model
-        return model.apply({"params": params["model"]}, x_BTNC, t_BT, context_BME, state)
+        return model.apply({"params": params["model"]}, x_BTNC, t_BT, context_BME, state, **options)
 
     def loss(self, params, batch, rng, *, step, frozen, extra):
         """Weighted squared error of the prediction, averaged over the frames that are targets."""
@@ -230,14 +241,28 @@ class Task(Generator):
         B, T = z_BTNC.shape[:2]
         rng_t, rng_prefix, rng_eps, rng_drop = jax.random.split(rng, 4)
         t_BT = self.draw_timesteps(rng_t, B, T, self.noise.num_steps)
-        t_BT, prefix_B = timesteps.clean_prefix(rng_prefix, t_BT, self.clean_prefix)
+        t_BT, prefix_B = timesteps.clean_prefix(rng_prefix, t_BT, self.layout.prefix)
         is_target_BT = jnp.arange(T) >= prefix_B[:, None]
+        forced = jax.random.bernoulli(jax.random.fold_in(rng, 4), self.layout.teacher_forced)
+        if self.layout.teacher_forced:
+            iid_BT = timesteps.iid(rng_t, B, T, self.noise.num_steps)
+            t_BT, is_target_BT = jnp.where(forced, iid_BT, t_BT), forced | is_target_BT
 
         eps_BTNC = jax.random.normal(rng_eps, z_BTNC.shape)
         x_BTNC = self.noise.add_noise(z_BTNC, eps_BTNC, t_BT)
         x_BTNC = jnp.where(is_target_BT[:, :, None, None], x_BTNC, z_BTNC)
         drop_B = jax.random.bernoulli(rng_drop, self.drop, (B,))
-        prediction_BTNC, _ = self._apply(params, x_BTNC, t_BT, self._context(params, drop_B, batch))
+        context_BME = self._context(params, drop_B, batch)
+
+        def predict(forced):
+            clean_BTNC = z_BTNC if forced else None
+            return self._apply(params, x_BTNC, t_BT, context_BME, clean_BTNC=clean_BTNC)[0]
+
+        if 0 < self.layout.teacher_forced < 1:
+            branches = (functools.partial(predict, True), functools.partial(predict, False))
+            prediction_BTNC = jax.lax.cond(forced, *branches)
+        else:
+            prediction_BTNC = predict(self.layout.teacher_forced == 1)
 
         target_BTNC = self.noise.target(z_BTNC, eps_BTNC, t_BT, self.prediction)
         error_BT = jnp.square(prediction_BTNC - target_BTNC).mean((-2, -1))
@@ -250,8 +275,9 @@ class Task(Generator):
         """Held-out quality of denoising and of continuing, per example.
 
         loss_by_level [B, 10]: squared error of x0 with all frames at the middle of each tenth of
-        the timesteps. psnr, ssim [B, F] of the continuation of the first `given` frames, and the
-        same of repeating the last of them (`*_copy_last`); NaN at the given frames.
+        the timesteps; with the layout teacher_forced, frames read clean ones. psnr, ssim [B, F] of
+        the continuation of the first `given` frames, and the same of repeating the last of them
+        (`*_copy_last`); NaN at the given frames.
         """
         rng_eps, rng_sample = jax.random.split(rng)
         z_BTNC = self._clean(frozen, batch)
@@ -262,7 +288,9 @@ class Task(Generator):
         def denoise(t):
             t_BT = jnp.full((B, T), t)
             x_BTNC = self.noise.add_noise(z_BTNC, eps_BTNC, t_BT)
-            prediction_BTNC, _ = self._apply(params, x_BTNC, t_BT, context_BME)
+            clean_BTNC = z_BTNC if self.layout.teacher_forced == 1 else None
+            options = dict(clean_BTNC=clean_BTNC)
+            prediction_BTNC, _ = self._apply(params, x_BTNC, t_BT, context_BME, **options)
             x0_BTNC, _ = self.noise.split(prediction_BTNC, x_BTNC, t_BT, self.prediction)
             return jnp.square(x0_BTNC - z_BTNC).mean((1, 2, 3))
 

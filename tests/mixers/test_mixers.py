@@ -39,24 +39,48 @@ def build(name, grid=GRID, qk_norm=True, **options):
     return mixer, jax.jit(mixer.init)(rngs[1], x[:, :1]), x
 
 
+def started(mixer, params, x):
+    """The state of a stream of frames like x that has read a context."""
+    context_BMD = jax.random.normal(jax.random.key(1), (2, 3, 16))
+    return mixer.apply(params, context_BMD, x.shape[2], method="prefill")[1]
+
+
+def in_context(name, **options):
+    """(mixer, the mixer as a layer of parameters that starts with a context, x_BTND)."""
+    mixer, params, x = build(name, **options)
+
+    def apply(params, x, state):
+        return mixer.apply(params, x, started(mixer, params, x) if state is None else state)
+
+    return mixer, Partial(apply, params), x
+
+
 @pytest.mark.parametrize("name, options", ROWS)
 def test_obeys_the_laws(name, options):
     """Over the tokens of whole frames, in a stream that starts with a context; its facts hold."""
-    mixer, params, x = build(name, **options)
-    context_BMD = jax.random.normal(jax.random.key(1), (2, 3, 16))
-
-    def apply(params, x, state):
-        if state is None:
-            state = mixer.apply(params, context_BMD, x.shape[2], method="prefill")[1]
-        return mixer.apply(params, x, state)
-
-    layer = Partial(apply, params)
+    mixer, layer, x = in_context(name, **options)
     first = jax.eval_shape(layer, x[:, :1], None)[1]
     later = jax.eval_shape(layer, x[:, 1:], first)[1]
     assert mixer.streams and mixer.constant_state == (first == later)
     laws.streaming(layer, x)
     laws.causality(layer, x, reach=REACH.get(name, mixer.window or laws.FRAMES))
     laws.gradients(layer, x)
+
+
+@pytest.mark.parametrize(
+    "name, options, grid",
+    [(*row, GRID) for row in ROWS] + [(name, {}, (1, 1)) for name in MIXERS],
+)
+def test_teacher_forcing_is_denoising_and_committing_frame_by_frame(name, options, grid):
+    """With many tokens a frame, as in the joint arrangement, and with one, as in the factorised."""
+    mixer, layer, x = in_context(name, grid=grid, **options)
+
+    def forced(params, clean, noisy, state):
+        state = started(mixer, params, clean) if state is None else state
+        return mixer.apply(params, clean, noisy, state, method="teacher_forced")
+
+    reach = REACH.get(name, mixer.window or laws.FRAMES)
+    laws.teacher_forcing(layer, Partial(forced, *layer.args), x[:, :5], x[:, 5:10], reach)
 
 
 def test_a_matrix_state_is_one_float32_array():

@@ -66,6 +66,38 @@ def test_streams_with_every_kind_of_state(arrangement, mixer):
     assert shapes[0] == shapes[1] == shapes[2]
 
 
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_teacher_forcing_is_denoising_and_committing_frame_by_frame(arrangement):
+    """Clean frames have timestep 0. The rule of a layer holds for a stack of two."""
+    options = dict(arrangement=arrangement, depth=2, mixer={"name": "gla"})
+    model, layer, x = build(10, **options)
+    context = jax.random.normal(jax.random.key(0), (1, 3, 5))
+
+    def times(noisy):
+        return (jnp.abs(noisy[:, :, 0, 0]) * 100).astype(jnp.int32)
+
+    def commit(params, x, state):
+        t = jnp.zeros(x.shape[:2], jnp.int32)
+        return model.apply(params, x, t, context if state is None else None, state)
+
+    def denoise(params, x, state):
+        start = context if state is None else None
+        return model.apply(params, x, times(x), start, state)
+
+    def forced(params, clean, noisy, state):
+        start = context if state is None else None
+        y_noisy, state = model.apply(params, noisy, times(noisy), start, state, clean)
+        return 0 * y_noisy, y_noisy, state
+
+    def silent_commit(params, x, state):
+        y, state = commit(params, x, state)
+        return 0 * y, state
+
+    (params,) = layer.args
+    pair = tuple(Partial(part, params) for part in (denoise, silent_commit))
+    laws.teacher_forcing(pair, Partial(forced, params), x[:, :5], x[:, 5:], reach=5)
+
+
 def test_the_network_of_the_paper_has_the_parameters_of_the_paper():
     """28 x 1152 x 16 heads, 32 latent tokens of 4 channels, 768 numbers in a context token."""
     model = DiT(width=1152, depth=28, heads=16, grid=(1, 32), qk_norm=False)

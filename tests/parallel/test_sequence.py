@@ -79,9 +79,9 @@ def test_a_factorised_transformer_exchanges_only_states(mesh):
     assert sizes and max(sizes) <= 4 * (2 * 2) * width * (width // 2) < 2 * T * 2 * width
 
 
-def trained(sizes, devices):
+def trained(options, sizes, devices):
     """(losses of two steps, parameters) of AR-Diffusion on a mesh."""
-    config = get_config("mixer=gla")
+    config = get_config(f"mixer=gla,{options}")
     changes = {"data.size": 8, "data.frames": 8, "data.batch_size": 4, "task.patch": 4}
     changes |= {"task.model.width": 16, "task.model.depth": 1, "task.model.heads": 2}
     changes |= {"optim.warmup": 1}
@@ -101,9 +101,11 @@ def trained(sizes, devices):
     return history, jax.device_get(state.params)
 
 
-def test_a_training_step_is_the_same_on_one_device():
-    split, split_params = trained({"data": 2, "seq": 4}, jax.devices())
-    whole, whole_params = trained({"data": 1}, jax.devices()[:1])
+@pytest.mark.parametrize("layout", ["mixed", "teacher_forced"])
+def test_a_training_step_is_the_same_on_one_device(layout):
+    options = f"layout={layout}"
+    split, split_params = trained(options, {"data": 2, "seq": 4}, jax.devices())
+    whole, whole_params = trained(options, {"data": 1}, jax.devices()[:1])
     np.testing.assert_allclose(split, whole, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(whole_params), jax.tree.leaves(split_params), strict=True):
         np.testing.assert_allclose(b, a, atol=1e-5)

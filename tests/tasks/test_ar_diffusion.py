@@ -73,7 +73,9 @@ def objective(task):
 )
 def test_a_network_of_zeros_has_the_loss_of_its_target(options, prediction):
     """At initialisation the head is zero, so the unweighted error is the target's own power."""
-    task = Task(**fields(options, prediction=prediction, weight="uniform", clean_prefix=0.0))
+    task = Task(
+        **fields(options, prediction=prediction, weight="uniform", layout="diffusion_forcing")
+    )
     params, _ = jax.jit(task.init)(jax.random.key(0), batch(64))
     value, metrics = objective(task)(params, batch(64), 1)
     power = float(np.square(normalize(batch(64)["video"])).mean())
@@ -84,7 +86,7 @@ def test_a_network_of_zeros_has_the_loss_of_its_target(options, prediction):
 
 def test_clean_frames_are_condition_and_not_target():
     """A prefix frame changes the loss through the other frames alone."""
-    task = Task(**fields(clean_prefix=1.0, timesteps="full_sequence", prediction="x0"))
+    task = Task(**fields(layout="clean_prefix", timesteps="full_sequence", prediction="x0"))
     data = batch(1)
     changed = {**data, "video": data["video"].copy()}
     changed["video"][:, 0] = 255
@@ -96,10 +98,13 @@ def test_clean_frames_are_condition_and_not_target():
         assert run(seeing, data, seed)[0] != run(seeing, changed, seed)[0]
 
 
-def test_the_weight_counts_the_frames_that_are_targets():
+@pytest.mark.parametrize(
+    "layout",
+    ["clean_prefix=0.8,diffusion_forcing=0.2", "clean_prefix=0.7,teacher_forced=0.3"],
+)
+def test_the_weight_counts_the_frames_that_are_targets(layout):
     """Frames of their own brightness, so the loss of zeros says how many of them it averages."""
-    options = dict(clean_prefix=0.8, prediction="x0", weight="uniform")
-    task = Task(**fields(**options))
+    task = Task(**fields(layout=layout, prediction="x0", weight="uniform"))
     data = batch(1)
     data["video"][:] = 20 * np.arange(1, 7, dtype=np.uint8)[:, None, None, None]
     power_T = np.square(normalize(data["video"])).mean((0, 2, 3, 4))
@@ -109,10 +114,33 @@ def test_the_weight_counts_the_frames_that_are_targets():
     def loss(rng):
         return task.loss(params, data, rng, step=0, frozen={}, extra={})
 
-    values, (_, _, weights) = jax.jit(jax.vmap(loss))(jax.random.split(jax.random.key(0), 16))
+    values, (_, _, weights) = jax.jit(jax.vmap(loss))(jax.random.split(jax.random.key(0), 64))
     first = np.abs(np.asarray(values)[:, None] - means).argmin(axis=1)
     assert len(set(first)) > 2
     np.testing.assert_array_equal(weights, 6 - first)
+    assert 0.05 < (first == 0).mean() < 0.5  # all frames are targets in 0.2 or 0.3 of the draws
+
+
+def test_teacher_forcing_trains_what_sampling_one_frame_after_another_computes():
+    """The loss is the mean over frames of the error of denoising each from the state before it."""
+    task = Task(**fields("layout=teacher_forced", prediction="x0", weight="uniform"))
+    assert task.sampler["schedule"] == "autoregressive"
+    params, data, rng = opened(task), batch(), jax.random.key(1)
+    z_BTNC = task._encode({}, data["video"])
+    rng_t, _, rng_eps, _ = jax.random.split(rng, 4)
+    t_BT = jax.random.randint(rng_t, (2, 6), 0, 1000, jnp.int32)
+    noise_BTNC = jax.random.normal(rng_eps, z_BTNC.shape)
+    x_BTNC = task.noise.add_noise(z_BTNC, noise_BTNC, t_BT)
+    context_BME = task._context(params, jnp.zeros(2, bool), data)
+    apply = jax.jit(task._apply)
+    _, state = apply(params, z_BTNC[:, :0], t_BT[:, :0], context_BME)
+    errors = []
+    for f in range(6):
+        frame = slice(f, f + 1)
+        x0_BTNC, _ = apply(params, x_BTNC[:, frame], t_BT[:, frame], None, state)
+        _, state = apply(params, z_BTNC[:, frame], jnp.zeros((2, 1), jnp.int32), None, state)
+        errors.append(jnp.square(x0_BTNC - z_BTNC[:, frame]).mean())
+    np.testing.assert_allclose(objective(task)(params, data, 1)[0], np.mean(errors), rtol=1e-5)
 
 
 class Spy(Task):
@@ -288,6 +316,14 @@ def test_a_recurrent_mixer_samples_the_same_from_its_state_as_from_all_frames(mi
         ({"model__dtype": "float33"}, "^model.dtype='float33': unknown; use one of float32"),
         ({"model__mixer__name": "gla"}, "^model.mixer.mask='causal': gla has no such option"),
         ({"model__mixer__window": 0}, "^model.mixer.window=0: must be at least 1"),
+        ({"layout": "forced"}, "^layout='forced': unknown; use one of diffusion_forcing, "),
+        ({"layout": "teacher_forced=half"}, "^layout=.*: teacher_forced needs a probability"),
+        ({"layout": "teacher_forced=0.5"}, "^layout=.*: the shares sum to 0.5; they must sum to 1"),
+        (
+            {"layout": "teacher_forced", "model__mixer__mask": "full", "sampler__memory": "none"},
+            "^layout='teacher_forced': this mixer sees later frames",
+        ),
+        ({"layout": "clean_prefix,clean_prefix=0"}, "^layout=.*: names clean_prefix twice"),
         ({"timesteps": "fop"}, "^timesteps='fop': unknown; use one of fopp"),
         ({"condition__kind": "image"}, "^condition.kind='image'"),
         ({"condition__drop": 1.5}, "^condition.drop=1.5"),
