@@ -19,29 +19,48 @@ NAMES = ("synchronous", "ad", "autoregressive", "pyramid", "block_causal")
 
 @dataclasses.dataclass(frozen=True)
 class FrameSchedule:
-    """Every frame takes `sample_steps` steps; frame i starts after `start_F[i]` iterations.
+    """Every frame takes `sample_steps` steps; frame i starts after int(i // block * s) iterations.
 
-    `start_F` is non-decreasing, and at most `window` frames are noisy at once. Hashable, so a
-    schedule can be static under jit. Only the tables [I, F] take memory of frames times iterations;
-    sampling with a cache does not make them.
+    At most `window` frames are noisy at once. Hashable, so a schedule can be static under jit. Only
+    the tables take memory: [I, F] of frames times iterations, [I] and [F] of one of them. Sampling
+    with a cache makes none of them.
     """
 
-    start_F: tuple[int, ...]
+    frames: int
     sample_steps: int
+    s: float
+    block: int
     window: int
 
-    @property
-    def frames(self) -> int:
-        return len(self.start_F)
+    def start(self, frame: int) -> int:
+        """Iterations before the first step of a frame, which may lie beyond the last one."""
+        return int(frame // self.block * self.s)
+
+    @functools.cached_property
+    def start_F(self) -> np.ndarray:
+        """`start` of every frame, int64 [F]."""
+        return np.array([self.start(frame) for frame in range(self.frames)])
 
     @property
     def iterations(self) -> int:
-        return self.sample_steps + self.start_F[-1]
+        return self.sample_steps + self.start(self.frames - 1)
 
     @property
     def evaluations(self) -> int:
         """Frame evaluations by a network with a cache: one per step, and one commit per frame."""
         return self.frames * self.sample_steps + self.frames
+
+    @property
+    def in_flight(self) -> int:
+        """The most frames that are noisy at once.
+
+        These are the frames that start before the first is finished: int((i + m) s) - int(i s) is
+        at least int(m s), so no later iteration has more.
+        """
+        blocks = int(self.sample_steps / self.s)
+        while int(blocks * self.s) < self.sample_steps:
+            blocks += 1
+        return min(blocks * self.block, self.frames)
 
     @functools.cached_property
     def index_IF(self) -> np.ndarray:
@@ -77,7 +96,7 @@ class FrameSchedule:
 
     @property
     def _age_IF(self):
-        return np.arange(1, self.iterations + 1)[:, None] - np.array(self.start_F)
+        return np.arange(1, self.iterations + 1)[:, None] - self.start_F
 
 
 def ad(frames: int, sample_steps: int, s: int, window: int | None = None) -> FrameSchedule:
@@ -119,9 +138,8 @@ def block_causal(
     window = min(window or frames, frames)
     remedy = f"longer than window={window}; use block <= {window}"
     checks.require(min(block, frames) <= window, "block", block, remedy)
-    start_F = tuple(i // block * int(s) for i in range(frames))
     smallest = math.ceil(sample_steps / max(window // block, 1))
-    return _windowed(start_F, sample_steps, window, s, smallest)
+    return _windowed(frames, sample_steps, int(s), block, window, smallest)
 
 
 def pyramid(frames: int, sample_steps: int, u: float, window: int | None = None) -> FrameSchedule:
@@ -133,9 +151,8 @@ def pyramid(frames: int, sample_steps: int, u: float, window: int | None = None)
     _check_sizes(frames, sample_steps, window)
     _check_difference(u, sample_steps)
     window = min(window or frames, frames)
-    start_F = tuple(int(i * u) for i in range(frames))
     smallest = math.ceil(1000 * sample_steps / window) / 1000
-    return _windowed(start_F, sample_steps, window, u, smallest)
+    return _windowed(frames, sample_steps, u, 1, window, smallest)
 
 
 def make_frame_schedule(
@@ -165,11 +182,13 @@ def make_frame_schedule(
     return (ad if name == "ad" else pyramid)(frames, sample_steps, s, window)
 
 
-def _windowed(start_F, sample_steps, window, s, smallest):
+def _windowed(frames, sample_steps, s, block, window, smallest):
     """The schedule; UserError naming `smallest` if more than `window` frames are noisy at once."""
-    schedule = FrameSchedule(start_F, sample_steps, window)
-    first_I, stop_I = schedule.active_I2.T
-    noisy = int(np.max(stop_I - first_I))
+    if s == 0 or block >= frames:  # all frames together, in one block
+        schedule = FrameSchedule(frames, sample_steps, sample_steps, frames, window)
+    else:
+        schedule = FrameSchedule(frames, sample_steps, s, block, window)
+    noisy = schedule.in_flight
     remedy = f"use s >= {smallest:g} (sample_steps={sample_steps})"
     checks.require(noisy <= window, "s", s, f"{_noisy(noisy, window)}; {remedy}")
     return schedule

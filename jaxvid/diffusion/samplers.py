@@ -5,6 +5,8 @@ prediction and drops the new state; committing keeps the new state and drops the
 finished frames are committed, once, at the timestep of clean data, and never evaluated again.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -72,101 +74,155 @@ def frame_noise(
 
 
 class Plan(NamedTuple):
-    """A frame schedule as the rows of a scan, int32 [I] each; the sizes that occur are static.
+    """The sizes of the pieces of a schedule, static under jit.
 
-    A row steps the frames first .. first + widths[width] - 1 and then commits commits[commit]
-    frames, the first of them `done`.
+    A piece is at most `rows` iterations and ends when frames are finished. It works on `slots`
+    frames, the first that are not finished. An iteration evaluates the first n of them, with n in
+    `widths`, and a piece commits n frames, with n in `commits`; both begin with 0.
     """
 
-    start_F: np.ndarray
+    sample_steps: int
+    slots: int
+    rows: int
     widths: tuple[int, ...]
     commits: tuple[int, ...]
-    rows: dict[str, np.ndarray]
 
 
-def plan(schedule: FrameSchedule) -> Plan:
-    """The plan of a schedule. `widths` and `commits` begin with 0, for rows that do nothing."""
-    first_I, stop_I = schedule.active_I2.T
-    finished_I = schedule.finished_I
-    commit_I = np.diff(finished_I, prepend=0)
-    widths = np.unique([0, *(stop_I - first_I)])
-    commits = np.unique([0, *commit_I])
-    rows = dict(
-        iteration=np.arange(schedule.iterations),
-        first=first_I,
-        width=np.searchsorted(widths, stop_I - first_I),
-        done=finished_I - commit_I,
-        commit=np.searchsorted(commits, commit_I),
-    )
-    return Plan(
-        np.asarray(schedule.start_F, np.int32),
-        tuple(widths.tolist()),
-        tuple(commits.tolist()),
-        {name: row.astype(np.int32) for name, row in rows.items()},
-    )
+class Piece(NamedTuple):
+    """What one piece of a plan does, int32: rows of a scan, or the argument of a compiled step.
 
-
-def split_after_commits(plan: Plan) -> Iterator[tuple[dict[str, np.ndarray], slice]]:
-    """Cut the rows after every commit; yield (rows, slice of the frames that they finish).
-
-    All pieces have the same length, padded in front with rows that do nothing, so one compiled
-    program serves them all.
+    first: the frame in slot 0. age_W: steps that the frame in each slot has taken, negative before
+    its start. width_U, commit: places in the plan's `widths` and `commits`.
     """
-    ends = np.flatnonzero(plan.rows["commit"]) + 1
-    cuts = [slice(a, b) for a, b in zip([0, *ends[:-1]], ends)]
-    longest = max(cut.stop - cut.start for cut in cuts)
-    for cut in cuts:
-        idle = longest - (cut.stop - cut.start)
-        rows = {name: np.pad(row[cut], (idle, 0)) for name, row in plan.rows.items()}
-        done = int(rows["done"][-1])
-        yield rows, slice(done, done + plan.commits[rows["commit"][-1]])
+
+    first: np.ndarray
+    age_W: np.ndarray
+    width_U: np.ndarray
+    commit: np.ndarray
+
+
+def stream_plan(schedule: FrameSchedule) -> Plan:
+    """The plan of a stream by this schedule, the same for all but very short streams.
+
+    While a stream begins, fewer frames are noisy than later on. It then evaluates up to twice as
+    many: all sizes would be programs of their own to compile.
+    """
+    slots, block, N = schedule.in_flight, schedule.block, schedule.sample_steps
+    widths = {slots}
+    while (half := -(-min(widths) // (2 * block)) * block) < min(widths):
+        widths.add(half)
+    if N % schedule.s and slots > block:  # a block ends before the next one starts
+        widths.add(slots - block)
+    at_once = math.ceil(1 / schedule.s)  # blocks that may end in the same iteration
+    commits = (block * n for n in range(at_once + 1))
+    rows = min(math.ceil(schedule.s), N)
+    return Plan(N, slots, rows, (0, *sorted(widths)), tuple(n for n in commits if n <= slots))
+
+
+def clip_plan(schedule: FrameSchedule) -> Plan:
+    """The plan of a clip, with exactly the sizes that occur."""
+    plan = stream_plan(schedule)
+    _, widths, commits = zip(*_pieces(schedule, plan.slots, plan.rows))
+    widths = np.unique([0, *itertools.chain.from_iterable(widths)]).tolist()
+    return plan._replace(widths=tuple(widths), commits=tuple(np.unique([0, *commits]).tolist()))
+
+
+class Position(NamedTuple):
+    """A place between two pieces of a stream: iterations taken and frames finished."""
+
+    iteration: int = 0
+    finished: int = 0
+
+
+BEGINNING = Position()
+
+
+def pieces(
+    schedule: FrameSchedule,
+    plan: Plan,
+    *,
+    position: Position = BEGINNING,
+    endless: bool = False,
+) -> Iterator[tuple[Piece, Position]]:
+    """Yield the pieces from a position on, each with the position after it.
+
+    endless: go on beyond the last frame of the schedule.
+    """
+    iteration, first = position
+    options = dict(position=position, endless=endless)
+    for age_W, widths, done in _pieces(schedule, plan.slots, plan.rows, **options):
+        widths = np.pad(widths, (0, plan.rows - len(widths)))
+        width_U = np.searchsorted(plan.widths, widths).astype(np.int32)
+        commit = np.int32(plan.commits.index(done))
+        piece = Piece(np.int32(first), age_W, width_U, commit)
+        iteration, first = iteration + np.count_nonzero(widths), first + done
+        yield piece, Position(iteration, first)
+
+
+def _pieces(schedule, slots, rows, *, position=BEGINNING, endless=False):
+    """Yield (age_W, frames that are noisy in each iteration, frames finished) of every piece."""
+    iteration, first = position
+    while endless or first < schedule.frames:
+        last = first + slots if endless else min(first + slots, schedule.frames)
+        start_W = [schedule.start(frame) for frame in range(first, first + slots)]
+        age_W = np.array([iteration - start for start in start_W], np.int32)
+        widths, done = [], 0
+        while not done and len(widths) < rows:
+            iteration += 1
+            widths.append(sum(start < iteration for start in start_W[: last - first]))
+            done = sum(
+                start + schedule.sample_steps <= iteration for start in start_W[: widths[-1]]
+            )
+        yield age_W, widths, done
+        first += done
 
 
 def advance(
     predict: Callable,
-    x_BFNC: jax.Array,
+    x_BWNC: jax.Array,
     state: Any,
-    rows: dict[str, jax.Array],
+    piece: Piece,
     rng: jax.Array,
+    noise: Callable,
     *,
     solver: Solver,
     plan: Plan,
-    levels: jax.Array,
-    given: int = 0,
-) -> tuple[jax.Array, Any]:
-    """Run rows of a plan on the frames x_BFNC -> (x_BFNC, state).
+    given: int | jax.Array = 0,
+) -> tuple[jax.Array, Any, jax.Array]:
+    """One piece -> (x_BWNC of the next slots, state, finished frames [B, max(commits), N, C]).
 
-    `given` earlier frames are in the state already. A row evaluates only the frames that it steps:
-    the sizes that occur are the branches of a `lax.switch`, so a clip costs exactly
-    `FrameSchedule.evaluations`.
+    Of the last, as many frames count as the piece commits. `given` earlier frames are in the state
+    already. noise(frame, count): the noise of the frames that enter the slots, [B, count, N, C].
     """
-    levels, start_F = jnp.asarray(levels), jnp.asarray(plan.start_F)
-    B = x_BFNC.shape[0]
+    levels = jnp.asarray(solver.noise.levels(plan.sample_steps))
+    B, W = x_BWNC.shape[:2]
 
-    def denoise(width, x_BFNC, state, row):
+    def denoise(width, x_BWNC, row):
         if width == 0:
-            return x_BFNC
-        first = row["first"]
-        n_T = row["iteration"] - jax.lax.dynamic_slice_in_dim(start_F, first, width)
-        window = jax.lax.dynamic_slice_in_dim(x_BFNC, first, width, axis=1)
-        frame_T = given + first + jnp.arange(width)
-        window = solver.step(predict, window, levels[n_T], levels[n_T + 1], state, rng, frame_T)
-        return jax.lax.dynamic_update_slice_in_dim(x_BFNC, window, first, axis=1)
+            return x_BWNC
+        n_T, old = piece.age_W[:width] + row, x_BWNC[:, :width]
+        waiting_T11 = ((n_T < 0) | (n_T >= plan.sample_steps))[:, None, None]
+        n_T = jnp.clip(n_T, 0, plan.sample_steps - 1)
+        frame_T = given + piece.first + jnp.arange(width)
+        new = solver.step(predict, old, levels[n_T], levels[n_T + 1], state, rng, frame_T)
+        return x_BWNC.at[:, :width].set(jnp.where(waiting_T11, old, new))
 
-    def commit(count, x_BFNC, state, row):
+    def iteration(x_BWNC, row):
+        width, row = row
+        return _switch(width, denoise, plan.widths, x_BWNC, row), None
+
+    def commit(count, x_BWNC, state):
         if count == 0:
             return state
-        finished = jax.lax.dynamic_slice_in_dim(x_BFNC, row["done"], count, axis=1)
-        return _same_size(state, predict(finished, jnp.full((B, count), levels[-1]), state)[1])
+        t_BT = jnp.full((B, count), levels[-1])
+        return _same_size(state, predict(x_BWNC[:, :count], t_BT, state)[1])
 
-    def iteration(carry, row):
-        x_BFNC, state = carry
-        x_BFNC = _switch(row["width"], denoise, plan.widths, x_BFNC, state, row)
-        state = _switch(row["commit"], commit, plan.commits, x_BFNC, state, row)
-        return (x_BFNC, state), None
-
-    (x_BFNC, state), _ = jax.lax.scan(iteration, (x_BFNC, state), rows)
-    return x_BFNC, state
+    x_BWNC, _ = jax.lax.scan(iteration, x_BWNC, (piece.width_U, jnp.arange(plan.rows)))
+    state = _switch(piece.commit, commit, plan.commits, x_BWNC, state)
+    most, finished = max(plan.commits), jnp.asarray(plan.commits)[piece.commit]
+    longer = jnp.concatenate([x_BWNC, noise(piece.first + W, most)], axis=1)
+    entered = jax.lax.dynamic_slice_in_dim(longer, finished, W, axis=1)
+    return entered, state, x_BWNC[:, :most]
 
 
 def _same_size(state, new):
@@ -199,13 +255,32 @@ def sample_cached(
 ) -> tuple[jax.Array, Any]:
     """Sample with an exact cache -> (clean x_BFNC, state that has read every frame).
 
-    x_BFNC: noise. state: the stream before frame 0, with `given` earlier frames committed. Raises
-    UserError for a stream that has not been started (None), and for one without a window, whose
-    state grows with every frame.
+    x_BFNC: noise. state: the stream before frame 0, with `given` earlier frames committed. Only the
+    frames that an iteration steps are evaluated: the sizes that occur are the branches of a
+    `lax.switch`, so a clip costs exactly `FrameSchedule.evaluations`. Raises UserError for a stream
+    that has not been started (None), and for one without a window, whose state grows with every
+    frame.
     """
-    steps = plan(schedule)
-    options = dict(solver=solver, plan=steps, levels=solver.noise.levels(schedule.sample_steps))
-    return advance(predict, x_BFNC, state, steps.rows, rng, given=given, **options)
+    plan = clip_plan(schedule)
+    rows = [piece for piece, _ in pieces(schedule, plan)]
+    most = max(plan.commits)
+    padded = jnp.pad(x_BFNC, ((0, 0), (0, plan.slots + most), (0, 0), (0, 0)))
+
+    def noise(frame, count):
+        return jax.lax.dynamic_slice_in_dim(padded, frame, count, axis=1)
+
+    def step(carry, piece):
+        options = dict(solver=solver, plan=plan, given=given)
+        *carry, finished = advance(predict, *carry, piece, rng, noise, **options)
+        return tuple(carry), finished
+
+    start = (x_BFNC[:, : plan.slots], state)
+    rows = jax.tree.map(lambda *parts: np.stack(parts), *rows)
+    (_, state), finished_SBTNC = jax.lax.scan(step, start, rows)
+    counts = np.array(plan.commits)[rows.commit]
+    places = [s * most + t for s, count in enumerate(counts) for t in range(count)]
+    finished_BTNC = jnp.moveaxis(finished_SBTNC, 1, 0).reshape(len(x_BFNC), -1, *x_BFNC.shape[2:])
+    return finished_BTNC[:, np.array(places)], state
 
 
 def sample_uncached(

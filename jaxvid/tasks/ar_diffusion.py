@@ -321,7 +321,8 @@ class Task(Generator):
 
     @functools.partial(jax.jit, static_argnames=("self", "batch", "total"))
     def _sample(self, params, rng, cond, frozen, *, batch, total):
-        predict, state, given_BPNC = self._open(params, cond, frozen, batch, total)
+        opened = self._open(params, cond, frozen, batch, self._window_of(total))
+        predict, state, given_BPNC = opened
         z_BTNC = streaming.sample_clip(
             predict,
             state,
@@ -335,28 +336,40 @@ class Task(Generator):
         return self.decode(frozen, z_BTNC)[0]
 
     def stream(self, params, rng, cond, *, frozen, frames=None) -> Iterator[jax.Array]:
-        """Yield the latents [B, t, N, C] of a video as its frames finish, `first_frames` first.
+        """The latents [B, t, N, C] of a video as its frames finish, `first_frames` first.
 
-        Decoded in turn by `decode` they are the video of `sample` with memory "cache". The work
-        between two yields is one call of one compiled program, however long the video.
+        Decoded in turn by `decode` they are the video of `sample` with memory "cache". One compiled
+        program serves every number of frames, and neither memory nor the time of a frame grows,
+        unless the mixer keeps all of the past (`mixer.window` is None).
+        """
+        stream, given_BPNC = self.open_stream(params, rng, cond, frozen=frozen, frames=frames)
+        if given_BPNC.shape[1]:
+            yield given_BPNC
+        yield from stream
+
+    def open_stream(self, params, rng, cond, *, frozen, frames=None, carry=None):
+        """(a `streaming.Stream` of the frames after the given ones, latents of the given frames).
+
+        carry: that of a stream of the same arguments, from which this one goes on.
         """
         with within("sampler"):
             memory, remedy = self.sampler["memory"], "a stream reads its cache; use cache"
             require(memory == "cache", "memory", memory, remedy)
         arrays = {name: value for name, value in cond.items() if name in CONDITIONS}
         total = self._latents(frames or self.frames)
-        given_BPNC, x_BFNC, state = self._begin(
-            params, rng, arrays, frozen, batch=cond["num"], total=total
-        )
-        P = given_BPNC.shape[1]
-        schedule = self.schedule(total - P)
-        if P:
-            yield given_BPNC
+        given = cond["first_frames"].shape[1] if "first_frames" in cond else 0
+        P = self._latents(given) if given else 0
+        schedule, window = self.schedule(total - P), self._window_of(total)
+        plan = samplers.stream_plan(schedule)
+        options = dict(batch=cond["num"], window=window, slots=plan.slots)
+        given_BPNC, x_BWNC, state = self._begin(params, rng, arrays, frozen, **options)
+        carry = carry or streaming.Carry(x_BWNC, state, samplers.BEGINNING)
 
-        def step(x_BFNC, state, rows):
-            return self._advance(params, rng, x_BFNC, state, rows, schedule=schedule, given=P)
+        def step(x_BWNC, state, piece):
+            arguments = (params, rng, x_BWNC, state, piece, P)
+            return self._advance(*arguments, plan=plan, window=window)
 
-        yield from streaming.finished_frames(step, x_BFNC, state, schedule)
+        return streaming.Stream(step, carry, schedule, total - P), given_BPNC
 
     @functools.partial(jax.jit, static_argnames="self")
     def decode(self, frozen, z_BTNC, state=None):
@@ -364,30 +377,35 @@ class Task(Generator):
         video, state = self.tokenizer.decode(frozen, z_BTNC, self.grid, state)
         return jnp.clip(video, -1, 1), state
 
-    @functools.partial(jax.jit, static_argnames=("self", "batch", "total"))
-    def _begin(self, params, rng, cond, frozen, *, batch, total):
-        """(given latents, noise of the others, state that has read the condition and the given)."""
-        predict, state, given_BPNC = self._open(params, cond, frozen, batch, total)
-        schedule = self.schedule(total - given_BPNC.shape[1])
-        options = dict(solver=self.solver, schedule=schedule)
-        return given_BPNC, *streaming.begin(predict, state, given_BPNC, rng, **options)
+    @functools.partial(jax.jit, static_argnames=("self", "batch", "window", "slots"))
+    def _begin(self, params, rng, cond, frozen, *, batch, window, slots):
+        """(given latents, noise of the first slots, state that has read condition and given)."""
+        predict, state, given_BPNC = self._open(params, cond, frozen, batch, window)
+        x_BWNC = streaming.initial_noise(rng, given_BPNC, slots, solver=self.solver)
+        return given_BPNC, x_BWNC, streaming.read(predict, state, given_BPNC)
 
     @functools.partial(
         jax.jit,
-        static_argnames=("self", "schedule", "given"),
-        donate_argnames=("x_BFNC", "state"),
+        static_argnames=("self", "plan", "window"),
+        donate_argnames=("x_BWNC", "state"),
     )
-    def _advance(self, params, rng, x_BFNC, state, rows, *, schedule, given):
-        predict = self._predict(params, given + schedule.frames)
-        options = dict(solver=self.solver, schedule=schedule, given=given)
-        return streaming.advance(predict, x_BFNC, state, rows, rng, **options)
+    def _advance(self, params, rng, x_BWNC, state, piece, given, *, plan, window):
+        predict = self._predict(params, window)
+        options = dict(solver=self.solver, plan=plan)
+        return streaming.advance(predict, x_BWNC, state, piece, given, rng, **options)
 
-    def _predict(self, params, total, context_BME=None):
-        """The network of a stream of `total` latent frames, with guidance, as samplers call it."""
+    def _window_of(self, total):
+        """The window of the mixer in a stream of `total` latent frames, None as it is.
+
+        Nothing leaves a window as long as the stream, and a scan needs a cache of one size.
+        """
+        return None if self.temporal_mixer.constant_state else total
+
+    def _predict(self, params, window, context_BME=None):
+        """The network with this window (see `_window_of`) and guidance, as samplers call it."""
         mixer = dict(self.model.mixer)
-        if not self.temporal_mixer.constant_state:
-            # Nothing leaves a window as long as the stream, and a scan needs a cache of one size.
-            mixer["window"] = total
+        if window is not None:
+            mixer["window"] = window
         model = self.model.clone(mixer=mixer)
 
         def predict(x_BTNC, t_BT, state):
@@ -399,7 +417,7 @@ class Task(Generator):
         scale = self.sampler["guidance"]
         return predict if scale == 1 else guidance.classifier_free(predict, scale)
 
-    def _open(self, params, cond, frozen, batch, total):
+    def _open(self, params, cond, frozen, batch, window):
         """(predict, state that has read the context alone, clean latents of `first_frames`)."""
         drop_B = jnp.zeros(batch, bool)
         context_BME = self._context(params, drop_B, cond)
@@ -414,7 +432,7 @@ class Task(Generator):
         x_BTNC = jnp.concatenate([empty_BTNC] * copies)
         t_BT = jnp.zeros((batch * copies, 0), jnp.int32)
         _, state = self._apply(params, x_BTNC, t_BT, context_BME)
-        return self._predict(params, total, context_BME), state, given_BPNC
+        return self._predict(params, window, context_BME), state, given_BPNC
 
 
 def _conditions(conditioner, batch, size):

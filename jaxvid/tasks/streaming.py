@@ -6,10 +6,10 @@ has read the condition.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxvid.diffusion import samplers
 from jaxvid.diffusion.frame_schedules import FrameSchedule
@@ -31,12 +31,12 @@ def sample_clip(
     memory: "cache" reads finished frames from the state, "none" evaluates all frames in every
     iteration, "window" those inside a moved window of `window` frames.
     """
+    x_BFNC = initial_noise(rng, given_BPNC, schedule.frames, solver=solver)
     if memory == "cache":
-        x_BFNC, state = begin(predict, state, given_BPNC, rng, solver=solver, schedule=schedule)
         x_BFNC, _ = samplers.sample_cached(
             predict,
             x_BFNC,
-            state,
+            read(predict, state, given_BPNC),
             rng,
             solver=solver,
             schedule=schedule,
@@ -45,7 +45,7 @@ def sample_clip(
     else:
         x_BFNC = samplers.sample_uncached(
             predict,
-            initial_noise(rng, given_BPNC, solver=solver, schedule=schedule),
+            x_BFNC,
             state,
             rng,
             solver=solver,
@@ -56,42 +56,65 @@ def sample_clip(
     return jnp.concatenate([given_BPNC, x_BFNC], axis=1)
 
 
-def begin(predict: Callable, state, given_BPNC: jax.Array, rng, *, solver, schedule):
-    """(noise of the frames to come x_BFNC, state that has read the given frames)."""
+def read(predict: Callable, state, given_BPNC: jax.Array):
+    """The state after the clean given frames."""
     B, P = given_BPNC.shape[:2]
-    _, state = predict(given_BPNC, jnp.zeros((B, P), jnp.int32), state)
-    return initial_noise(rng, given_BPNC, solver=solver, schedule=schedule), state
+    return predict(given_BPNC, jnp.zeros((B, P), jnp.int32), state)[1]
 
 
-def initial_noise(rng, given_BPNC: jax.Array, *, solver, schedule) -> jax.Array:
-    """x_BFNC of the frames that follow the given ones; a function of `rng` and a frame's index."""
+def initial_noise(rng, given_BPNC: jax.Array, frames: int, *, solver) -> jax.Array:
+    """x_BTNC of the frames that follow the given ones; a function of `rng` and a frame's index."""
     B, P, N, C = given_BPNC.shape
-    frame_F = np.arange(P, P + schedule.frames)
-    t_F = np.full_like(frame_F, solver.noise.num_steps)
-    return samplers.frame_noise(rng, frame_F, t_F, (B, schedule.frames, N, C))
+    return noise_of(rng, P, (B, frames, N, C), solver=solver)
 
 
-def advance(predict: Callable, x_BFNC, state, rows, rng, *, solver, schedule, given: int):
-    """(x_BFNC, state) after some rows of the schedule's plan; `given` frames precede the buffer."""
-    return samplers.advance(
-        predict,
-        x_BFNC,
-        state,
-        rows,
-        rng,
-        solver=solver,
-        plan=samplers.plan(schedule),
-        levels=solver.noise.levels(schedule.sample_steps),
-        given=given,
+def noise_of(rng, first, shape_BTNC: tuple[int, ...], *, solver) -> jax.Array:
+    """The noise x_BTNC of frames first, first + 1, .."""
+    frame_T = first + jnp.arange(shape_BTNC[1])
+    return samplers.frame_noise(
+        rng, frame_T, jnp.full_like(frame_T, solver.noise.num_steps), shape_BTNC
     )
 
 
-def finished_frames(step: Callable, x_BFNC, state, schedule: FrameSchedule) -> Iterator[jax.Array]:
-    """Yield clean latents [B, t, N, C] as soon as their frames are finished.
+def advance(predict: Callable, x_BWNC, state, piece: samplers.Piece, given, rng, *, solver, plan):
+    """`samplers.advance` in a stream of which `given` frames precede the first sampled one."""
+    B, _, N, C = x_BWNC.shape
 
-    step: (x_BFNC, state, rows) -> (x_BFNC, state), a compiled `advance`. It is called once between
-    two yields, always with rows of one length, so one program serves a video of any length.
+    def noise(frame, count):
+        return noise_of(rng, given + frame, (B, count, N, C), solver=solver)
+
+    options = dict(solver=solver, plan=plan, given=given)
+    return samplers.advance(predict, x_BWNC, state, piece, rng, noise, **options)
+
+
+class Carry(NamedTuple):
+    """All that a stream needs to go on: the frames in flight, the state, and where it stands."""
+
+    x_BWNC: jax.Array
+    state: Any
+    position: samplers.Position
+
+
+class Stream(Iterator):
+    """Yields clean latents [B, t, N, C] as soon as their frames are finished.
+
+    step: (x_BWNC, state, piece) -> (x_BWNC, state, finished), a compiled `advance`. One program
+    serves a stream of any length, and memory and the time of a piece do not grow. `carry` is what
+    another Stream with the same step and schedule goes on from, after the frames yielded so far.
+    frames: how many frames to yield in all.
     """
-    for rows, frames in samplers.split_after_commits(samplers.plan(schedule)):
-        x_BFNC, state = step(x_BFNC, state, rows)
-        yield x_BFNC[:, frames]
+
+    def __init__(self, step: Callable, carry: Carry, schedule: FrameSchedule, frames: int):
+        self.carry, self._step, self._frames = carry, step, frames
+        self._plan = samplers.stream_plan(schedule)
+        position = samplers.Position(*map(int, carry.position))
+        self._pieces = samplers.pieces(schedule, self._plan, position=position, endless=True)
+
+    def __next__(self) -> jax.Array:
+        while (done := int(self.carry.position[1])) < self._frames:
+            piece, position = next(self._pieces)
+            *carry, finished = self._step(self.carry.x_BWNC, self.carry.state, piece)
+            self.carry = Carry(*carry, position)
+            if position.finished > done:
+                return finished[:, : min(position.finished, self._frames) - done]
+        raise StopIteration

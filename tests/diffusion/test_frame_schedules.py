@@ -79,7 +79,7 @@ def test_window_end():
 def test_schedules_that_lose_updates_to_the_window_are_refused():
     """Official counts of lost updates for 128 frames, window 16."""
     for s, lost in ((0, 5600), (1, 3808), (2, 2016), (3, 224), (4, 0), (5, 0)):
-        schedule = FrameSchedule(tuple(i * s for i in range(128)), 50, window=16)
+        schedule = FrameSchedule(128, 50, s, block=1, window=16)
         left_I1 = schedule.window_stop_I[:, None] - 16
         assert (schedule.update_IF & (np.arange(128) < left_I1)).sum() == lost
         if lost:

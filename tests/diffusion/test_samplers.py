@@ -1,6 +1,8 @@
 """Samplers: the exact cache against running everything, official numbers, counted evaluations."""
 
+import collections
 import functools
+import itertools
 import tracemalloc
 
 import jax
@@ -99,30 +101,65 @@ def test_moved_window_is_exact_until_it_moves():
     assert np.abs(moved[:, -1] - full[:, -1]).max() > 1e-3
 
 
-def test_pieces_lose_no_row():
-    plan = samplers.plan(frame_schedules.ad(7, 10, 4))
-    finished, iterations = [], []
-    for rows, done in samplers.split_after_commits(plan):
-        assert len(rows["width"]) == 10
-        finished += list(range(7))[done]
-        busy = rows["width"] > 0
-        iterations += list(rows["iteration"][busy])
-    assert finished == list(range(7))
-    assert iterations == list(plan.rows["iteration"])
+SCHEDULES = (
+    frame_schedules.ad(7, 10, 4),
+    frame_schedules.ad(30, 10, 1, window=10),
+    frame_schedules.ad(3, 10, 1),
+    frame_schedules.autoregressive(3, 5),
+    frame_schedules.synchronous(4, 5),
+    frame_schedules.block_causal(7, 6, block=3, s=4),
+    frame_schedules.pyramid(9, 8, 2.5),
+    frame_schedules.pyramid(9, 4, 0.4),
+)
 
 
-def test_the_plan_of_a_long_video_is_small():
-    """The tables of frames times iterations would take over 700 MB."""
-    frames, steps, s = 4000, 50, 5
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_pieces_are_the_table_of_the_schedule(schedule):
+    """Replayed, they take every step of every frame once, in the iteration that the table says."""
+    for plan in (samplers.clip_plan(schedule), samplers.stream_plan(schedule)):
+        clip = plan == samplers.clip_plan(schedule)
+        index_F = np.zeros(schedule.frames + plan.slots, int)
+        iteration, done = 0, 0
+        for piece, position in samplers.pieces(schedule, plan, endless=not clip):
+            assert piece.first == done and len(piece.width_U) == plan.rows
+            for row, width in enumerate(np.take(plan.widths, piece.width_U)):
+                n_T = piece.age_W[:width] + row
+                index_F[done : done + width] += (n_T >= 0) & (n_T < plan.sample_steps)
+                if width:
+                    wanted = schedule.index_IF[min(iteration, schedule.iterations - 1)]
+                    np.testing.assert_array_equal(index_F[: schedule.frames], wanted)
+                    iteration += 1
+            done += plan.commits[piece.commit]
+            assert (index_F[: min(done, schedule.frames)] == plan.sample_steps).all()
+            assert position == (iteration, done)
+            if done >= schedule.frames:
+                break
+        assert done >= schedule.frames and iteration >= schedule.iterations
+
+
+def test_a_stream_goes_on_from_a_position():
+    schedule = frame_schedules.pyramid(9, 8, 2.5)
+    plan = samplers.stream_plan(schedule)
+    whole = list(samplers.pieces(schedule, plan))
+    again = list(samplers.pieces(schedule, plan, position=whole[2][1]))
+    assert len(again) == len(whole) - 3
+    jax.tree.map(np.testing.assert_array_equal, again, whole[3:])
+
+
+def test_streams_of_all_lengths_have_one_plan_and_take_no_memory():
+    """Tables of frames times iterations would take over 700 MB for 4,000 frames."""
+    short = samplers.stream_plan(frame_schedules.ad(20, 50, 5, window=16))
+    assert short == samplers.Plan(50, 10, 5, (0, 1, 2, 3, 5, 10), (0, 1))
+    schedule = frame_schedules.ad(10**9, 50, 5, window=16)
+    plan = samplers.stream_plan(schedule)
+    assert plan == short
     tracemalloc.start()
-    schedule = frame_schedules.ad(frames, steps, s, window=16)
-    plan = samplers.plan(schedule)
-    pieces = sum(done.stop - done.start for _, done in samplers.split_after_commits(plan))
+    first_pieces = itertools.islice(samplers.pieces(schedule, plan), 4000)
+    [(piece, position)] = collections.deque(first_pieces, maxlen=1)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert pieces == frames and plan.widths == (0, *range(1, 11)) and plan.commits == (0, 1)
-    rows = len(plan.rows["first"])
-    assert rows == steps + (frames - 1) * s and peak < 1000 * rows
+    assert position == (4000 * 5, 4000 - 9) and peak < 10**6
+    assert np.take(plan.widths, piece.width_U).tolist() == [10] * 5  # no frame but those in flight
 
 
 def test_a_stream_that_a_scan_cannot_carry_is_refused_in_one_line():
