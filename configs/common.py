@@ -24,6 +24,7 @@ MIXERS = {
     "softmax": lambda frames: dict(
         window=field(frames, "frames that a frame sees, its own included (follows data.frames)"),
         sinks=field(0, "first frames that stay visible beyond the window"),
+        positions=field("absolute", "absolute, or anchored: sinks stay just before the window"),
         mask=field("causal", "causal, or full, which cannot stream"),
     ),
     "linear": lambda frames: {},

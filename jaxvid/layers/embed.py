@@ -28,9 +28,9 @@ def grid_sincos(grid: tuple[int, int], width: int) -> jax.Array:
 def rotary_angles(frame_T, grid: tuple[int, int], width: int, base: float = 10_000.0):
     """Angles of 3-D rotary embedding -> [T, N, width // 2] float32, numpy if `frame_T` is numpy.
 
-    frame_T: absolute frame indices, so the length of a stream is unbounded. grid: (H, W) of a
-    frame's tokens. Time and the axes of the grid longer than one share the half-width evenly, one
-    band per axis; time gets the remainder (Su et al. 2021).
+    frame_T: absolute frame indices, integers, so the length of a stream is unbounded. grid: (H, W)
+    of a frame's tokens. Time and the axes of the grid longer than one share the half-width evenly,
+    one band per axis; time gets the remainder (Su et al. 2021).
     """
     xp = np if isinstance(frame_T, np.ndarray) else jnp
     height, columns = grid
@@ -42,11 +42,27 @@ def rotary_angles(frame_T, grid: tuple[int, int], width: int, base: float = 10_0
 
     def band(position, size):
         frequency_K = (base ** (-np.arange(size) / max(size, 1))).astype(np.float32)
-        return xp.broadcast_to(position.astype(np.float32)[..., None] * frequency_K, (*shape, size))
+        return xp.broadcast_to(_angles(position, frequency_K), (*shape, size))
 
     bands = [band(frame_T[:, None], half - share * len(spatial))]
     bands += [band(axis_N[None], share) for axis_N in spatial]
     return xp.concatenate(bands, axis=-1)
+
+
+def _angles(position, frequency_K: np.ndarray):
+    """position times frequency -> [..., K] float32, up to whole turns, for integers 0 to 2^31 - 1.
+
+    The product of float32 numbers has an error of 0.06 rad at 10^6. So the angles of the four
+    digits of a position in base 256 come from tables, less whole turns, and are added. The lowest
+    digit keeps the plain product.
+    """
+    xp = np if isinstance(position, np.ndarray) else jnp
+    digit = np.arange(256, dtype=np.float32)[:, None]
+    angle = xp.take(digit * frequency_K, position & 255, axis=0)
+    for place in (8, 16, 24):
+        turns = np.fmod(2.0**place * digit * frequency_K.astype(np.float64), 2 * np.pi)
+        angle = angle + xp.take(turns.astype(np.float32), (position >> place) & 255, axis=0)
+    return angle
 
 
 def rotate(x_BTNAK: jax.Array, angle_TNK) -> jax.Array:

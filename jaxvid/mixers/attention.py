@@ -15,6 +15,7 @@ from jaxvid.mixers import cache as kv
 from jaxvid.parallel.sharding import shard
 
 MASKS = ("causal", "full")
+POSITIONS = ("absolute", "anchored")
 
 
 class Attention(nn.Module):
@@ -26,8 +27,11 @@ class Attention(nn.Module):
     width: D. heads: A, divides D. grid: (H, W) of the tokens of a frame. window: frames that a
     query sees including its own, None = all of the past. sinks: first frames that stay visible
     beyond the window. qk_norm: RMS-normalise queries and keys per head (Dehghani et al. 2023).
-    mask: "causal", or "full", the non-causal baseline, which cannot stream. Raises UserError for a
-    window below 1, negative sinks and an unknown mask.
+    positions: "absolute", or "anchored": once the window has left the sinks, they and
+    the context move along just before it, so no distance exceeds window + sinks - 1 in a stream of
+    any length, as with the sinks of Rolling Forcing and LongLive. mask: "causal", or "full", the
+    non-causal baseline, which cannot stream. Raises UserError for a window below 1, negative sinks,
+    and unknown positions and masks.
     """
 
     width: int
@@ -36,12 +40,14 @@ class Attention(nn.Module):
     window: int | None = None
     sinks: int = 0
     qk_norm: bool = True
+    positions: str = "absolute"
     mask: str = "causal"
     dtype: Any = jnp.float32
 
     def __post_init__(self):
         masks.check_window(self.window)
         at_least("sinks", self.sinks, 0)
+        choose("positions", self.positions, POSITIONS)
         choose("mask", self.mask, MASKS)
         super().__post_init__()
 
@@ -52,6 +58,10 @@ class Attention(nn.Module):
     @property
     def constant_state(self) -> bool:
         return self.window is not None
+
+    @property
+    def _anchored(self) -> bool:
+        return self.positions == "anchored" and self.window is not None
 
     def setup(self):
         dense = dict(dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
@@ -108,21 +118,45 @@ class Attention(nn.Module):
         return kv.start(no_context, no_context, x_BTND.shape[2])
 
     def _rotated(self, x_BTND, frame_T):
-        """Queries and keys turned to their frames, and values [B, T, N, A, K]."""
+        """Queries and keys turned to their frames, and values [B, T, N, A, K].
+
+        With anchored positions queries have two halves, see `_anchored_keys`.
+        """
         q, k, v = self._project(x_BTND)
         angle_TNK = rotary_angles(frame_T, self.grid, self.width // self.heads)
-        return rotate(q, angle_TNK), rotate(k, angle_TNK), v
+        turned = [rotate(q, angle_TNK)]
+        if self._anchored:
+            xp = np if isinstance(frame_T, np.ndarray) else jnp
+            nearest_T = xp.minimum(frame_T, self.window + self.sinks - 1)
+            angle_of_sinks = rotary_angles(nearest_T, self.grid, self.width // self.heads)
+            turned.append(rotate(q, angle_of_sinks))
+        return jnp.concatenate(turned, axis=-1), rotate(k, angle_TNK), v
 
     def _attend(self, q_BTNAK, k_BTNAK, v_BTNAK, position_T, state, allow):
         """y_BTND of frames at these positions, which see each other and the cache as allowed."""
-        B, T, N, A, K = q_BTNAK.shape
+        B, T, N, A, _ = q_BTNAK.shape
         k_BMAK, v_BMAK, position_M = kv.extend(state, k_BTNAK, v_BTNAK, position_T)
+        if self._anchored:
+            k_BMAK = self._anchored_keys(k_BMAK, position_M)
         y_BLAK = attention(
-            shard(q_BTNAK.reshape(B, T * N, A, K), "BLAK"),
+            shard(q_BTNAK.reshape(B, T * N, A, -1), "BLAK"),
             shard(k_BMAK, "BMAK"),
             shard(v_BMAK, "BMAK"),
             q_position_L=position_M[-T * N :],
             k_position_M=position_M,
             allow=allow,
+            scale=v_BMAK.shape[-1] ** -0.5,
         )
         return self.out(y_BLAK.reshape(B, T, N, self.width))
+
+    def _anchored_keys(self, k_BMAK, position_M):
+        """Keys of twice the width for the queries of `_rotated`.
+
+        To query q, sink j stands at j + d, where d = max(0, q - (window + sinks - 1)) does not
+        depend on j. Its key, rotated to j, gives the same score with a query rotated to q - d. So a
+        key of the sinks or the context lies in the second half and meets that query, and any other
+        key lies in the first half and meets the query as it is.
+        """
+        is_anchored_M11 = (position_M < self.sinks)[:, None, None]
+        near = jnp.where(is_anchored_M11, 0, k_BMAK)
+        return jnp.concatenate([near, jnp.where(is_anchored_M11, k_BMAK, 0)], axis=-1)

@@ -12,6 +12,7 @@ from jax.tree_util import Partial
 from jaxvid.errors import UserError
 from jaxvid.kernels.attention import attention
 from jaxvid.layers import masks
+from jaxvid.layers.embed import rotary_angles, rotate
 from jaxvid.mixers import MIXERS, cache, check_heads, check_options, make_mixer
 from jaxvid.mixers.linear_attention import decay_slopes
 from tests import laws
@@ -19,7 +20,11 @@ from tests import laws
 GRID = (2, 3)
 # Every mixer goes through the laws with its default options and with those that it has here.
 VARIANTS = {
-    "softmax": [{"window": 3, "sinks": 2}, {"window": 1, "qk_norm": False}],
+    "softmax": [
+        {"window": 3, "sinks": 2},
+        {"window": 3, "sinks": 1, "positions": "anchored"},
+        {"window": 1, "qk_norm": False},
+    ],
     "alibi": [{"window": 3, "sinks": 2}],
     "lightnet": [{"lrpe": False, "tpe": 0}],
     "routing": [{"clusters": 2, "members": 5}],
@@ -140,6 +145,40 @@ def test_the_cache_holds_what_the_mask_allows(window, sinks):
         assert needed <= set(held)
         assert window is None or state.frame_S.shape == (sinks + window - 1,)
     assert int(state.length) == frames
+
+
+def test_anchored_sinks_stand_just_before_the_window():
+    """Against scores of keys that are rotated anew for every query; distances stay bounded."""
+    window, sinks, frames = 3, 2, laws.FRAMES
+    mixer, params, x = build("softmax", window=window, sinks=sinks, positions="anchored")
+    context_BMD = jax.random.normal(jax.random.key(1), (2, 3, 16))
+    state = jax.jit(functools.partial(mixer.apply, tokens=6, method="prefill"))(
+        params, context_BMD
+    )[1]
+    y = jax.jit(mixer.apply)(params, x, state)[0]
+    bound = mixer.bind(params)
+    q, k, v = bound._project(x)
+    context_k, context_v = state.context_k_BMAK, state.context_v_BMAK
+
+    def turned(x_BNAK, frame):
+        angle_TNK = rotary_angles(np.array([frame], np.int32), GRID, 8)
+        return rotate(x_BNAK[:, None], angle_TNK)[:, 0]
+
+    for f in (0, 3, window + sinks - 1, window + sinks, frames - 1):
+        behind = max(0, f - (window + sinks - 1))  # by how much the sinks and context have moved
+        recent = [g for g in range(max(0, f - window + 1), f + 1) if g >= sinks]
+        places = [(g, g + behind) for g in range(min(sinks, f + 1))] + [(g, g) for g in recent]
+        assert all(f - place < window + sinks for _, place in places)
+        # A rotation of the query by f - behind is one of the context by behind, which has place 0.
+        scores = [jnp.einsum("BNAK,BMAK->BANM", turned(q[:, f], f - behind), context_k)]
+        scores += [
+            jnp.einsum("BNAK,BMAK->BANM", turned(q[:, f], f), turned(k[:, g], place))
+            for g, place in places
+        ]
+        values = jnp.concatenate([context_v, *(v[:, g] for g, _ in places)], axis=1)
+        p = jax.nn.softmax(jnp.concatenate(scores, axis=-1) * 8**-0.5)
+        expected = bound.out(jnp.einsum("BANM,BMAK->BNAK", p, values).reshape(2, 6, 16))
+        np.testing.assert_allclose(y[:, f], expected, atol=1e-5)
 
 
 def test_aaren_is_softmax_attention_of_a_given_query():
@@ -268,6 +307,7 @@ REFUSED = [
     ("softmax", {"window": 0}, r"window=0: must be at least 1"),
     ("softmax", {"window": -1}, r"window=-1: must be at least 1"),
     ("softmax", {"sinks": -1}, r"sinks=-1: must be at least 0"),
+    ("softmax", {"positions": "cyclic"}, r"positions='cyclic': unknown; use one of absolute, "),
     ("softmax", {"mask": "no"}, r"mask='no': unknown; use one of causal, full"),
     ("alibi", {"window": 0}, r"window=0: must be at least 1"),
     ("alibi", {"sinks": -1}, r"sinks=-1: must be at least 0"),
