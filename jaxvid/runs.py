@@ -109,7 +109,7 @@ def open_tokenizer(workdir, field: str = "tokenizer") -> FrozenTokenizer:
     fields, task, weights = open_weights(workdir, "tokenizer", field)
     params = {name: weights[name] for name in ("network", "codebook", "latents")}
     made_of = {name: fields[name] for name in ("arch", "network", "quantizer")}
-    return FrozenTokenizer(task.tokenizer, params, _digest(made_of, params))
+    return FrozenTokenizer(task.tokenizer, params, weights_digest(made_of, params))
 
 
 def open_weights(workdir, kind: str, field: str):
@@ -130,7 +130,7 @@ def open_weights(workdir, kind: str, field: str):
     return config.task, task, weights
 
 
-def _digest(fields, params) -> str:
+def weights_digest(fields, params) -> str:
     """A name for settings and weights that changes whenever they do."""
     sha256 = hashlib.sha256(json.dumps(ConfigDict(fields).to_dict(), sort_keys=True).encode())
     for path, leaf in jax.tree.leaves_with_path(params):

@@ -3,13 +3,17 @@
     [--first_frames=clip.mp4]                    continue a clip, at the rate of the run's data
     [--prompt="a red square moves left"] [--label=3]   what a conditional model should show
     [--schedule=ad --s=5 --steps=50 --guidance=1]      the frame schedule
+    [--resume]                                   go on with a stream that was stopped, or prolong it
 
 Frames come out as a stream, each as soon as it is finished, from the averaged weights of the newest
-checkpoint. Prints the latency to the first frame, the speed with and without decoding and the peak
-memory, and leaves clips as mp4 and GIF with a contact sheet in --out.
+checkpoint, and go to disk as they come: neither memory nor the time of a frame grows, so --frames
+may be any number. Prints the latency to the first frame, the speed with and without decoding and
+the peak memory, and leaves clips as mp4, and the first frames as GIF and contact sheet, in --out.
 """
 
 import itertools
+import re
+import sys
 import time
 from pathlib import Path
 
@@ -22,12 +26,15 @@ from jaxvid.data import text, video
 from jaxvid.data.transforms import to_uint8
 from jaxvid.errors import UserError, within
 from jaxvid.parallel.devices import peak_bytes
-from jaxvid.runs import open_run
+from jaxvid.runs import open_run, weights_digest
 from jaxvid.tasks.base import Generator
-from jaxvid.training.writer import FPS, write_clips
+from jaxvid.training.recorder import STATE, Recorder
+from jaxvid.training.writer import FPS
 
 FLAGS = flags.FLAGS
 OVERRIDES = ("schedule", "s", "steps", "guidance")
+SAVE_EVERY = 256  # frames
+SECONDS = 10  # between lines of progress
 
 
 def main():
@@ -39,9 +46,7 @@ def main():
             f"workdir={FLAGS.workdir}: task {run.config.task.name} does not generate video; "
             "use python -m jaxvid.evaluate to score it"
         )
-    out = Path(FLAGS.out or _new_folder(FLAGS.workdir, f"stream-{run.step:06d}-{FLAGS.seed}"))
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out={out}: is a file; name a folder")
+    out = _folder(run)
     frames = FLAGS.frames or run.config.data.frames
     cond, fps = conditions(run, FLAGS.num)
     given = cond["first_frames"].shape[1] if "first_frames" in cond else 0
@@ -50,22 +55,56 @@ def main():
             f"frames={frames}: --first_frames already has {given}; ask for more than that"
         )
     run.task.split_frames(frames)  # raises for lengths that do not suit the tokenizer
-    with jax.set_mesh(run.mesh), within("task"):
-        begin = time.perf_counter()
-        for _ in zip(range(2 if given else 1), decoded_frames(run, cond, frames)):
-            pass  # compiles; the figures below exclude it
-        compiling = time.perf_counter() - begin
-        clips_BTHWC, times = timed(run, cond, frames)
-    write_clips(out, clips_BTHWC, fps)
-    print(report(times, compiling, FLAGS.num * (frames - given)))
-    print(f"{len(clips_BTHWC)} clips of {clips_BTHWC.shape[1]} frames at {fps:g} fps: {out}")
+    recorder = Recorder(out, fps, made_with(run, cond))
+    if FLAGS.resume:
+        recorder.resume()
+        if recorder.frames >= frames:
+            raise UserError(f"frames={frames}: {out} has {recorder.frames} already; ask for more")
+    with jax.set_mesh(run.mesh):
+        compiling = time.perf_counter()
+        print("compiling", file=sys.stderr)
+        with within("task"):
+            first = Decoded(run, cond, frames)
+            for _ in itertools.islice(first, 2 if given else 1):
+                pass  # the figures below exclude it
+            pieces = Decoded(run, cond, frames)
+        compiling = time.perf_counter() - compiling
+        if FLAGS.resume:
+            pieces.restore(recorder.restored(first.state()))
+        times = record(pieces, recorder, frames, given)
+    recorder.finish(FLAGS.num)
+    print(report(times, compiling, FLAGS.num))
+    print(f"{FLAGS.num} clips of {recorder.frames} frames at {fps:g} fps: {out}")
 
 
-def _new_folder(workdir, name) -> Path:
-    """samples/<name> in the work folder, or the next of <name>-2, <name>-3 ... that is free."""
+def _folder(run) -> Path:
+    """--out, or a new folder in samples/ of the run, or with --resume the newest one there."""
+    if FLAGS.out:
+        if Path(FLAGS.out).exists() and not Path(FLAGS.out).is_dir():
+            raise UserError(f"out={FLAGS.out}: is a file; name a folder")
+        return Path(FLAGS.out)
+    parent, name = Path(FLAGS.workdir, "samples"), f"stream-{run.step}-{FLAGS.seed}"
+    folders = [folder for folder in parent.glob(f"{name}*") if (folder / STATE).exists()]
+    numbered = re.compile(rf"{name}(-\d+)?")
+    folders = [folder for folder in folders if numbered.fullmatch(folder.name)]
+    if FLAGS.resume and folders:
+        return max(folders, key=lambda folder: (folder / STATE).stat().st_mtime)
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    folders = (Path(workdir, "samples", name) for name in names)
-    return next(folder for folder in folders if not folder.exists())
+    return next(folder for folder in map(parent.joinpath, names) if not folder.exists())
+
+
+def made_with(run, cond) -> dict:
+    """What the frames of a stream are a function of, as JSON; the names are those of flags."""
+    fields = run.config.task.sampler
+    arrays = {name: value for name, value in cond.items() if name != "num"}
+    return {
+        "checkpoint": run.step,
+        "weights": weights_digest({}, run.params),
+        "seed": FLAGS.seed,
+        "num": FLAGS.num,
+        "condition": weights_digest({}, arrays),
+        **{name: fields[name] for name in OVERRIDES if name in fields},
+    }
 
 
 def conditions(run, num):
@@ -98,42 +137,70 @@ def conditions(run, num):
     return cond, fps or FPS
 
 
-def decoded_frames(run, cond, frames):
-    """Yield (uint8 video of the next frames, seconds for latents, seconds for decoding)."""
-    rng = jax.random.key(FLAGS.seed)
-    latents = run.task.stream(run.params, rng, cond, frozen=run.frozen, frames=frames)
-    state, begin = None, time.perf_counter()
-    for z_BTNC in latents:
-        jax.block_until_ready(z_BTNC)
-        ready = time.perf_counter()
-        clip, state = run.task.decode(run.frozen, z_BTNC, state)
-        clip = to_uint8(np.asarray(clip))
-        decoded = time.perf_counter()
-        yield clip, ready - begin, decoded - ready
+class Decoded:
+    """Iterates over (uint8 video of the next frames, seconds for latents, seconds for decoding)."""
+
+    def __init__(self, run, cond, frames):
+        self._run, self._decoding = run, None
+        self._open = lambda carry: run.task.stream(
+            run.params,
+            jax.random.key(FLAGS.seed),
+            cond,
+            frozen=run.frozen,
+            frames=frames,
+            carry=carry,
+        )
+        self._latents = self._open(None)
+
+    def state(self):
+        """What the stream and its decoding go on from, a tree of arrays; None if they cannot."""
+        return (self._latents.carry, self._decoding) if self._latents.is_whole else None
+
+    def restore(self, state):
+        """Go on from a state."""
+        carry, self._decoding = state
+        self._latents = self._open(carry)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
         begin = time.perf_counter()
+        z_BTNC = jax.block_until_ready(next(self._latents))
+        ready = time.perf_counter()
+        clip, self._decoding = self._run.task.decode(self._run.frozen, z_BTNC, self._decoding)
+        clip = to_uint8(np.asarray(clip))
+        return clip, ready - begin, time.perf_counter() - ready
 
 
-def timed(run, cond, frames):
-    """(uint8 clips [B, F, H, W, 3], [(latent seconds, decoding seconds)] of each yield)."""
-    clips, *seconds = zip(*decoded_frames(run, cond, frames))
-    times = list(zip(*seconds))
-    if "first_frames" in cond:
-        # Reading the given frames counts as latency of the first new one.
-        (read, shown), (latent, decode), *rest = times
-        times = [(read + latent, shown + decode), *rest]
-    return np.concatenate(clips, axis=1), times
+def record(pieces, recorder, frames, given):
+    """Write all pieces of a stream -> [(new frames, latent seconds, decoding seconds)] of each."""
+    times, saved, shown = [], recorder.frames, time.perf_counter()
+    for clip_BTHWC, *seconds in pieces:
+        is_given = recorder.frames < given
+        recorder.write(clip_BTHWC)
+        times.append((0 if is_given else clip_BTHWC.shape[1], *seconds))
+        if recorder.frames - saved >= SAVE_EVERY:
+            recorder.save(pieces.state())
+            saved = recorder.frames
+        if time.perf_counter() - shown > SECONDS:
+            shown = time.perf_counter()
+            print(f"{recorder.frames} of {frames} frames", file=sys.stderr)
+    recorder.save(pieces.state())
+    return times
 
 
-def report(times, compiling, frames):
-    """The figures of a stream, one line each."""
-    latent, decode = (sum(column) for column in zip(*times))
-    peak = peak_bytes(jax.local_devices()[0])
+def report(times, compiling, clips):
+    """The figures of a stream, one line each. times: see `record`."""
+    counts, latent, decode = (np.array(column) for column in zip(*times))
+    latency = (latent + decode)[: counts.argmax() + 1].sum()  # given frames are read before
+    frames, peak = clips * counts.sum(), peak_bytes(jax.local_devices()[0])
     return "\n".join(
         [
             f"compiled, with a first piece   {compiling:8.2f} s",
-            f"latency to the first frame     {sum(times[0]):8.2f} s",
-            f"speed with decoding            {frames / (latent + decode):8.2f} frames/s",
-            f"speed without decoding         {frames / latent:8.2f} frames/s",
+            f"latency to the first frame     {latency:8.2f} s",
+            f"speed with decoding            {frames / (latent + decode).sum():8.2f} frames/s",
+            f"speed without decoding         {frames / latent.sum():8.2f} frames/s",
             f"peak memory                    {peak / 2**20:8.0f} MiB",
         ]
     )
@@ -154,5 +221,6 @@ if __name__ == "__main__":
     flags.DEFINE_float("s", None, "Overrides task.sampler.s.")
     flags.DEFINE_integer("steps", None, "Overrides task.sampler.steps.", lower_bound=1)
     flags.DEFINE_float("guidance", None, "Overrides task.sampler.guidance.")
-    cli.define_path("out", "Folder of the clips. Default: samples/ of the run.")
+    cli.define_path("out", "Folder of the clips. Default: a new one in samples/ of the run.")
+    flags.DEFINE_bool("resume", False, "Go on with the stream in --out, or the newest of the run.")
     cli.run(main)

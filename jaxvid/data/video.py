@@ -237,7 +237,7 @@ def _even_times(times):
     return times[0], step
 
 
-class _Reformatter:
+class Reformatter:
     """Frames in other sizes and pixel formats, colours to within 1 of 255."""
 
     def __init__(self):
@@ -258,7 +258,7 @@ class _Scaler:
 
     def __init__(self, size, pixel=1.0):
         self._size, self._pixel = size, pixel  # width / height of a pixel of the source
-        self._reformat = _Reformatter()
+        self._reformat = Reformatter()
         self._shape, self._field = None, _UpperField()
 
     def __call__(self, frame):
@@ -477,7 +477,7 @@ class ChunkWriter:
         quality = {"qp": "0"} if lossless else {"crf": "18", "tune": "fastdecode"}
         codec.options = {"g": str(frames), "threads": "1", **quality}
         self._codec, self._packets, self._number = codec, [], 0
-        self._reformat = _Reformatter()
+        self._reformat = Reformatter()
 
     def write(self, video_THWC: np.ndarray) -> None:
         """Encode the next frames, uint8 [t, H, W, 3]."""
@@ -498,7 +498,7 @@ def decode_chunk(data: bytes, numbers: Sequence[int], size: int) -> np.ndarray:
     codec = av.CodecContext.create("h264", "r")
     codec.thread_type, codec.thread_count = "NONE", 1
     codec.options = {"max_pixels": str(MAX_PIXELS)}
-    reformat = _Reformatter()
+    reformat = Reformatter()
     video_THWC = np.empty((len(numbers), size, size, 3), np.uint8)
     taken = 0
     try:
@@ -528,7 +528,7 @@ def write_mp4(path, video_THWC: np.ndarray, fps: float) -> None:
         options = {"crf": "18", "threads": "1"}
         stream = container.add_stream("libx264", rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = W + W % 2, H + H % 2, "yuv420p"
-        reformat = _Reformatter()
+        reformat = Reformatter()
         for picture_HWC in np.ascontiguousarray(even_THWC):
             frame = av.VideoFrame.from_ndarray(picture_HWC, format="rgb24")
             container.mux(stream.encode(reformat(frame, stream.pix_fmt)))

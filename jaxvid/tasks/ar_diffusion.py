@@ -1,7 +1,6 @@
 """AR-Diffusion: video diffusion whose noise never decreases along the clip (Sun et al. 2025)."""
 
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -335,22 +334,12 @@ class Task(Generator):
         )
         return self.decode(frozen, z_BTNC)[0]
 
-    def stream(self, params, rng, cond, *, frozen, frames=None) -> Iterator[jax.Array]:
-        """The latents [B, t, N, C] of a video as its frames finish, `first_frames` first.
+    def stream(self, params, rng, cond, *, frozen, frames=None, carry=None):
+        """A `streaming.Stream`; see `tasks.base.Generator`.
 
-        Decoded in turn by `decode` they are the video of `sample` with memory "cache". One compiled
-        program serves every number of frames, and neither memory nor the time of a frame grows,
-        unless the mixer keeps all of the past (`mixer.window` is None).
-        """
-        stream, given_BPNC = self.open_stream(params, rng, cond, frozen=frozen, frames=frames)
-        if given_BPNC.shape[1]:
-            yield given_BPNC
-        yield from stream
-
-    def open_stream(self, params, rng, cond, *, frozen, frames=None, carry=None):
-        """(a `streaming.Stream` of the frames after the given ones, latents of the given frames).
-
-        carry: that of a stream of the same arguments, from which this one goes on.
+        Decoded in turn by `decode` its latents are the video of `sample` with memory "cache". One
+        compiled program serves every number of frames, and neither memory nor the time of a frame
+        grows, unless the mixer keeps all of the past (`mixer.window` is None).
         """
         with within("sampler"):
             memory, remedy = self.sampler["memory"], "a stream reads its cache; use cache"
@@ -363,13 +352,14 @@ class Task(Generator):
         plan = samplers.stream_plan(schedule)
         options = dict(batch=cond["num"], window=window, slots=plan.slots)
         given_BPNC, x_BWNC, state = self._begin(params, rng, arrays, frozen, **options)
+        first = given_BPNC if P and carry is None else None
         carry = carry or streaming.Carry(x_BWNC, state, samplers.BEGINNING)
 
         def step(x_BWNC, state, piece):
             arguments = (params, rng, x_BWNC, state, piece, P)
             return self._advance(*arguments, plan=plan, window=window)
 
-        return streaming.Stream(step, carry, schedule, total - P), given_BPNC
+        return streaming.Stream(step, carry, schedule, total - P, first)
 
     @functools.partial(jax.jit, static_argnames="self")
     def decode(self, frozen, z_BTNC, state=None):

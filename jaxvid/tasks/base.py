@@ -86,8 +86,14 @@ class Generator(Task):
     """A task whose samples are streams: frames come out one after another, for any length."""
 
     @abc.abstractmethod
-    def stream(self, params, rng, cond: dict, *, frozen, frames: int | None = None) -> Iterator:
-        """Yield the latents [B, t, N, C] of a video as its frames finish, `first_frames` first."""
+    def stream(
+        self, params, rng, cond: dict, *, frozen, frames: int | None = None, carry: Tree = None
+    ) -> Iterator[jax.Array]:
+        """The latents [B, t, N, C] of a video, iterated as frames finish, `first_frames` first.
+
+        Its attribute `carry` is what a stream of the same arguments goes on from, after the frames
+        that the iterator has yielded, to this or another number of frames.
+        """
 
     @abc.abstractmethod
     def decode(self, frozen, z_BTNC, state=None) -> tuple[jax.Array, Tree]:

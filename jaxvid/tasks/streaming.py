@@ -101,16 +101,24 @@ class Stream(Iterator):
     step: (x_BWNC, state, piece) -> (x_BWNC, state, finished), a compiled `advance`. One program
     serves a stream of any length, and memory and the time of a piece do not grow. `carry` is what
     another Stream with the same step and schedule goes on from, after the frames yielded so far.
-    frames: how many frames to yield in all.
+    frames: how many frames to sample in all. first: given latents to yield before them, or None.
     """
 
-    def __init__(self, step: Callable, carry: Carry, schedule: FrameSchedule, frames: int):
-        self.carry, self._step, self._frames = carry, step, frames
+    def __init__(self, step: Callable, carry: Carry, schedule: FrameSchedule, frames: int, first):
+        self.carry, self._step, self._frames, self._first = carry, step, frames, first
         self._plan = samplers.stream_plan(schedule)
         position = samplers.Position(*map(int, carry.position))
         self._pieces = samplers.pieces(schedule, self._plan, position=position, endless=True)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all finished frames were yielded, so another stream can go on from `carry`."""
+        return self.carry.position[1] <= self._frames
+
     def __next__(self) -> jax.Array:
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
         while (done := int(self.carry.position[1])) < self._frames:
             piece, position = next(self._pieces)
             *carry, finished = self._step(self.carry.x_BWNC, self.carry.state, piece)

@@ -1,5 +1,7 @@
 """The AR-Diffusion task: its objective, its conditions, its samples, and what it refuses."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -197,10 +199,16 @@ def test_a_sample_equals_its_stream_and_begins_with_the_given_frames(options):
     video = task.sample(params, rng, cond, frozen={}, frames=9)
     assert video.shape == (2, 9, 8, 8, 3)
     np.testing.assert_allclose(video[:, :2], normalize(data["video"][:, :2]), atol=1e-6)
+    compiled = task._advance._cache_size()
     parts = list(task.stream(params, rng, cond, frozen={}, frames=9))
     assert [part.shape[1] for part in parts] == [2, *[1] * 7]
     streamed = [task.decode({}, part)[0] for part in parts]
     np.testing.assert_allclose(np.concatenate(streamed, axis=1), video, atol=1e-5)
+    stream = task.stream(params, rng, cond, frozen={}, frames=6)
+    early = list(itertools.islice(stream, 4))
+    later = task.stream(params, rng, cond, frozen={}, frames=9, carry=stream.carry)
+    np.testing.assert_array_equal(np.concatenate([*early, *later], 1), np.concatenate(parts, 1))
+    assert task._advance._cache_size() == compiled + 1  # one program for all lengths
     whole = Task(**fields(options, sampler__guidance=guidance, sampler__memory="none"))
     uncached = whole.sample(params, rng, cond, frozen={}, frames=9)
     np.testing.assert_allclose(uncached, video, atol=1e-4)

@@ -1,0 +1,123 @@
+"""The files of a sampled stream, written while it runs, from which it can go on."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import serialization
+
+from jaxvid import files
+from jaxvid.data import mp4, video
+from jaxvid.errors import UserError
+
+SHOWN = 64  # first frames in the GIFs and the contact sheet
+STATE = "stream.msgpack"
+
+
+class Recorder:
+    """Clips of one stream in a folder: 0.mp4, 1.mp4 .. with GIFs and a sheet of the first frames.
+
+    Frames go into parts, one file for each clip. `save` ends the parts and keeps the state of the
+    stream after them, so a stream that is killed goes on from there, and what it had written since
+    is written anew. `finish` joins the parts. Memory holds one part and the first frames.
+
+    fps: frames per second. made_with: what the stream is a function of, as JSON.
+    """
+
+    def __init__(self, folder: Path, fps: float, made_with: dict):
+        self.folder, self.frames = Path(folder), 0
+        self._fps, self._made_with, self._parts = fps, made_with, 0
+        self._encoders, self._first, self._leaves = [], [], []
+
+    def resume(self):
+        """Go on after what `save` kept last.
+
+        Raises UserError if the folder holds no stream, or one that was made with something else.
+        """
+        path = self.folder / STATE
+        if not path.exists():
+            raise UserError(f"resume: {self.folder} holds no stream ({STATE}); leave --resume out")
+        try:
+            kept = serialization.msgpack_restore(path.read_bytes())
+            made_with, self._leaves = json.loads(kept["made_with"]), [*kept["state"].values()]
+            self.frames, self._parts = int(kept["frames"]), int(kept["parts"])
+            differing = [name for name, x in self._made_with.items() if made_with.get(name) != x]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"resume: {path} is damaged; sample into another --out") from error
+        for name in differing:
+            raise UserError(
+                f"resume: the stream in {self.folder} was made with {name}={made_with.get(name)}, "
+                f"not {self._made_with[name]}; give the same, or another --out"
+            )
+        if not self._leaves:
+            raise UserError(
+                f"resume: the stream in {self.folder} ended within a block of its frame schedule; "
+                "sample into another --out"
+            )
+
+    def restored(self, template):
+        """The state that `resume` found, in the form and on the devices of `template`."""
+        wanted, tree = jax.tree.flatten(template)
+        forms = [
+            [(np.shape(x), np.asarray(x).dtype) for x in part] for part in (wanted, self._leaves)
+        ]
+        if forms[0] != forms[1]:
+            raise UserError(
+                f"resume: the state in {self.folder} is that of another stream; a mixer without "
+                "window (task.model.mixer.window=None) ends with the --frames it began with"
+            )
+        places = (getattr(leaf, "sharding", None) for leaf in wanted)
+        leaves = [
+            leaf if place is None else jax.device_put(leaf, place)
+            for leaf, place in zip(self._leaves, places)
+        ]
+        return jax.tree.unflatten(tree, leaves)
+
+    def write(self, clip_BTHWC: np.ndarray):
+        """Append uint8 frames to all clips."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self._encoders:
+            height, width = clip_BTHWC.shape[2:4]
+            self._encoders = [mp4.Encoder(self._fps, height, width) for _ in clip_BTHWC]
+        for encoder, clip_THWC in zip(self._encoders, clip_BTHWC, strict=True):
+            encoder.write(clip_THWC)
+        if self.frames < SHOWN:
+            self._first.append(clip_BTHWC)
+        self.frames += clip_BTHWC.shape[1]
+
+    def save(self, state):
+        """End the parts, and keep the state of the stream after the frames written so far.
+
+        state: a tree of arrays, or None if the stream cannot go on from here.
+        """
+        if self._first:
+            self._show(np.concatenate(self._first, axis=1)[:, :SHOWN])
+            self._first = []
+        for clip, encoder in enumerate(self._encoders):
+            self._part(clip, self._parts).parent.mkdir(exist_ok=True)
+            files.write(self._part(clip, self._parts), encoder.finish())
+        self._parts += bool(self._encoders)
+        self._encoders = []
+        leaves = jax.tree.leaves(jax.device_get(state))
+        kept = {
+            "made_with": json.dumps(self._made_with),
+            "frames": self.frames,
+            "parts": self._parts,
+            "state": {f"{index:06d}": np.asarray(leaf) for index, leaf in enumerate(leaves)},
+        }
+        files.write(self.folder / STATE, serialization.msgpack_serialize(kept))
+
+    def finish(self, clips: int):
+        """Join the parts that were saved to one mp4 per clip."""
+        for clip in range(clips):
+            parts = [self._part(clip, part) for part in range(self._parts)]
+            mp4.join(self.folder / f"{clip}.mp4", parts)
+
+    def _part(self, clip, part):
+        return self.folder / "parts" / f"{clip}-{part:06d}.mp4"
+
+    def _show(self, video_BTHWC):
+        for clip, video_THWC in enumerate(video_BTHWC):
+            video.write_gif(self.folder / f"{clip}.gif", video_THWC, self._fps)
+        files.write(self.folder / "sheet.png", video.contact_sheet(video_BTHWC))
