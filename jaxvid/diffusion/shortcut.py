@@ -1,0 +1,68 @@
+"""Shortcut forcing: a network that knows the size of its step, trained in one phase.
+
+A step of size d goes from noise level t to t - d on the flow schedule. The network reads t and d of
+every frame and predicts x0. The smallest step, 1 / finest, is ordinary training: its target is the
+data, and no teacher is needed. The target of any other step is what two steps of half its size
+reach (Frans et al. 2024, One Step Diffusion via Shortcut Models; per frame: Hafner et al. 2025,
+Dreamer 4, section 3.2). Size i is a step of 2^i / finest.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxvid.diffusion.noise import NoiseSchedule
+
+MAX_VELOCITY = 4.0  # per number, of the two half steps: an early network may predict anything
+
+
+def sizes(finest: int) -> int:
+    """How many sizes of a step there are: 1 / finest, 2 / finest .. 1."""
+    return finest.bit_length()
+
+
+def draw(rng: jax.Array, shape_BT: tuple[int, int], finest: int, num_steps: int):
+    """(t_BT, size_BT) int32 of steps larger than the smallest, on the grid of their size.
+
+    The size of a frame is uniform among 1 .. sizes - 1, and t among the levels d, 2 d .. 1.
+    """
+    rng_size, rng_place = jax.random.split(rng)
+    size_BT = jax.random.randint(rng_size, shape_BT, 1, sizes(finest), jnp.int32)
+    places_BT = finest >> size_BT
+    place_BT = 1 + jnp.floor(jax.random.uniform(rng_place, shape_BT) * places_BT).astype(jnp.int32)
+    return jnp.minimum(place_BT, places_BT) * stride(size_BT, finest, num_steps), size_BT
+
+
+def stride(size, finest: int, num_steps: int):
+    """The timesteps that a step of this size covers."""
+    return (num_steps - 1) // finest << size
+
+
+def target(
+    predict: Callable,
+    x_BTNC: jax.Array,
+    t_BT: jax.Array,
+    size_BT: jax.Array,
+    *,
+    noise: NoiseSchedule,
+    finest: int,
+) -> jax.Array:
+    """The x0 that one step of `size_BT` >= 1 must predict to reach what two half steps reach.
+
+    predict(x_BTNC, t_BT, size_BT) -> x0_BTNC. No gradient passes. x_t + t (b' + b'') / 2, with the
+    velocities b towards the data of both half steps.
+    """
+    half_BT = stride(size_BT - 1, finest, noise.num_steps)
+
+    def sigma(t_BT):
+        return jnp.take(noise.sigma_S, t_BT)[..., None, None]
+
+    def velocity(x_BTNC, t_BT):
+        x0_BTNC = predict(x_BTNC, t_BT, size_BT - 1)
+        return jnp.clip((x0_BTNC - x_BTNC) / sigma(t_BT), -MAX_VELOCITY, MAX_VELOCITY)
+
+    first = velocity(x_BTNC, t_BT)
+    x_half = x_BTNC + (sigma(t_BT) - sigma(t_BT - half_BT)) * first
+    second = velocity(x_half, t_BT - half_BT)
+    return jax.lax.stop_gradient(x_BTNC + sigma(t_BT) * (first + second) / 2)
