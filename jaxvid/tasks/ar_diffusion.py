@@ -86,7 +86,7 @@ class Task(Generator):
             self.conditioner = Conditioner(**self.condition)
         with within("noise"):
             self.noise = make_noise_schedule(**noise)
-        self.noise.weight(np.zeros(1, np.int32), weight, prediction)  # raises for unknown names
+        self.noise.check(prediction, weight)
         if tokenizer is None:
             divides("patch", patch, size, "size")
             tokenizer = PixelTokenizer(patch)
