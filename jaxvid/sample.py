@@ -10,6 +10,7 @@ memory, and leaves clips as mp4 and GIF with a contact sheet in --out.
 """
 
 import itertools
+import sys
 import time
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def main():
             f"workdir={FLAGS.workdir}: task {run.config.task.name} does not generate video; "
             "use python -m jaxvid.evaluate to score it"
         )
-    out = Path(FLAGS.out or _new_folder(FLAGS.workdir, f"stream-{run.step:06d}-{FLAGS.seed}"))
+    out = Path(FLAGS.out or _new_folder(FLAGS.workdir, f"stream-{run.step}-{FLAGS.seed}"))
     if out.exists() and not out.is_dir():
         raise UserError(f"out={out}: is a file; name a folder")
     frames = FLAGS.frames or run.config.data.frames
@@ -51,6 +52,7 @@ def main():
         )
     run.task.split_frames(frames)  # raises for lengths that do not suit the tokenizer
     with jax.set_mesh(run.mesh), within("task"):
+        print("compiling", file=sys.stderr)
         begin = time.perf_counter()
         for _ in zip(range(2 if given else 1), decoded_frames(run, cond, frames)):
             pass  # compiles; the figures below exclude it
@@ -115,13 +117,26 @@ def decoded_frames(run, cond, frames):
 
 def timed(run, cond, frames):
     """(uint8 clips [B, F, H, W, 3], [(latent seconds, decoding seconds)] of each yield)."""
-    clips, *seconds = zip(*decoded_frames(run, cond, frames))
+    pieces, done = [], 0
+    for piece in decoded_frames(run, cond, frames):
+        pieces.append(piece)
+        done += piece[0].shape[1]
+        _show(f"{done} of {frames} frames", ends=done == frames)
+    clips, *seconds = zip(*pieces)
     times = list(zip(*seconds))
     if "first_frames" in cond:
         # Reading the given frames counts as latency of the first new one.
         (read, shown), (latent, decode), *rest = times
         times = [(read + latent, shown + decode), *rest]
     return np.concatenate(clips, axis=1), times
+
+
+def _show(line, ends):
+    """On stderr, in place on a terminal and else once at the end."""
+    is_terminal = sys.stderr.isatty()
+    if is_terminal or ends:
+        end = "\r" if is_terminal and not ends else "\n"
+        print(line, end=end, file=sys.stderr, flush=True)
 
 
 def report(times, compiling, frames):

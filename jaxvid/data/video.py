@@ -35,6 +35,7 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,asf,mpeg,mpegvideo,m
 MAX_PIXELS = 2**25  # in one picture: 8192 x 4096
 MAX_FRAMES = 2**20  # in one file
 MAX_BYTES = 2**32  # of pixels in one read
+VISIBLE = 128  # pixels a side that are enough for eyes
 STILL = 2.0  # seconds for which one picture may be shown within a clip, or four frames if longer
 # Without these two flags swscale is up to 3 of 255 wrong in a flat colour, differently by size.
 EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
@@ -547,6 +548,12 @@ def gif_bytes(video_THWC: np.ndarray, fps: float) -> bytes:
 def write_gif(path, video_THWC: np.ndarray, fps: float) -> None:
     """uint8 [T, H, W, 3] -> a looping GIF file."""
     files.write(path, gif_bytes(video_THWC, fps))
+
+
+def enlarge(video: np.ndarray) -> np.ndarray:
+    """uint8 [..., H, W, 3], for eyes: small frames in whole factors up to VISIBLE a side."""
+    factor = max(1, VISIBLE // max(video.shape[-3:-1]))
+    return video.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
 def contact_sheet(video_BTHWC: np.ndarray, columns: int = 16) -> bytes:

@@ -257,10 +257,14 @@ def test_evaluate_scores_the_continuation_beside_the_copy():
     assert metrics["loss_by_level"].shape == (2, 10)
     level_means = metrics["loss_by_level"].mean(0)
     assert level_means[0] < level_means[9]
-    for name in ("psnr", "ssim", "psnr_copy_last", "ssim_copy_last"):
+    metrics = task.pool(metrics)
+    ends = ("", *(f"_{baseline}" for baseline in task.baselines))
+    for name in (f"{metric}{end}" for metric in ("psnr", "ssim") for end in ends):
         assert np.isnan(metrics[name][:, :2]).all() and not np.isnan(metrics[name][:, 2:]).any()
     assert (metrics["ssim_copy_last"][:, 2:] > 0.999).all()
     assert (metrics["psnr"][:, 2:] < metrics["psnr_copy_last"][:, 2:]).all()
+    for other in ("mean_given", "median_given"):  # of frames that are all the same
+        assert (metrics[f"ssim_{other}"][:, 2:] > 0.999).all()
 
 
 def test_a_layer_is_traced_once_for_all_that_call_it_alike(monkeypatch):

@@ -75,7 +75,8 @@ def test_every_choice_of_the_config_trains_and_scores(options):
     scores = jax.eval_shape(lambda w: task.evaluate(w, batch(), rng, frozen={}), weights)
     shapes = {name: x.shape for name, x in scores.items()}
     assert all(shapes[name] == (2, 5) for name in ("psnr", "ssim", "motion_error"))
-    assert ("usage" in shapes) == ("kl" not in options)
+    assert ("ids" in shapes) == ("kl" not in options)
+    assert ("usage" in jax.eval_shape(task.pool, scores)) == ("kl" not in options)
 
 
 @pytest.mark.slow
