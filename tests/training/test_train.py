@@ -17,6 +17,7 @@ from jaxvid.errors import UserError
 from jaxvid.runs import open_run
 from jaxvid.train import train
 from jaxvid.training.checkpoint import Checkpoints
+from jaxvid.training.writer import Writer
 
 
 def lines(workdir):
@@ -74,6 +75,14 @@ def test_the_best_checkpoint_is_kept_beside_the_last(finished):
     best = max((step for step in scores if scores[step] is not None), key=scores.get)
     assert {path.name for path in (finished / "ckpt").iterdir()} == {str(best), "8"}
     assert best == 2  # the loss falls, and "mse" without a minus asks for the highest
+
+
+def test_samples_of_earlier_versions_are_known(finished, tmp_path):
+    """They have six digits in their name; a resumed run does not make them again."""
+    shutil.copytree(finished / "samples" / "4", tmp_path / "samples" / "000004")
+    writer = Writer(str(tmp_path), 8, tensorboard=False)
+    assert [step for step in range(9) if writer.has_videos(step)] == [4]
+    writer.close()
 
 
 def test_tensorboard_holds_the_curves_and_gifs(finished):
@@ -327,7 +336,7 @@ def test_nan_without_end_stops_naming_the_clips(tmp_path):
 )
 def test_bad_input_is_one_line(tmp_path, changes, message):
     (tmp_path / "before").mkdir()
-    for folder in ("before", "new"):
+    for folder in ("before", "new", "new/with/parents"):
         assert message in error_of(toy.config(**changes), tmp_path / folder)
     assert not (tmp_path / "before" / "metrics.jsonl").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"before"}  # no empty folder is left
