@@ -124,6 +124,9 @@ def get_config() -> ConfigDict:
     )
     config.log = dict(
         every=field(50, "steps between lines on the console and in metrics.jsonl"),
+        parameters=field(
+            2, "parts of a path that name a module in the table of parameters; 0 = every array"
+        ),
         tensorboard=field(True, "also write TensorBoard event files"),
     )
     config.evaluate = dict(

@@ -114,7 +114,7 @@ def get_config(options=""):
     config.task.quantizer = _quantizer(chosen.quantizer, tiny)
     config.task.perceptual = dict(
         lpips=field("", ".npz or .safetensors with VGG-16 and the heads of LPIPS; '' = no LPIPS"),
-        lpips_weight=field(0.1, "loss weight of LPIPS, on one frame of every clip and image"),
+        lpips_weight=field(0.1, "loss weight of LPIPS, on a frame of each clip and image"),
         i3d=field("", ".npz or .safetensors with I3D; '' = no I3D loss"),
         i3d_weight=field(1.0, "loss weight of the squared distance of clips in I3D features"),
     )

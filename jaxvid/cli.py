@@ -168,6 +168,8 @@ def _parse(argv):
     """The flags_parser of absl: fills FLAGS, turns mistakes into one line."""
     try:
         rest = FLAGS(argv)
+    except SystemExit:  # of --help, for which absl has the status of a failure
+        sys.exit(0)
     except flags.Error as error:
         sys.exit(_report(_explain(error)))
     if FLAGS["verbosity"].using_default_value:

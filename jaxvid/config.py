@@ -58,13 +58,13 @@ def load(path) -> ConfigDict:
     try:
         tree = json.loads(Path(path).read_text())
     except FileNotFoundError as error:
-        raise UserError(f"config={path}: no such file; is this the folder of a run?") from error
+        raise UserError(f"{path}: no such file; is this the folder of a run?") from error
     except OSError as error:
-        raise UserError(f"config={path}: {error.strerror}; is this the folder of a run?") from error
+        raise UserError(f"{path}: {error.strerror}; is this the folder of a run?") from error
     except ValueError as error:
-        raise UserError(f"config={path}: not a saved config ({error})") from error
+        raise UserError(f"{path}: not a saved config ({error})") from error
     if not isinstance(tree, dict):
-        raise UserError(f"config={path}: not a saved config (a {type(tree).__name__})")
+        raise UserError(f"{path}: not a saved config (a {type(tree).__name__})")
     return ConfigDict(_tuples(tree)).lock()
 
 
@@ -141,6 +141,7 @@ def validate(config: ConfigDict) -> None:
         checks.at_least("keep", config.checkpoint.keep, 1)
     with within("log"):
         checks.at_least("every", config.log.every, 1)
+        checks.at_least("parameters", config.log.get("parameters", 0), 0)
     with within("evaluate"):
         checks.at_least("every", config.evaluate.every, 0)
         checks.at_least("batches", config.evaluate.batches, 1)

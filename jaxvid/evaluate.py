@@ -2,7 +2,8 @@
 
 Uses the averaged weights of the newest checkpoint and the config of the run. For a model that
 generates, prints the loss by noise level and the quality of continuations by frame, beside that of
-repeating the last given frame. For a tokenizer, prints the quality of reconstructions by frame, the
+guesses without a network, the strongest of them marked; on sprites also the share of objects that
+are still there. For a tokenizer, prints the quality of reconstructions by frame, the
 use of its codes and the speed of encoding and decoding. Writes evaluate.json with these figures to
 the work folder, and evaluate.png and evaluate.mp4 with real clips above the model's output.
 
@@ -25,11 +26,11 @@ from absl import flags
 
 from jaxvid import checks, cli, files, weights
 from jaxvid.errors import UserError
-from jaxvid.evaluators import codec, fvd, report
-from jaxvid.evaluators.held_out import mean, open_held_out
+from jaxvid.evaluators import codec, fvd, objects, report
+from jaxvid.evaluators.held_out import mean, open_held_out, strongest
 from jaxvid.metrics import i3d
 from jaxvid.runs import open_run
-from jaxvid.tasks.base import Autoencoder
+from jaxvid.tasks.base import Autoencoder, Generator
 from jaxvid.training.log import figure
 
 FLAGS = flags.FLAGS
@@ -58,14 +59,14 @@ def main():
         count = len(next(iter(rows.values())))
         scores = {name: mean(values) for name, values in rows.items()}
         if is_autoencoder:
-            # Training reports the use of codes in a batch; keep it under a name of its own.
-            for name in ("perplexity", "usage", "dead"):
-                if name in scores:
-                    scores[f"{name}_in_a_batch"] = scores.pop(name)
-            scores |= codec.codes(run, clips, batches)
+            scores["tokens_per_frame"] = codec.tokens_per_frame(run)
         print(f"{path.parent}, step {run.step}, {count} held-out clips of {run.config.data.name}\n")
-        print(report.tables(scores))
+        if isinstance(run.task, Generator) and run.config.data.name == objects.DATA:
+            of_objects = objects.scores(run, clips, batches)
+            scores |= {name: mean(values) for name, values in of_objects.items()}
+        print(report.tables(scores, run.task.baselines))
         document = {"step": run.step, "clips": count, **{k: _json(v) for k, v in scores.items()}}
+        document["strongest_baseline"] = strongest(scores, run.task.baselines)
         document["video_distance"] = lacking = fvd.unavailable(i3d_params, count)
         # Written at once, and again with every addition: whatever fails later, these are kept.
         _write(path, document)

@@ -22,7 +22,7 @@ import sys
 from absl import flags
 
 from jaxvid import checks
-from jaxvid.data import clips, shards
+from jaxvid.data import clips, progress, shards
 from jaxvid.data.journal import JOURNAL, Journal
 from jaxvid.data.processes import in_processes
 from jaxvid.data.source import SPLITS
@@ -81,7 +81,7 @@ def _write_set(src, names, folder, recipe, workers):
         used[splits.assign(name)] += 1
     left = splits.order[journal.done :]
     outcomes = in_processes(functools.partial(clips.cut, src, recipe), left, workers)
-    for name, outcome in _saved(shards.progress(outcomes, len(left)), journal, writers):
+    for name, outcome in _saved(progress.shown(outcomes, len(left)), journal, writers):
         if isinstance(outcome, str):
             journal.skipped.append((name, outcome))
             continue

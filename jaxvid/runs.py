@@ -32,7 +32,10 @@ def open_run(workdir, sampler: dict | None = None) -> Run:
     split: the mesh is fsdp alone. Raises UserError.
     """
     workdir = checks.local_path("workdir", workdir)
-    config = config_lib.load(Path(workdir, "config.json"))
+    try:
+        config = config_lib.load(Path(workdir, "config.json"))
+    except UserError as error:
+        raise UserError(f"workdir={workdir}: {error}") from error
     if "task" not in config:
         raise UserError(f"workdir={workdir}: its config.json has no task; is it that of a run?")
     if sampler and "sampler" in config.task:

@@ -33,7 +33,7 @@ from absl import flags
 
 from jaxvid import checks, cli, data
 from jaxvid import config as config_lib
-from jaxvid.data import clips, shards, video
+from jaxvid.data import clips, progress, shards, video
 from jaxvid.data.journal import JOURNAL, Journal
 from jaxvid.data.source import SPLITS
 from jaxvid.data.transforms import Window, mirror, normalize
@@ -300,7 +300,7 @@ def _write_set(folder, inputs, encoder, recipe):
                 _encode_item(item, start, inputs.assign, encoder, recipe, writers, save),
             )
 
-    shown = shards.progress(outcomes(), len(items) - done, inputs.unit)
+    shown = progress.shown(outcomes(), len(items) - done, inputs.unit)
     for number, (name, outcome) in enumerate(shown, done + 1):
         if isinstance(outcome, str):
             journal.skipped.append((name, outcome))

@@ -47,7 +47,9 @@ def train(config, workdir):
     multihost.initialize()
     config_lib.validate(config)
     workdir = checks.local_path("workdir", workdir)
-    is_new = not os.path.exists(workdir)  # unlike Path.exists, also for a name that is too long
+    folders = [workdir, *map(str, Path(workdir).parents)]
+    # os.path.exists, unlike that of Path, also takes a name that is too long.
+    new = [folder for folder in folders if not os.path.exists(folder)]
     _prepare(workdir, config)
     try:
         mesh = make_mesh(config.mesh)
@@ -58,8 +60,7 @@ def train(config, workdir):
             stack.enter_context(locked(workdir))
             return _train(config, workdir, mesh, stack)
     except BaseException:
-        if is_new:
-            _remove_if_empty(workdir)
+        _remove_if_empty(new)
         raise
 
 
@@ -95,7 +96,7 @@ def _train(config, workdir, mesh, stack):
     step, state = found or (0, _begin(init, task, config))
     if jax.process_index() == 0:
         config_lib.save(config, Path(workdir, "config.json"))
-    say(parameter_table(state.params))
+    say(parameter_table(state.params, config.log.get("parameters", 2)))
     say(f"{workdir}: {'resuming at' if found else 'starting at'} step {step} of {config.steps}")
 
     update = make_step(task, tx, schedule, config, mesh, shardings)
@@ -109,6 +110,7 @@ def _train(config, workdir, mesh, stack):
     frames = config.data.batch_size * config.data.frames
     progress = Progress(config.steps, frames, work, flops.machine(mesh.devices.flatten()))
     log = Log(config, writer, progress, guard)
+    sampling = f"sampling {config.sample.num} clips"
     if found:
         _catch_up(step, state, frozen, config, held_out, writer, log)
 
@@ -123,19 +125,21 @@ def _train(config, workdir, mesh, stack):
         last = step == config.steps
         is_measured = last or _due(step, config.evaluate.every)
         if is_measured and not preempted:
-            with progress.outside(metrics):
+            with log.pause(f"step {step}: evaluating"):
                 scores = held_out.evaluate(state.weights, frozen)
             log.settle(scores)
         if checkpoints.due(step):
             log.settle(always=is_measured)  # so that the log never lags behind the checkpoint
-            checkpoints.save(step, state, clips, scores)
+            with log.pause():
+                checkpoints.save(step, state, clips, scores)
         if preempted:
             say(f"{workdir}: stopped; step {step} is saved, the same command goes on from there")
             return state
         if _due(step, config.sample.every) and not last:
-            with progress.outside(metrics):
+            with log.pause(f"step {step}: {sampling}"):
                 writer.videos(step, held_out.sample(state.weights, frozen))
 
+    say(f"step {step}: {sampling}")
     writer.videos(step, held_out.sample(state.weights, frozen))
     say(f"{workdir}: finished at step {step}")
     return state
@@ -160,6 +164,7 @@ def _catch_up(step, state, frozen, config, held_out, writer, log):
     lacks_videos = _due(step, config.sample.every) and not last and not writer.has_videos(step)
     lacks_scores, lacks_videos = multihost.agreed(lacks_scores, lacks_videos)
     if lacks_scores:
+        say(f"step {step}: evaluating")
         log.catch_up(step, held_out.evaluate(state.weights, frozen))
     if lacks_videos:
         writer.videos(step, held_out.sample(state.weights, frozen))
@@ -191,12 +196,11 @@ def _prepare(workdir, config):
     jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
-def _remove_if_empty(workdir):
-    """Remove the work folder of a refused config, if nothing is in it."""
-    with contextlib.suppress(OSError):  # it is not empty, or another host was faster
-        for folder in (Path(workdir, "ckpt"), Path(workdir)):
-            if folder.exists():
-                folder.rmdir()
+def _remove_if_empty(folders):
+    """Remove the folders that a refused config has made, the deepest first, if they are empty."""
+    for folder in [*(os.path.join(workdir, "ckpt") for workdir in folders[:1]), *folders]:
+        with contextlib.suppress(OSError):  # it is not empty, or another host was faster
+            os.rmdir(folder)
 
 
 @contextlib.contextmanager

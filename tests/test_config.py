@@ -146,6 +146,11 @@ def rows(argument):
     return {line.split()[0]: line for line in cli.describe(argument).splitlines()[1:]}
 
 
+def test_help_is_no_failure(entry):
+    status, out, _ = entry(show, "--help")
+    assert status == 0 and out
+
+
 def test_config_help(entry, tmp_path):
     argument = f"{FILE}:cond=text"
     status, out, _ = entry(show, f"--config={argument}", "--config_help")

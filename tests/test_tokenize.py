@@ -136,7 +136,7 @@ def test_names_need_not_be_utf_8(tmp_path):
         ({"size": 10}, "size=10: .*does not divide frames of 10 x 10"),
         ({"batch": 0}, "batch=0: must be at least 1"),
         ({"src": "/nowhere"}, "src='/nowhere': no such directory"),
-        ({"workdir": "/nowhere"}, "workdir=/nowhere: "),
+        ({"workdir": "/nowhere"}, "workdir=/nowhere: /nowhere/config.json: no such file"),
         ({"fps": -1}, "fps=-1: must lie"),
         ({"size": 0}, "size=0: must be at least 1"),
         ({"frames": 0}, "frames=0: must be at least 1"),

@@ -1,6 +1,7 @@
 """Every implementation of an operation beside causal softmax attention, over lengths."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,7 @@ def measure(op):
 
 def _measure(op, B, A, L, K, dtype, label, chunk=None):
     """The figures of all contenders at one shape. chunk: of the counted work; None is their own."""
+    print(f"timing {label}", file=sys.stderr)
     square, _ = products(K, dtype)
     large = jnp.ones(2**24 if jax.default_backend() == "cpu" else 2**28, dtype)
     copy = functools.partial(jax.jit(lambda x: x + 1), large)

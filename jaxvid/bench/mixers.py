@@ -1,6 +1,7 @@
 """Temporal mixers by length of the stream, and the length from which they beat softmax."""
 
 import functools
+import sys
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ def measure():
     figures = {}
     names = [name for name in MIXERS if name != "alibi"]
     for L in STREAM_LENGTHS:
+        print(f"timing {L} tokens", file=sys.stderr)
         x_BTND = jax.random.normal(jax.random.key(0), (1, L // 16, 16, 64))
         runs = []
         for name in names:

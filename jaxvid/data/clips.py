@@ -8,13 +8,14 @@ import json
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
 
 from jaxvid import checks, files
-from jaxvid.data import video
+from jaxvid.data import progress, video
 from jaxvid.data.transforms import Window
 from jaxvid.errors import UserError, printable
 
@@ -149,12 +150,13 @@ def index(root: str, names: list[str]) -> tuple[dict[str, video.Info], list[tupl
     fresh = [name for name in names if known.get(name, [None])[0] != stamps[name]]
     passing = set()
     if fresh:
-        logging.info("decoding %d new or changed videos in %s", len(fresh), root)
+        print(f"{root}: decoding {len(fresh)} new or changed videos once", file=sys.stderr)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            outcomes = pool.map(lambda name: _probe(root, name), fresh)
-            for name, (outcome, is_lasting) in zip(fresh, outcomes):
-                known[name] = [stamps[name], outcome]
-                passing |= set() if is_lasting else {name}
+            probes = zip(fresh, pool.map(lambda name: _probe(root, name), fresh))
+            probes = list(progress.shown(probes, len(fresh), "videos"))
+        for name, (outcome, is_lasting) in probes:
+            known[name] = [stamps[name], outcome]
+            passing |= set() if is_lasting else {name}
         _save(cache, {name: known[name] for name in names if name not in passing})
     outcomes = {name: known[name][1] for name in names}
     infos = {name: video.Info(**o) for name, o in outcomes.items() if isinstance(o, dict)}

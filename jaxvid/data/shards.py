@@ -13,8 +13,6 @@ import pathlib
 import re
 import shutil
 import struct
-import sys
-import time
 from collections.abc import Iterable, Iterator
 
 from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -217,23 +215,3 @@ def refuse_empty(src: str, clips: dict[str, int]) -> None:
                 f"src={src}: gives no clips for {split}; add videos of other scenes, readable "
                 "and long enough (names that differ only in a final _c<number> are one scene)"
             )
-
-
-def progress(outcomes: Iterable[tuple], total: int, unit: str = "clips") -> Iterator[tuple]:
-    """Pass (name, outcome) pairs through and draw a bar on stderr, in place on a terminal.
-
-    An outcome that is a str is the reason for which a file was skipped.
-    """
-    begin = shown = time.monotonic()
-    skipped = 0
-    for done, (name, outcome) in enumerate(outcomes, 1):
-        yield name, outcome
-        skipped += isinstance(outcome, str)
-        now = time.monotonic()
-        if done == total or now - shown > (0.2 if sys.stderr.isatty() else 10.0):
-            shown = now
-            left = round((now - begin) / done * (total - done))
-            bar = "#" * (30 * done // total)
-            line = f"[{bar:<30}] {done}/{total} {unit}, {skipped} skipped, {left} s left"
-            end = "\r" if sys.stderr.isatty() and done < total else "\n"
-            print(f"{line:<75}", end=end, file=sys.stderr, flush=True)

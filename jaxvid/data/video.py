@@ -11,6 +11,7 @@ import errno
 import functools
 import io
 import itertools
+import math
 import os
 import stat
 import zlib
@@ -35,6 +36,7 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,asf,mpeg,mpegvideo,m
 MAX_PIXELS = 2**25  # in one picture: 8192 x 4096
 MAX_FRAMES = 2**20  # in one file
 MAX_BYTES = 2**32  # of pixels in one read
+VISIBLE = 128  # pixels a side that are enough for eyes
 STILL = 2.0  # seconds for which one picture may be shown within a clip, or four frames if longer
 # Without these two flags swscale is up to 3 of 255 wrong in a flat colour, differently by size.
 EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
@@ -139,12 +141,21 @@ def _opened(file):
         raise VideoError(f"cannot be decoded ({error})") from error
 
 
-def _decode(container, stream):
-    """Frames in the order of presentation; VideoError after MAX_FRAMES."""
-    for number, frame in enumerate(container.decode(stream)):
-        if number >= MAX_FRAMES:
-            raise VideoError(f"has more than {MAX_FRAMES} frames")
-        yield frame
+def _decode(container, stream, wanted=-math.inf):
+    """Frames in the order of presentation; VideoError after MAX_FRAMES.
+
+    wanted: the time, in units of the stream, before which frames that no other frame needs are left
+    out, as a seek ends at a keyframe far before its aim.
+    """
+    number, codec = 0, stream.codec_context
+    for packet in container.demux(stream):
+        is_early = packet.pts is not None and packet.pts < wanted
+        codec.skip_frame = "NONREF" if is_early else "DEFAULT"
+        for frame in packet.decode():
+            if number >= MAX_FRAMES:
+                raise VideoError(f"has more than {MAX_FRAMES} frames")
+            number += 1
+            yield frame
 
 
 def _rate(stream):
@@ -216,14 +227,18 @@ def _seek_shows(file, info, prints):
     Some files fail: x264 names itself in the first packet only, and without that name FFmpeg
     decodes some of its 4:4:4 streams wrongly.
     """
-    last, shown = max(prints), {}
-    with _opened(file) as (container, stream):
-        for number, frame in _from_frame(container, stream, last, info):
-            if number in prints:
-                shown[number] = _fingerprint(frame)
-            if number >= last:
-                break
-    return shown == prints
+    for first in (min(prints), max(prints)):  # before the second, frames are left out
+        wanted = {number: prints[number] for number in prints if number >= first}
+        shown = {}
+        with _opened(file) as (container, stream):
+            for number, frame in _from_frame(container, stream, first, info):
+                if number in wanted:
+                    shown[number] = _fingerprint(frame)
+                if number >= max(prints):
+                    break
+        if shown != wanted:
+            return False
+    return True
 
 
 def _even_times(times):
@@ -318,8 +333,9 @@ def _pixel_shape(stream):
 def _from_frame(container, stream, first, info):
     """(number, frame) pairs from frame `first` or before: after a seek, or a scan if that fails."""
     if info.step and first:
-        container.seek(round(info.start + first * info.step), stream=stream)
-        frames = _decode(container, stream)
+        aim = info.start + first * info.step
+        container.seek(round(aim), stream=stream)
+        frames = _decode(container, stream, wanted=aim - info.step / 2)
         frame = next(frames, None)
         if frame is not None and info.number(frame) <= first:
             yield info.number(frame), frame
@@ -547,6 +563,12 @@ def gif_bytes(video_THWC: np.ndarray, fps: float) -> bytes:
 def write_gif(path, video_THWC: np.ndarray, fps: float) -> None:
     """uint8 [T, H, W, 3] -> a looping GIF file."""
     files.write(path, gif_bytes(video_THWC, fps))
+
+
+def enlarge(video: np.ndarray) -> np.ndarray:
+    """uint8 [..., H, W, 3], for eyes: small frames in whole factors up to VISIBLE a side."""
+    factor = max(1, VISIBLE // max(video.shape[-3:-1]))
+    return video.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
 def contact_sheet(video_BTHWC: np.ndarray, columns: int = 16) -> bytes:

@@ -41,13 +41,21 @@ class NoiseSchedule:
     def ends_in_pure_noise(self) -> bool:
         return bool(self.alpha_S[-1] == 0)
 
+    def check(self, prediction: str, weight: str = "uniform") -> None:
+        """Raise UserError for a prediction or a kind of `weight` that this schedule cannot have."""
+        checks.choose("prediction", prediction, PREDICTIONS)
+        remedy = f"undefined where the schedule {self.name!r} is pure noise; use v or x0"
+        has_x0 = prediction != "eps" or not self.ends_in_pure_noise
+        checks.require(has_x0, "prediction", prediction, remedy)
+        checks.choose("weight", weight, WEIGHTS)
+
     def add_noise(self, x0: jax.Array, eps: jax.Array, t) -> jax.Array:
         """x_t = alpha_t x0 + sigma_t eps."""
         return _at(self.alpha_S, t, x0) * x0 + _at(self.sigma_S, t, x0) * eps
 
     def target(self, x0: jax.Array, eps: jax.Array, t, prediction: str) -> jax.Array:
         """The target of a network with this prediction at x_t. Raises UserError as `split` does."""
-        self._check_prediction(prediction)
+        self.check(prediction)
         if prediction == "x0":
             return x0
         if prediction == "eps":
@@ -64,7 +72,7 @@ class NoiseSchedule:
         v is alpha eps - sigma x0 (Salimans & Ho 2022), on the flow schedule the velocity eps - x0.
         Raises UserError for an unknown prediction, and for eps where the last step is pure noise.
         """
-        self._check_prediction(prediction)
+        self.check(prediction)
         alpha, sigma = _at(self.alpha_S, t, x_t), _at(self.sigma_S, t, x_t)
         if prediction == "x0":
             # Without noise (flow, t = 0) eps is undefined; any finite number will do.
@@ -102,8 +110,7 @@ class NoiseSchedule:
         Chen et al. 2024); frame f depends on frames <= f only. Raises UserError for an unknown
         kind (the field `weight`), and as `split` does.
         """
-        self._check_prediction(prediction)
-        checks.choose("weight", kind, WEIGHTS)
+        self.check(prediction, kind)
         if kind == "uniform":
             return jnp.ones(t_BT.shape, jnp.float32)
         if kind == "x0":
@@ -144,12 +151,6 @@ class NoiseSchedule:
         else:
             grid = np.append(np.arange(sample_steps)[::-1] * self.num_steps // sample_steps + 1, 0)
         return grid.astype(np.int32)
-
-    def _check_prediction(self, prediction):
-        checks.choose("prediction", prediction, PREDICTIONS)
-        remedy = f"undefined where the schedule {self.name!r} is pure noise; use v or x0"
-        has_x0 = prediction != "eps" or not self.ends_in_pure_noise
-        checks.require(has_x0, "prediction", prediction, remedy)
 
 
 def make_noise_schedule(

@@ -1,4 +1,4 @@
-"""A trained tokenizer: the use of its codes, its speed, and videos of any length through it."""
+"""A trained tokenizer: its speed, and videos of any length through it."""
 
 import statistics
 import time
@@ -13,7 +13,6 @@ from jaxvid.data.source import Source
 from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError, within
 from jaxvid.evaluators.held_out import HeldOut
-from jaxvid.layers.quantize import usage
 from jaxvid.metrics import lpips, quality
 from jaxvid.parallel.devices import device_name
 from jaxvid.parallel.sharding import replicated
@@ -31,24 +30,11 @@ def with_lpips(run: Run, path) -> Run:
     return run._replace(frozen=frozen)
 
 
-def codes(run: Run, held_out: HeldOut, batches: int) -> dict[str, np.ndarray]:
-    """Tokens per frame, and perplexity, usage and dead codes over all held-out clips together.
-
-    The same of one batch, which `HeldOut.scores` gives, is bounded by its number of tokens.
-    """
+def tokens_per_frame(run: Run) -> np.ndarray:
+    """Tokens, or latents without codes, per frame of a clip as the run was trained on, float []."""
     tokenizer, frames = run.task.tokenizer, run.config.data.frames
     cells = np.prod(tokenizer.grid(run.config.data.size))
-    found = {"tokens_per_frame": cells * tokenizer.latents_for_frames(frames) / frames}
-    if not tokenizer.quantizer.size:  # Gaussian latents
-        return found
-    tokens = jax.jit(lambda params, video: tokenizer.tokens(params, normalize(video))[0])
-    ids = [
-        np.asarray(tokens(run.params, batch["video"]))[new]
-        for _, batch, new in held_out.batches(batches)
-    ]
-    whole = usage(jnp.asarray(np.concatenate(ids)), tokenizer.quantizer.size)
-    found |= {name: np.asarray(value) for name, value in whole.items()}
-    return found | {"dead": found["dead"].astype(int)}
+    return cells * tokenizer.latents_for_frames(frames) / frames
 
 
 def speed(run: Run, held_out: HeldOut) -> dict:

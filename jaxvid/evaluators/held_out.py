@@ -1,7 +1,7 @@
 """Scores and samples on held-out clips, for training and for `evaluate` alike."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -40,7 +40,8 @@ class HeldOut:
         rng = jax.random.key(0)
         with within("task"):
             jax.eval_shape(self._sample, weights, frozen, batch)
-            return list(jax.eval_shape(self._score, weights, batch, rng, frozen=frozen))
+            scores = jax.eval_shape(self._score, weights, batch, rng, frozen=frozen)
+            return list(self._without_baselines(jax.eval_shape(self.task.pool, scores)))
 
     def batches(self, limit: int) -> Iterator[tuple[Any, dict, list[int]]]:
         """Yield (rng, global batch, its rows with new clips), at most `limit`, while any is new."""
@@ -54,17 +55,28 @@ class HeldOut:
             yield jax.random.fold_in(step_rng(self.config.seed, EVALUATE), index), batch, new
 
     def scores(self, weights, frozen, limit: int) -> dict[str, np.ndarray]:
-        """{metric: values [clips, ...]} of the clips in the first `limit` batches."""
+        """{metric: values [clips, ...]} of all clips in the first `limit` batches."""
         found = []
         for rng, batch, new in self.batches(limit):
             scores = jax.device_get(self._score(weights, batch, rng, frozen=frozen))
             found.append({name: values[new] for name, values in scores.items()})
-        return {name: np.concatenate([scores[name] for scores in found]) for name in found[0]}
+        whole = {name: np.concatenate([scores[name] for scores in found]) for name in found[0]}
+        return jax.device_get(self.task.pool(whole))
 
     def evaluate(self, weights, frozen) -> dict[str, float]:
-        """{metric: mean over clips and frames} of config.evaluate.batches."""
+        """{metric: mean over clips and frames} of config.evaluate.batches; counts stay whole.
+
+        Of the baselines, the strongest alone.
+        """
         scores = self.scores(weights, frozen, self.config.evaluate.batches)
-        return {name: float(mean(np.ravel(values))) for name, values in scores.items()}
+        kept = self._without_baselines(scores)
+        best = strongest(scores, self.task.baselines)
+        kept |= {name: scores[name] for n in [*kept] if (name := f"{n}_{best}") in scores}
+        return {name: mean(np.ravel(values)).item() for name, values in kept.items()}
+
+    def _without_baselines(self, scores):
+        endings = tuple(f"_{baseline}" for baseline in self.task.baselines)
+        return {name: x for name, x in scores.items() if not name.endswith(endings)}
 
     def sample(self, weights, frozen) -> np.ndarray:
         """uint8 clips [num, T, H, W, 3] under the conditions of the first held-out clips."""
@@ -110,8 +122,22 @@ def samples(run: Run, batch, rng) -> jax.Array:
     return run.task.sample(run.params, rng, cond, frozen=run.frozen, frames=real.shape[1])
 
 
+def strongest(scores: dict[str, np.ndarray], baselines: Sequence[str]) -> str:
+    """The baseline with the highest mean of the first metric that has baselines; "" without any."""
+    for name in scores:
+        means = {b: np.nanmean(scores[f"{name}_{b}"]) for b in baselines if f"{name}_{b}" in scores}
+        if means:
+            return max(means, key=means.get)
+    return ""
+
+
 def mean(values: np.ndarray) -> np.ndarray:
-    """Mean over the first axis of the values that are not NaN; NaN if there are none."""
+    """Mean over the first axis of the values that are not NaN; NaN if there are none.
+
+    A whole number that all rows share stays whole.
+    """
+    if np.issubdtype(values.dtype, np.integer) and (values == values[:1]).all():
+        return values[0]
     count = np.sum(~np.isnan(values), axis=0)
     return np.where(count, np.nansum(values, axis=0) / np.maximum(count, 1), np.nan)
 

@@ -8,18 +8,21 @@ import numpy as np
 from jaxvid import files
 from jaxvid.data import clip_rate, video
 from jaxvid.data.transforms import to_uint8
-from jaxvid.evaluators.held_out import mean, open_held_out, samples
+from jaxvid.evaluators.held_out import mean, open_held_out, samples, strongest
 from jaxvid.tasks.base import Run
 from jaxvid.training.log import figure
 from jaxvid.training.state import EVALUATE, step_rng
 from jaxvid.training.writer import FPS
 
 SHOWN = 4  # clips in the pictures
-BASELINE = "_copy_last"  # suffix of a metric's baseline
 
 
-def tables(scores: dict[str, np.ndarray]) -> str:
-    """Scores as tables: by noise level, by frame (one for each length), then single figures."""
+def tables(scores: dict[str, np.ndarray], baselines: Sequence[str] = ()) -> str:
+    """Scores as tables: by noise level, by frame, then single figures.
+
+    By frame there is a table for each metric with `baselines` (see `tasks.base.Task`), the
+    strongest marked, and one for all other metrics of one length.
+    """
     scores = dict(scores)
     parts = []
     if (levels := scores.pop("loss_by_level", None)) is not None:
@@ -27,19 +30,30 @@ def tables(scores: dict[str, np.ndarray]) -> str:
         rows = [(f"{a:.1f} - {b:.1f}", f"{x:.5f}") for a, b, x in zip(edges, edges[1:], levels)]
         parts.append(table(("noise level", "loss"), rows))
     by_frame = {name: value for name, value in scores.items() if value.ndim == 1}
+    best = strongest(by_frame, baselines)
+    for name in [name for name in by_frame if f"{name}_{best}" in by_frame]:
+        names = {b: f"{name}_{b}" for b in baselines if f"{name}_{b}" in by_frame}
+        curves = {b + "*" * (b == best): by_frame.pop(full) for b, full in names.items()}
+        curves = {name: by_frame.pop(name), **curves}
+        parts.append(_by_frame(curves))
+        parts.append(_comparison(name, curves, f"{best}*"))
     for length in sorted({len(curve) for curve in by_frame.values()}):
         curves = {name: curve for name, curve in by_frame.items() if len(curve) == length}
-        frames = np.flatnonzero(~np.all(np.isnan(list(curves.values())), axis=0))
-        rows = [
-            # Blank if a metric is not defined, as a change is not at the first frame.
-            (str(f), *("" if np.isnan(c[f]) else f"{c[f]:.3f}" for c in curves.values()))
-            for f in frames
-        ]
-        rows.append(("mean", *(f"{mean(curve):.3f}" for curve in curves.values())))
-        parts.append(table(("frame", *curves), rows))
-        parts += [_comparison(name, curves) for name in curves if name + BASELINE in curves]
+        parts.append(_by_frame(curves))
     parts += [f"{name}  {figure(value)}" for name, value in scores.items() if value.ndim == 0]
     return "\n\n".join(parts) + "\n"
+
+
+def _by_frame(curves):
+    """A table with a row for each frame at which a curve is defined, and their means."""
+    frames = np.flatnonzero(~np.all(np.isnan(list(curves.values())), axis=0))
+    rows = [
+        # Blank if a metric is not defined, as a change is not at the first frame.
+        (str(f), *("" if np.isnan(c[f]) else f"{c[f]:.3f}" for c in curves.values()))
+        for f in frames
+    ]
+    rows.append(("mean", *(f"{mean(curve):.3f}" for curve in curves.values())))
+    return table(("frame", *curves), rows)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -58,7 +72,8 @@ def write_pictures(run: Run, folder: Path) -> None:
     real = batch["video"]
     output = samples(run, batch, step_rng(run.config.seed, EVALUATE))
     pairs = np.stack([real, to_uint8(np.asarray(output))])  # [2, B, T, H, W, 3]
-    rows = pairs.swapaxes(0, 1).reshape(-1, *real.shape[1:])
+    pairs = video.enlarge(pairs)
+    rows = pairs.swapaxes(0, 1).reshape(-1, *pairs.shape[2:])
     files.write(folder / "evaluate.png", video.contact_sheet(rows))
     _, B, T, H, W, C = pairs.shape
     tiled_THWC = pairs.transpose(2, 0, 3, 1, 4, 5).reshape(T, 2 * H, B * W, C)
@@ -66,7 +81,7 @@ def write_pictures(run: Run, folder: Path) -> None:
     print(f"pictures: {folder / 'evaluate.png'}, {folder / 'evaluate.mp4'}")
 
 
-def _comparison(name, curves):
-    better = np.flatnonzero(curves[name] > curves[name + BASELINE]).tolist()
+def _comparison(name, curves, best):
+    better = np.flatnonzero(curves[name] > curves[best]).tolist()
     frames = ", ".join(map(str, better)) or "none"
-    return f"{name} beats {name}{BASELINE} at frames: {frames}"
+    return f"{name} beats {best.rstrip('*')}, the strongest baseline (*), at frames: {frames}"

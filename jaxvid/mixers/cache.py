@@ -101,10 +101,10 @@ def append(cache: KVCache, k_BTNAK, v_BTNAK, *, window: int | None, sinks: int) 
             )
         return old_BSNAK.at[:, slot_T].set(new_BTNAK, mode="drop")
 
-    frame_S = cache.frame_S if len(cache.frame_S) else np.full(slots, masks.EMPTY, np.int32)
+    frame_S = cache.frame_S if len(cache.frame_S) else jnp.full(slots, masks.EMPTY, jnp.int32)
     return cache._replace(
         k_BSNAK=write(cache.k_BSNAK, k_BTNAK),
         v_BSNAK=write(cache.v_BSNAK, v_BTNAK),
-        frame_S=jnp.asarray(frame_S).at[slot_T].set(frame_T, mode="drop"),
+        frame_S=frame_S.at[slot_T].set(frame_T, mode="drop"),
         length=length,
     )

@@ -144,6 +144,11 @@ def attend_in_frames(spatial: Attention, x_BTND, context_kv):
     return nn.vmap(attend, in_axes=1, out_axes=1, **shared)(spatial, x_BTND)
 
 
+_RematBlock = nn.remat(Block, prevent_cse=False)
+# Of equal layers, and of programs that call layers of one shape, all share one trace.
+_JitBlock, _JitRematBlock = nn.jit(Block), nn.jit(_RematBlock)
+
+
 class DiT(nn.Module):
     """Diffusion transformer over video tokens with one noise level per frame (AR-Diffusion, 3.2).
 
@@ -208,7 +213,7 @@ class DiT(nn.Module):
         if context_BME is not None:
             context_BMD = Linear(self.width, name="context", **dense)(context_BME)
 
-        layer = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        layer = _RematBlock if self.remat else Block
         options = dict(
             heads=self.heads,
             grid=self.grid,
@@ -231,6 +236,8 @@ class DiT(nn.Module):
             carry, state = layers(**options, name="layers")(carry, state, c_BTD)
         else:
             states = []
+            if not self.is_initializing():  # where each layer draws its own parameters
+                layer = _JitRematBlock if self.remat else _JitBlock
             for i, old in enumerate(state or (None,) * self.depth):
                 carry, new = layer(**options, name=f"layer_{i}")(carry, old, c_BTD)
                 states.append(new)

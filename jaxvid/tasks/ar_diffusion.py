@@ -14,7 +14,7 @@ from jaxvid.diffusion.frame_schedules import FrameSchedule, make_frame_schedule
 from jaxvid.diffusion.layouts import parse_layout
 from jaxvid.diffusion.noise import make_noise_schedule
 from jaxvid.errors import UserError, within
-from jaxvid.metrics import quality
+from jaxvid.metrics import baselines, quality
 from jaxvid.mixers import make_mixer
 from jaxvid.models.conditioning import Conditioner
 from jaxvid.models.dit import DiT
@@ -54,6 +54,8 @@ class Task(Generator):
     of `sampler` count latent frames.
     """
 
+    baselines = (*baselines.NAMES, baselines.BLEND)
+
     def __init__(
         self,
         *,
@@ -87,7 +89,7 @@ class Task(Generator):
             self.conditioner = Conditioner(**self.condition)
         with within("noise"):
             self.noise = make_noise_schedule(**noise)
-        self.noise.weight(np.zeros(1, np.int32), weight, prediction)  # raises for unknown names
+        self.noise.check(prediction, weight)
         if tokenizer is None:
             divides("patch", patch, size, "size")
             tokenizer = PixelTokenizer(patch)
@@ -275,8 +277,9 @@ class Task(Generator):
 
         loss_by_level [B, 10]: squared error of x0 with all frames at the middle of each tenth of
         the timesteps; with the layout teacher_forced, frames read clean ones. psnr, ssim [B, F] of
-        the continuation of the first `given` frames, and the same of repeating the last of them
-        (`*_copy_last`); NaN at the given frames.
+        the continuation of the first `given` frames, and the same of the `baselines`; NaN at the
+        given frames. psnr_blend, ssim_blend are of all blends [B, K, F], of which `pool` chooses
+        one.
         """
         rng_eps, rng_sample = jax.random.split(rng)
         z_BTNC = self._clean(frozen, batch)
@@ -301,12 +304,35 @@ class Task(Generator):
         F = batch["video"].shape[1]
         video = self.sample(params, rng_sample, cond, frozen=frozen, frames=F)
         truth = normalize(batch["video"])
-        copied = jnp.repeat(truth[:, self.given - 1 : self.given], F, axis=1)
         is_scored_F = jnp.arange(F) >= self.given
-        for name, metric in (("psnr", quality.psnr), ("ssim", quality.ssim)):
-            for suffix, guess in (("", video), ("_copy_last", copied)):
-                metrics[name + suffix] = jnp.where(is_scored_F, metric(guess, truth), jnp.nan)
+        found = baselines.guesses(truth[:, : self.given])
+
+        def scores(guess):
+            guess = jnp.broadcast_to(guess, truth.shape)
+            pair = quality.psnr(guess, truth), quality.ssim(guess, truth)
+            return {n: jnp.where(is_scored_F, x, jnp.nan) for n, x in zip(("psnr", "ssim"), pair)}
+
+        metrics |= scores(video)
+        for baseline, guess in found.items():
+            metrics |= {f"{name}_{baseline}": x for name, x in scores(guess).items()}
+        of_blends = jax.lax.map(scores, baselines.blends(found))
+        metrics |= {f"{n}_{baselines.BLEND}": x.swapaxes(0, 1) for n, x in of_blends.items()}
         return metrics
+
+    def pool(self, scores):
+        """The scores with one blend for all clips, that with the best mean PSNR on them.
+
+        share_of_last_blend, share_of_mean_blend [B] are its shares of the last given frame and of
+        their mean; the rest is ground.
+        """
+        best = baselines.best_blend(scores["psnr_blend"])
+        shares_3 = jnp.asarray(baselines.BLENDS_K3)[best]
+        B = len(scores["psnr_blend"])
+        return scores | {
+            **{name: scores[name][:, best] for name in ("psnr_blend", "ssim_blend")},
+            "share_of_last_blend": jnp.full(B, shares_3[0]),
+            "share_of_mean_blend": jnp.full(B, shares_3[1]),
+        }
 
     def sample(self, params, rng, cond, *, frozen, frames=None):
         """Video float32 [B, frames, H, W, 3] in [-1, 1]; see `tasks.base.Task`.

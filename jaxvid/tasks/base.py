@@ -28,6 +28,9 @@ class Task(abc.ABC):
     given = 0
     """Clean frames at the start of the clips that `evaluate` continues."""
 
+    baselines: tuple[str, ...] = ()
+    """Guesses without a network: a metric `psnr` of theirs is called `psnr_<baseline>`."""
+
     def binding(self) -> dict[str, Any]:
         """Fields of config.task that bind a run to weights other than its own."""
         return {}
@@ -71,6 +74,13 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def evaluate(self, params, batch: Batch, rng, *, frozen) -> dict[str, jax.Array]:
         """Held-out metrics per example: {name: [B] or [B, F]}, NaN if a metric is not defined."""
+
+    def pool(self, scores: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Scores {name: [clips, ...]} of all clips together, from those of `evaluate`; traceable.
+
+        For metrics that are of a set of clips and no mean over them: they are the same in each row.
+        """
+        return scores
 
     @abc.abstractmethod
     def sample(self, params, rng, cond: dict, *, frozen, frames: int | None = None) -> jax.Array:

@@ -71,7 +71,7 @@ class Task(base.Task):
         accuracy_B = right_BT.sum(axis=1) / pairs_B
         memories = jax.tree.leaves([memory for _, memory in state])
         B = ids_BT.shape[0]
-        numbers = sum(math.prod(x.shape) for x in memories if x.ndim > 1) / B
+        numbers = sum(math.prod(x.shape) for x in memories if x.ndim > 1) // B
         return {
             "accuracy": accuracy_B,
             **{f"accuracy_{P}": jnp.where(pairs_B == P, accuracy_B, jnp.nan) for P in self.pairs},

@@ -6,13 +6,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
-from absl import logging
 
 from jaxvid import weights
 from jaxvid.checks import at_least, between, choose, require, whole_numbers
 from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError, within
-from jaxvid.layers.quantize import QUANTIZERS
+from jaxvid.layers.quantize import QUANTIZERS, usage
 from jaxvid.metrics import i3d, lpips, quality
 from jaxvid.models.ar_vae import ARVAE
 from jaxvid.models.cvivit import CViViT
@@ -130,17 +129,12 @@ class Task(Autoencoder):
         return adversary
 
     def check(self, source):
-        """Raise UserError if there is no video; warn of losses that are off for lack of weights."""
+        """Raise UserError if there is no video."""
         if source.tokenizer:
             raise UserError(
                 "name=tokenizer: learns from video, and data.name=latents has none; use another "
                 "source"
             )
-        for name in PERCEPTUAL:
-            if self.perceptual.get(f"{name}_weight") and not self.perceptual[name]:
-                logging.warning(
-                    "%s is off: task.perceptual.%s names no file of weights", name.upper(), name
-                )
 
     def init(self, rng, batch):
         """(params, extra): extra has the moments of latents and the carried part of a codebook."""
@@ -335,13 +329,13 @@ class Task(Autoencoder):
         """Quality of the rebuilt clips.
 
         psnr, ssim [B, F], and motion_error [B, F], the mean error of the change from the frame
-        before (NaN at the first); lpips [B, F] where there are weights; for codes perplexity, usage
-        and dead [B], of the whole batch.
+        before (NaN at the first); lpips [B, F] where there are weights; for codes ids [B, ...],
+        which `pool` turns into perplexity, usage and dead [B].
         """
         del rng
         video_BTHWC = normalize(batch["video"])
         z_BTNZ, _ = self.tokenizer.features(params, video_BTHWC)
-        q_BTNZ, _, aux = self.tokenizer.quantizer(z_BTNZ, params["codebook"])
+        q_BTNZ, ids, aux = self.tokenizer.quantizer(z_BTNZ, params["codebook"])
         guess_BTHWC = jnp.clip(self._decode(params, q_BTNZ, self.size), -1, 1)
         change = jnp.diff(guess_BTHWC - video_BTHWC, axis=1)
         motion_BT = jnp.abs(change).mean((-3, -2, -1))
@@ -354,9 +348,21 @@ class Task(Autoencoder):
             pictures = (x.reshape(-1, *x.shape[2:]) for x in (guess_BTHWC, video_BTHWC))
             lpips_L = lpips.distance(frozen["lpips"], *pictures)
             metrics["lpips"] = lpips_L.reshape(video_BTHWC.shape[:2])
-        whole = {name: aux[name] for name in ("perplexity", "usage", "dead", "kl") if name in aux}
-        B = video_BTHWC.shape[0]
-        return metrics | {name: jnp.full(B, value) for name, value in whole.items()}
+        if "kl" in aux:
+            metrics["kl"] = jnp.full(video_BTHWC.shape[0], aux["kl"])
+        if ids is not None:
+            metrics["ids"] = ids
+        return metrics
+
+    def pool(self, scores):
+        """The scores, with the use of the codebook by all clips in the place of their ids."""
+        if "ids" not in scores:
+            return scores
+        scores = dict(scores)
+        ids = scores.pop("ids")
+        use = usage(ids, self.tokenizer.quantizer.size)
+        use["dead"] = use["dead"].astype(jnp.int32)
+        return scores | {name: jnp.full(len(ids), value) for name, value in use.items()}
 
     def sample(self, params, rng, cond, *, frozen, frames=None):
         """The clip `cond["video"]` uint8 [B, T, H, W, 3] rebuilt, float32 in [-1, 1]."""

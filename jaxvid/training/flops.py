@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import jaxprs_in_params
 
 from jaxvid.kernels import dispatch
@@ -98,7 +99,7 @@ def machine(devices: Sequence[jax.Device]) -> float | None:
 @functools.cache
 def measured(size: int = 1024, repeats: int = 5) -> float:
     """FLOP/s of this machine: the best of `repeats` float32 products of square matrices."""
-    matrix = jnp.ones((size, size), jnp.float32)
+    matrix = jax.device_put(np.ones((size, size), np.float32))
     product = jax.jit(jnp.matmul)
     seconds = []
     for _ in range(repeats + 1):  # the first call compiles

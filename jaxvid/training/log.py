@@ -1,5 +1,7 @@
 """The console lines of a run and its speed."""
 
+import collections
+import concurrent.futures
 import contextlib
 import math
 import time
@@ -9,19 +11,39 @@ import numpy as np
 
 from jaxvid.parallel.sharding import path_name
 
+LATEST = ("lr", "skipped")  # metrics of which a line has the latest value, of others the mean
+
 
 class Log:
-    """Metrics of each step, fetched while the next one runs: logging never stalls the device."""
+    """Metrics of each step, fetched while the next one runs: logging never stalls the device.
+
+    A line has the means over the steps since the line before, or since the start of the process.
+    """
 
     def __init__(self, config, writer, progress, guard):
         self.every, self.steps = config.log.every, config.steps
         self.writer, self.progress, self.guard = writer, progress, guard
-        self.pending = None
+        self.pending, self.since_line = None, []
+        # A thread of its own sees when a step is done, whatever this one waits for.
+        self._fetcher = concurrent.futures.ThreadPoolExecutor(1)
 
     def push(self, step, metrics, ids):
         """Settle the step before; keep this one's metrics (on the device) and clip ids."""
         self.settle()
-        self.pending = step, metrics, ids
+        self.pending = step, self._fetcher.submit(_fetch, metrics), ids
+
+    @contextlib.contextmanager
+    def pause(self, doing=""):
+        """A context (evaluation, samples, a checkpoint) that does not count as time of a step.
+
+        Waits first for the pending step, which does count. doing: said before, "" for nothing.
+        """
+        if self.pending:
+            self.pending[1].result()
+        if doing:
+            say(doing)
+        with self.progress.pause():
+            yield
 
     def settle(self, evaluation=None, always=False):
         """Fetch the metrics of the pending step, check them, and write them every `every` steps.
@@ -30,13 +52,16 @@ class Log:
         """
         if self.pending is None:
             return
-        step, metrics, ids = self.pending
+        step, fetched, ids = self.pending
         self.pending = None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values, time_done = fetched.result()
+        self.since_line.append(values)
         self.guard.check(step, values["skipped"], ids)
-        self.progress.settled(step)
+        self.progress.settled(step, time_done)
         if evaluation or always or step % self.every == 0 or step == self.steps:
-            values |= self.progress.rates(step) | _scores(evaluation or {})
+            values = _means(self.since_line) | self.progress.rates(step, time_done)
+            values |= _scores(evaluation or {})
+            self.since_line = []
             self.writer.scalars(step, values)
             say(self.progress.line(step, values))
 
@@ -45,6 +70,22 @@ class Log:
         scores = _scores(evaluation)
         self.writer.amend(step, scores)
         say("  ".join([f"step {step} evaluated", *_shown(scores)]))
+
+
+def _fetch(metrics):
+    """(metrics as numbers, the time when they were there)."""
+    metrics = jax.device_get(metrics)
+    return {name: value.item() for name, value in metrics.items()}, time.perf_counter()
+
+
+def _means(steps):
+    """Means of the finite values of each metric of some steps; NaN if there are none."""
+    means = {}
+    for name, latest in steps[-1].items():
+        values = [step[name] for step in steps if math.isfinite(step[name])]
+        mean = sum(values) / len(values) if values else math.nan
+        means[name] = latest if name in LATEST else mean
+    return means
 
 
 def _scores(evaluation):
@@ -56,61 +97,75 @@ def _shown(scores):
 
 
 class Progress:
-    """Speeds between two log lines, from the wall clock.
+    """Speeds between two log lines, from the times when their steps were done.
 
     `frames` and `flops` per step over all hosts; `machine` FLOP/s of all devices, None if unknown.
-    The clock starts when the first step is done, so no figure includes its compilation.
+    The clock starts when the first step is done, so no figure includes its compilation. Pauses are
+    no time of a step; they have a figure of their own, and the ETA counts them.
     """
 
     def __init__(self, steps, frames, flops, machine):
         self.steps, self.frames = steps, frames
         self.seconds_at_peak = flops / machine if machine else None
-        self.created, self.step = time.perf_counter(), None
+        self.created, self.first, self.last = time.perf_counter(), None, None
+        self.waits, self.pauses = [], []  # (begin, seconds) of those that no line has counted
 
-    def settled(self, step):
-        """Note that `step` is done; the first call starts the clock."""
-        if self.step is None:
-            say(f"first step done, {duration(time.perf_counter() - self.created)} with compilation")
-            self._restart(step)
-
-    def _restart(self, step):
-        self.step, self.begin, self.waited, self.aside = step, time.perf_counter(), 0.0, 0.0
+    def settled(self, step, time_done):
+        """Note that `step` was done at that time; the first call starts the clock."""
+        if self.first is None:
+            say(f"first step done, {duration(time_done - self.created)} with compilation")
+            self.first = self.last = step, time_done
+            self._take(self.waits, time_done), self._take(self.pauses, time_done)
 
     def next(self, iterator):
         """next(iterator), counted as waiting for data."""
-        begin = time.perf_counter()
-        batch = next(iterator)
-        if self.step is not None:
-            self.waited += time.perf_counter() - begin
-        return batch
+        with self._noted(self.waits):
+            return next(iterator)
+
+    def pause(self):
+        """A context that does not count as time of a step; call it when no step is running."""
+        return self._noted(self.pauses)
 
     @contextlib.contextmanager
-    def outside(self, metrics):
-        """A context (evaluation, samples) that does not count as time of a step.
-
-        Waits first for the step that computes `metrics`, which does count.
-        """
-        jax.block_until_ready(metrics)
+    def _noted(self, intervals):
         begin = time.perf_counter()
         yield
-        if self.step is not None:
-            self.aside += time.perf_counter() - begin
+        intervals.append((begin, time.perf_counter() - begin))
 
-    def rates(self, step):
-        """{steps_per_s, frames_per_s, data_wait, mfu} since the last call; {} at the first step."""
-        if step == self.step:
+    @staticmethod
+    def _take(intervals, until):
+        """Seconds of the intervals that began before `until`, which are removed."""
+        taken = [(begin, seconds) for begin, seconds in intervals if begin < until]
+        intervals[:] = intervals[len(taken) :]
+        return sum(seconds for _, seconds in taken)
+
+    def rates(self, step, time_done):
+        """Speeds since the last call, up to `step`, done at that time; {} at the first step.
+
+        steps_per_s, frames_per_s and mfu of the steps alone; data_wait, share of that time spent
+        waiting for data; pauses, share of the whole time.
+        """
+        before, begin = self.last
+        if step == before:
             return {}
-        seconds = time.perf_counter() - self.begin - self.aside
-        speed = (step - self.step) / seconds
+        waited, paused = (self._take(x, time_done) for x in (self.waits, self.pauses))
+        seconds = time_done - begin - paused
+        speed = (step - before) / seconds
         rates = {
             "steps_per_s": speed,
             "frames_per_s": speed * self.frames,
-            "data_wait": self.waited / seconds,
+            "data_wait": waited / seconds,
+            "pauses": paused / (seconds + paused),
         }
         if self.seconds_at_peak:
             rates["mfu"] = speed * self.seconds_at_peak
-        self._restart(step)
+        self.last = step, time_done
         return rates
+
+    def _eta(self, step):
+        """Seconds that the other steps take at the mean speed so far, pauses included."""
+        first, begin = self.first
+        return (self.steps - step) * (time.perf_counter() - begin) / (step - first)
 
     def line(self, step, values):
         """The console line of a step."""
@@ -121,8 +176,10 @@ class Progress:
                 f"{values['frames_per_s']:,.0f} frames/s",
                 f"data wait {values['data_wait']:.1%}",
                 f"MFU {values['mfu']:.1%}" if "mfu" in values else "MFU unknown",
-                f"ETA {duration((self.steps - step) / values['steps_per_s'])}",
+                f"ETA {duration(self._eta(step))}",
             ]
+        if values.get("pauses"):
+            parts.append(f"pauses {values['pauses']:.1%}")
         if values["skipped"]:
             parts.append(f"{values['skipped']:.0f} steps skipped")
         return "  ".join([*parts, *_shown(values)])
@@ -150,16 +207,27 @@ def say(*text):
         print(*text, flush=True)
 
 
-def parameter_table(params):
-    """A line for each parameter: path, shape, number, mesh axes; and their sum."""
-    rows = [("parameter", "shape", "number", "split over")]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        axes = ", ".join("x".join(np.ravel(axes)) if axes else "-" for axes in leaf.sharding.spec)
-        rows.append((path_name(path), str(leaf.shape), f"{leaf.size:,}", axes.strip("-, ")))
-    total = sum(leaf.size for leaf in jax.tree.leaves(params))
-    rows.append(("all", "", f"{total:,}", ""))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+def parameter_table(params, depth=0):
+    """A line for each module with its number of parameters, and their sum.
+
+    depth: parts of a path that name a module; 0 gives a line for each array, with its shape and the
+    mesh axes that split it.
+    """
+    arrays = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    if depth:
+        sizes = collections.Counter()
+        for name, leaf in arrays:
+            sizes["/".join(name.split("/")[:depth])] += leaf.size
+        rows = [("module", "parameters"), *((name, f"{size:,}") for name, size in sizes.items())]
+    else:
+        rows = [("parameter", "number", "shape", "split over")]
+        for name, leaf in arrays:
+            split = (axes and "x".join(np.ravel(axes)) for axes in leaf.sharding.spec)
+            axes = ", ".join(axis or "-" for axis in split).strip("-, ")
+            rows.append((name, f"{leaf.size:,}", str(leaf.shape), axes))
+    rows.append(("all", f"{sum(leaf.size for _, leaf in arrays):,}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(
-        f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {number:>{widths[2]}}  {axes}".rstrip()
-        for name, shape, number, axes in rows
+        "  ".join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), *row[2:]]).rstrip()
+        for row in rows
     )

@@ -75,7 +75,8 @@ class Recorder:
         return jax.tree.unflatten(tree, leaves)
 
     def write(self, clip_BTHWC: np.ndarray):
-        """Append uint8 frames to all clips."""
+        """Append uint8 frames to all clips; small ones are enlarged."""
+        clip_BTHWC = video.enlarge(clip_BTHWC)
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self._encoders:
             height, width = clip_BTHWC.shape[2:4]

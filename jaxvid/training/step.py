@@ -9,7 +9,9 @@ from jaxvid.training.state import TrainState, step_rng
 
 
 def make_step(task, tx, schedule, config, mesh, shardings):
-    """The jitted step: (state, frozen, batch) -> (state, metrics of float32 scalars).
+    """The jitted step: (state, frozen, batch) -> (state, metrics).
+
+    metrics: scalars, float32, or int32 if they count.
 
     `state` is donated. Randomness is a function of seed and step alone, so a resumed run repeats
     an uninterrupted one bit for bit. If the loss, the gradients or the new `extra` are not finite,
@@ -42,9 +44,15 @@ def make_step(task, tx, schedule, config, mesh, shardings):
         )
         metrics |= {"grad_norm": grad_norm, "lr": schedule(updates_done)}
         metrics["skipped"] = state.skipped
-        return state, jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), metrics)
+        return state, jax.tree.map(_number, metrics)
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+
+
+def _number(value):
+    """A metric as an array of float32, or of int32 if it is whole by its type."""
+    is_whole = jnp.issubdtype(jnp.result_type(value), jnp.integer)
+    return jnp.asarray(value, jnp.int32 if is_whole else jnp.float32)
 
 
 def gradients(task, state, frozen, batch, rng, count):

@@ -63,7 +63,8 @@ class Writer:
 
     def has_videos(self, step):
         """Whether the samples of `step` are complete."""
-        return (self._samples(step) / SHEET).exists()
+        earlier = self.workdir / "samples" / f"{step:06d}"  # as earlier versions wrote it
+        return any((folder / SHEET).exists() for folder in (self._samples(step), earlier))
 
     def videos(self, step, video_BTHWC):
         """uint8 clips -> samples/<step>/: an mp4 and a GIF each, and sheet.png with all."""
@@ -72,8 +73,9 @@ class Writer:
         write_clips(self._samples(step), video_BTHWC, self.fps)
         if self.events:
             # As an image: tensorboardX.add_video writes nothing, silently, without moviepy.
-            H, W = video_BTHWC.shape[2:4]
-            gifs = [video.gif_bytes(video_THWC, self.fps or FPS) for video_THWC in video_BTHWC]
+            shown_BTHWC = video.enlarge(video_BTHWC)
+            H, W = shown_BTHWC.shape[2:4]
+            gifs = [video.gif_bytes(video_THWC, self.fps or FPS) for video_THWC in shown_BTHWC]
             images = [
                 Summary.Image(encoded_image_string=gif, height=H, width=W, colorspace=3)
                 for gif in gifs
@@ -86,7 +88,7 @@ class Writer:
             file.close()
 
     def _samples(self, step):
-        return self.workdir / "samples" / f"{step:06d}"
+        return self.workdir / "samples" / str(step)
 
     def _lines_up_to(self, step):
         """The lines of metrics.jsonl up to `step` as dicts, without one that a crash cut short."""
@@ -119,8 +121,9 @@ class Writer:
 def write_clips(folder, video_BTHWC, fps=0.0):
     """uint8 clips -> an mp4 and a GIF each, numbered, and sheet.png with all, a row each.
 
-    fps: of the clips; 0 = FPS.
+    Small frames are enlarged. fps: of the clips; 0 = FPS.
     """
+    video_BTHWC = video.enlarge(video_BTHWC)
     folder.mkdir(parents=True, exist_ok=True)
     for index, video_THWC in enumerate(video_BTHWC):
         video.write_mp4(folder / f"{index}.mp4", video_THWC, fps or FPS)
@@ -131,6 +134,5 @@ def write_clips(folder, video_BTHWC, fps=0.0):
 
 
 def _finite(values):
-    """Values as floats, None for those that are not finite: JSON has no NaN."""
-    values = {name: float(value) for name, value in values.items()}
+    """The values, None for those that are not finite: JSON has no NaN."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}

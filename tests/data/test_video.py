@@ -39,6 +39,28 @@ def test_a_seek_shows_what_a_scan_shows(tmp_path):
         np.testing.assert_array_equal(read(path, [first])[0], whole[first])
 
 
+def test_before_a_window_frames_that_none_needs_are_left_out(tmp_path):
+    """B-frames between the keyframe of a seek and its aim."""
+    truth = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    truth_THWC = np.stack([np.roll(truth, n, 1) for n in range(40)]).repeat(8, 1).repeat(8, 2)
+    video.write_mp4(tmp_path / "moving.mp4", truth_THWC, 8)
+    with open(tmp_path / "moving.mp4", "rb") as file:
+        info = video.probe(file)
+        with video._opened(file) as (container, stream):
+            numbers = [n for n, _ in video._from_frame(container, stream, 20, info)]
+    assert 0 < len([n for n in numbers if n < 20]) < 20
+    assert [n for n in numbers if n >= 20] == list(range(20, 40))
+
+
+def test_small_frames_are_enlarged_for_eyes_in_whole_factors():
+    small = np.random.default_rng(0).integers(0, 256, (2, 3, 24, 20, 3), dtype=np.uint8)
+    large = video.enlarge(small)
+    assert large.shape == (2, 3, 120, 100, 3)
+    for row, column in ((0, 0), (4, 4), (2, 3)):
+        np.testing.assert_array_equal(large[..., row::5, column::5, :], small)
+    assert video.enlarge(np.zeros((1, 129, 8, 3), np.uint8)).shape == (1, 129, 8, 3)
+
+
 def test_a_file_whose_seeks_lie_is_scanned(tmp_path, monkeypatch):
     path = tmp_path / "bars.mp4"
     write_clip(path, 24, gop=8)

@@ -1,5 +1,6 @@
 """The AR-Diffusion task: its objective, its conditions, its samples, and what it refuses."""
 
+import collections
 import itertools
 
 import jax
@@ -12,8 +13,10 @@ from jaxvid.data.source import Source
 from jaxvid.data.text import embed
 from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError
+from jaxvid.models import dit
 from jaxvid.models.pixels import PixelTokenizer
 from jaxvid.models.tokenizer import VideoTokenizer
+from jaxvid.parallel.mesh import make_mesh
 from jaxvid.tasks.ar_diffusion import Task
 
 
@@ -289,10 +292,42 @@ def test_evaluate_scores_the_continuation_beside_the_copy():
     assert metrics["loss_by_level"].shape == (2, 10)
     level_means = metrics["loss_by_level"].mean(0)
     assert level_means[0] < level_means[9]
-    for name in ("psnr", "ssim", "psnr_copy_last", "ssim_copy_last"):
+    metrics = task.pool(metrics)
+    ends = ("", *(f"_{baseline}" for baseline in task.baselines))
+    for name in (f"{metric}{end}" for metric in ("psnr", "ssim") for end in ends):
         assert np.isnan(metrics[name][:, :2]).all() and not np.isnan(metrics[name][:, 2:]).any()
     assert (metrics["ssim_copy_last"][:, 2:] > 0.999).all()
     assert (metrics["psnr"][:, 2:] < metrics["psnr_copy_last"][:, 2:]).all()
+    for other in ("mean_given", "median_given"):  # of frames that are all the same
+        assert (metrics[f"ssim_{other}"][:, 2:] > 0.999).all()
+
+
+def test_a_layer_is_traced_once_for_all_that_call_it_alike(monkeypatch):
+    """Layers of one network, widths of the sampler, and evaluation beside sampling."""
+    task = Task(**fields(size=12, model__depth=3))
+    data, traced = batch(size=12), collections.Counter()
+    params, _ = jax.eval_shape(lambda: task.init(jax.random.key(0), data))
+    attend = dit.attend_in_frames
+
+    def counted(spatial, x_BTND, context_kv):
+        traced[x_BTND.shape[1]] += 1
+        return attend(spatial, x_BTND, context_kv)
+
+    monkeypatch.setattr(dit, "attend_in_frames", counted)
+    with jax.set_mesh(make_mesh({"data": 1, "fsdp": -1, "tensor": 1})):
+        rng = jax.random.key(0)
+        jax.eval_shape(lambda p: task.sample(p, rng, {"num": 2}, frozen={}), params)
+        sampled = traced.copy()
+        jax.eval_shape(lambda p: task.evaluate(p, data, rng, frozen={}), params)
+    assert set(sampled) == {0, 1, 2}  # s = 2 and 4 steps: two frames at most are noisy at once
+    assert set(traced) == {0, 1, 2, 6}
+    assert traced[1] == traced[6] == sampled[2] == 1
+    assert traced[2] <= 2  # once more for the given frames, which begin the stream
+
+
+def test_settings_are_checked_without_running_anything_on_a_device():
+    with jax.transfer_guard("disallow"):
+        Task(**fields())
 
 
 def test_a_mask_that_sees_the_future_samples_without_a_cache():

@@ -17,6 +17,7 @@ from jaxvid.errors import UserError
 from jaxvid.runs import open_run
 from jaxvid.train import train
 from jaxvid.training.checkpoint import Checkpoints
+from jaxvid.training.writer import Writer
 
 
 def lines(workdir):
@@ -55,7 +56,7 @@ def test_the_work_folder(finished):
     assert (finished / "ckpt" / "8" / "state").is_dir()
     config = config_lib.load(finished / "config.json")
     assert config.steps == 8 and config.task.name == "toy"
-    for step in ("000004", "000008"):
+    for step in ("4", "8"):
         names = {path.name for path in (finished / "samples" / step).iterdir()}
         assert names == {"0.mp4", "0.gif", "1.mp4", "1.gif", "sheet.png"}
 
@@ -65,7 +66,7 @@ def test_the_rate_of_the_source_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(toy.Source, "fps", 12.0)
     train(toy.config(steps=1, data__fps=0.0, data__stride=2), str(tmp_path / "run"))
     assert config_lib.load(tmp_path / "run" / "config.json").data.fps == 12
-    with open(tmp_path / "run" / "samples" / "000001" / "0.mp4", "rb") as file:
+    with open(tmp_path / "run" / "samples" / "1" / "0.mp4", "rb") as file:
         assert video.probe(file).fps == 6
 
 
@@ -74,6 +75,14 @@ def test_the_best_checkpoint_is_kept_beside_the_last(finished):
     best = max((step for step in scores if scores[step] is not None), key=scores.get)
     assert {path.name for path in (finished / "ckpt").iterdir()} == {str(best), "8"}
     assert best == 2  # the loss falls, and "mse" without a minus asks for the highest
+
+
+def test_samples_of_earlier_versions_are_known(finished, tmp_path):
+    """They have six digits in their name; a resumed run does not make them again."""
+    shutil.copytree(finished / "samples" / "4", tmp_path / "samples" / "000004")
+    writer = Writer(str(tmp_path), 8, tensorboard=False)
+    assert [step for step in range(9) if writer.has_videos(step)] == [4]
+    writer.close()
 
 
 def test_tensorboard_holds_the_curves_and_gifs(finished):
@@ -258,7 +267,7 @@ def test_an_evaluation_that_a_stop_prevented_is_caught_up(tmp_path, monkeypatch,
         patch.setattr(Checkpoints, "preempted", lambda self, step: step == stop)
         stopped = train(toy.config(**options), str(tmp_path / "cut"))
     assert int(stopped.step) == lines(tmp_path / "cut")[-1]["step"] == stop
-    assert not (tmp_path / "cut" / "samples" / f"{stop:06d}").exists()
+    assert not (tmp_path / "cut" / "samples" / str(stop)).exists()
     resumed = train(toy.config(**options), str(tmp_path / "cut"))
     for a, b in zip(jax.tree.leaves(straight), jax.tree.leaves(resumed)):
         np.testing.assert_array_equal(a, b)
@@ -266,14 +275,18 @@ def test_an_evaluation_that_a_stop_prevented_is_caught_up(tmp_path, monkeypatch,
 
     found, wanted = (
         [
-            {name: v for name, v in line.items() if not name.endswith(("_per_s", "_wait", "mfu"))}
+            {
+                name: v
+                for name, v in line.items()
+                if not name.endswith(("_per_s", "_wait", "mfu", "pauses"))
+            }
             for line in lines(tmp_path / run)
         ]
         for run in ("cut", "straight")
     )
     assert found == wanted and [line["step"] for line in found] == [3, 4, 6, 8]
     assert "evaluate/mse" in found[1] and "evaluate/mse" in found[3]
-    for sample in ("000004", "000008"):
+    for sample in ("4", "8"):
         for path in (tmp_path / "straight" / "samples" / sample).iterdir():
             resumed = tmp_path / "cut" / "samples" / sample / path.name
             assert resumed.read_bytes() == path.read_bytes()
@@ -323,7 +336,7 @@ def test_nan_without_end_stops_naming_the_clips(tmp_path):
 )
 def test_bad_input_is_one_line(tmp_path, changes, message):
     (tmp_path / "before").mkdir()
-    for folder in ("before", "new"):
+    for folder in ("before", "new", "new/with/parents"):
         assert message in error_of(toy.config(**changes), tmp_path / folder)
     assert not (tmp_path / "before" / "metrics.jsonl").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"before"}  # no empty folder is left
