@@ -13,6 +13,7 @@ from jaxvid import checks
 
 CONTEXT = -1
 EMPTY = np.iinfo(np.int32).max
+MAX_WINDOW = 2**20  # frames
 
 
 def causal(window: int | None = None, sinks: int = 0) -> Callable:
@@ -32,13 +33,13 @@ def causal(window: int | None = None, sinks: int = 0) -> Callable:
 
 
 def check_window(window: int | None):
-    """Raise UserError for a window below 1.
+    """Raise UserError for a window below 1, or that no memory holds.
 
-    A query would see not even itself. Softmax over equally masked scores is uniform, so the query
-    would see the future.
+    In a window of 0 a query would see not even itself. Softmax over equally masked scores is
+    uniform, so the query would see the future.
     """
     if window is not None:
-        checks.at_least("window", window, 1)
+        checks.at_least("window", window, 1, at_most=MAX_WINDOW)
 
 
 def full(q, k):

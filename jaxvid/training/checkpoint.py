@@ -26,27 +26,7 @@ from jaxvid.errors import UserError
 from jaxvid.parallel import multihost
 from jaxvid.training import digests
 from jaxvid.training.log import say
-from jaxvid.training.restore import UNVERIFIED, reason, remedy
-
-# Sections and fields that may differ when a run is resumed: they do not change what is learned,
-# except `steps`, which stretches a cosine schedule.
-FREE = (
-    "steps",
-    "mesh",
-    "checkpoint",
-    "log",
-    "evaluate",
-    "sample",
-    "compile_cache",
-    "data.workers",
-    "data.threads",
-    "task.sampler",
-    "task.given",
-    "task.tokenizer",  # may move; its digest may not
-    "optim.skip_nonfinite",
-)
-
-PATHS = ("data.path", "init_from")  # these may be spelled differently
+from jaxvid.training.restore import PATHS, UNVERIFIED, is_free, reason, remedy
 
 
 class Checkpoints:
@@ -165,7 +145,7 @@ class Checkpoints:
             path = self.config.data.path
             changed.append(f"data.path={path!r}: clips {clips} -> {self.clips}")
         for field, old, new in config_lib.differences(saved, self.config):
-            if any(field == free or field.startswith(f"{free}.") for free in FREE):
+            if is_free(field):
                 continue
             if field == "data.path" and has_digests:  # the clips may move
                 continue
