@@ -9,13 +9,13 @@ import os
 import re
 import sys
 
-from jaxvid.errors import UserError
+from jaxvid.errors import UserError, shown
 
 
 def require(holds, field, value, remedy):
     """Raise UserError with `remedy` unless `holds`. For rules that no other check states."""
     if not holds:
-        raise UserError(f"{field}={value!r}: {remedy}")
+        raise UserError(f"{field}={shown(value)}: {remedy}")
 
 
 def local_path(field, value):

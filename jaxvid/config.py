@@ -17,7 +17,12 @@ from jaxvid import checks, data, files, memory, schema
 from jaxvid.errors import UserError, within
 
 # The fields that all tasks share. Runs of earlier versions lack those with a question mark. The
-# task, the source and a second optimiser have fields of their own.
+# task and the source have fields of their own.
+_OPTIM = {
+    **{"name": str, "lr": float, "muon_lr": float, "warmup": int, "schedule": str},
+    **{"b1": float, "b2": float, "weight_decay": float, "clip": float, "ema": float},
+    **{"accumulate": int, "skip_nonfinite": int},
+}
 FORM = {
     **{"seed": int, "steps": int, "init_from": str, "compile_cache": str},
     "task": {"name": str, schema.OPEN: None},
@@ -27,11 +32,7 @@ FORM = {
         **{"workers": int, "threads": int, "text_tokens": int, "text_width": int},
         **{"vocabulary?": int, "pairs?": [int], schema.OPEN: None},
     },
-    "optim": {
-        **{"name": str, "lr": float, "muon_lr": float, "warmup": int, "schedule": str},
-        **{"b1": float, "b2": float, "weight_decay": float, "clip": float, "ema": float},
-        **{"accumulate": int, "skip_nonfinite": int, "discriminator?": {schema.OPEN: None}},
-    },
+    "optim": {**_OPTIM, "discriminator?": {f"{name}?": form for name, form in _OPTIM.items()}},
     "mesh": {"data": int, "fsdp": int, "tensor": int, "seq?": int},
     "checkpoint": {"every": int, "keep": int, "best": str},
     "log": {"every": int, "tensorboard": bool},
@@ -169,6 +170,7 @@ def validate(config: ConfigDict) -> None:
             checks.no_nul(name, value)
         if isinstance(value, float):
             checks.finite(name, value)
+            checks.at_least(name, value, -schema.MAX_FLOAT, at_most=schema.MAX_FLOAT)
     if config.get("init_from"):
         checks.local_path("init_from", config.init_from)
     checks.between("steps", config.steps, 1, 2**31 - 1)

@@ -1,17 +1,15 @@
 """A work folder, opened: the task of its config, its weights, its tokenizer."""
 
 import hashlib
-import importlib
 import inspect
 import json
-import pkgutil
 from pathlib import Path
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxvid import checks, schema, tasks
+from jaxvid import checks, modules, schema
 from jaxvid import config as config_lib
 from jaxvid.errors import UserError, within
 from jaxvid.models.tokenizer import FrozenTokenizer
@@ -70,7 +68,7 @@ def make_task(fields: ConfigDict) -> Task:
     """
     options = {name: value for name, value in fields.items() if name != "name"}
     with within("task"):
-        make = _task_class(fields.get("name"))
+        make = modules.find("jaxvid.tasks", fields.get("name"), Task)
         digest = options.pop("tokenizer_digest", "")
         workdir = options.get("tokenizer")
         if workdir == "":
@@ -91,27 +89,6 @@ def make_task(fields: ConfigDict) -> Task:
                 "choose the task by its own config file"
             ) from error
         return schema.build(make, options)
-
-
-def _task_class(name: str) -> type[Task]:
-    found = _find_task(name)
-    if found is None:
-        names = (module.name for module in pkgutil.iter_modules(tasks.__path__))
-        checks.choose("name", name, [name for name in names if _find_task(name)])
-    return found
-
-
-def _find_task(name: str) -> type[Task] | None:
-    """The class Task of the module jaxvid.tasks.<name>, or None."""
-    path = f"{tasks.__name__}.{name}"
-    try:
-        module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if not f"{path}.".startswith(f"{error.name}."):  # an import in the module fails
-            raise
-        return None
-    found = vars(module).get("Task")
-    return None if found is Task else found
 
 
 def open_tokenizer(workdir, field: str = "tokenizer") -> FrozenTokenizer:

@@ -1,19 +1,20 @@
 """The form of values that come from elsewhere: JSON, and the fields of a config.
 
-A form is a type, a `Whole`, [form of each item], or {key: form}. A key that ends with ? may be
-absent, and the key OPEN lets a mapping have others. A float may be written without a fraction.
+A form is a type, a `Whole`, a `Real`, a `Choice`, [form of each item], or {key: form}. A key that
+ends with ? may be absent, and the key OPEN lets a mapping have others. A float may be written
+without a fraction.
 """
 
 import inspect
-import math
 import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jaxvid.errors import UserError
+from jaxvid.errors import UserError, shown
 
 OPEN = "..."
+MAX_FLOAT = (2 - 2**-23) * 2.0**127  # of float32, in which all is computed
 
 
 class Whole(NamedTuple):
@@ -21,6 +22,20 @@ class Whole(NamedTuple):
 
     low: int = 0
     high: int = 2**53
+
+
+class Real(NamedTuple):
+    """Numbers from `low` to `high`."""
+
+    low: float
+    high: float
+
+
+class Choice(tuple):
+    """One of some values."""
+
+    def __new__(cls, *values):
+        return super().__new__(cls, values)
 
 
 def check(field: str, value, form) -> None:
@@ -31,6 +46,11 @@ def check(field: str, value, form) -> None:
         _require(isinstance(value, list | tuple), field, value, "a list")
         for index, item in enumerate(value):
             check(f"{field}.{index}", item, form[0])
+    elif isinstance(form, Choice):
+        _require(value in list(form), field, value, f"one of {', '.join(map(str, form))}")
+    elif isinstance(form, Real):
+        is_real = _is(value, float) and form.low <= value <= form.high
+        _require(is_real, field, value, f"a number of {form.low} to {form.high}")
     elif isinstance(form, Whole):
         is_whole = _is(value, int) and form.low <= value <= form.high
         _require(is_whole, field, value, f"a whole number of {form.low} to {form.high}")
@@ -92,7 +112,8 @@ def _is(value, form) -> bool:
     if form is Mapping or origin is Mapping:
         return isinstance(value, Mapping) or hasattr(value, "to_dict")  # the latter: ConfigDict
     if form is float:
-        return _is(value, int) or (isinstance(value, float) and math.isfinite(value))
+        is_number = _is(value, int) or isinstance(value, float)
+        return is_number and abs(value) <= MAX_FLOAT  # not NaN either
     if form is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return value is None if form is None else isinstance(value, origin or form)
@@ -100,9 +121,7 @@ def _is(value, form) -> bool:
 
 def _require(holds, field, value, wanted):
     if not holds:
-        text = repr(value)
-        shown = text if len(text) <= 60 else f"{text[:60]}..."
-        raise UserError(f"{field}={shown}: must be {wanted}")
+        raise UserError(f"{field}={shown(value)}: must be {wanted}")
 
 
 def _name(form) -> str:

@@ -4,13 +4,11 @@ The module jaxvid.data.<name> holds the source called <name>, a class `Source` w
 `jaxvid.data.source`. Errors name the fields of config.data without the section.
 """
 
-import importlib
-import pkgutil
 import time
 
 import numpy as np
 
-from jaxvid import checks, memory
+from jaxvid import checks, memory, modules
 from jaxvid.data import source as source_lib
 from jaxvid.data.transforms import Window
 from jaxvid.errors import UserError
@@ -31,6 +29,8 @@ def check(config) -> None:
     checks.at_least("text_width", config.text_width, 1, at_most=MAX_WIDTH)
     if "fps" in config:
         checks.between("fps", config.fps, 0, 1000)
+    if "difficulty" in config:
+        checks.between("difficulty", config.difficulty, 0, 1)
     if "num_clips" in config:
         checks.between("num_clips", config.num_clips, 1, 2**31 - 1)
 
@@ -38,11 +38,7 @@ def check(config) -> None:
 def make_source(config, split: str) -> source_lib.Source:
     """The source of config.name for split "train" or "validation". Raises UserError."""
     checks.choose("split", split, source_lib.SPLITS)
-    found = _find(config.name)
-    if found is None:
-        names = (module.name for module in pkgutil.iter_modules(__path__))
-        checks.choose("name", config.name, [name for name in names if _find(name)])
-    source = found(config, split)
+    source = modules.find(__name__, config.name, source_lib.Source)(config, split)
     remedy = f"the source {config.name} has a rate of its own; use 0, or prepare with another --fps"
     asked = config.get("fps", 0.0)
     checks.require(asked in (0, source.fps), "fps", asked, remedy)
@@ -56,19 +52,6 @@ def make_source(config, split: str) -> source_lib.Source:
 def clip_rate(config) -> float:
     """Frames per second of the clips of config.data; 0.0 if they have the rates of their files."""
     return config.get("fps", 0.0) / config.stride
-
-
-def _find(name):
-    """The class Source of the module jaxvid.data.<name>, or None."""
-    path = f"{__name__}.{name}"
-    try:
-        module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if not f"{path}.".startswith(f"{error.name}."):  # an import in the module fails
-            raise
-        return None
-    found = vars(module).get("Source")
-    return None if found is source_lib.Source else found
 
 
 def make_iterator(

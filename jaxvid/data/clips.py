@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import logging
 
-from jaxvid import checks, files, memory
+from jaxvid import checks, files, memory, schema
 from jaxvid.data import video
 from jaxvid.data.transforms import MAX_SIZE, Window
 from jaxvid.errors import UserError, printable
@@ -203,8 +203,16 @@ def _cache_file(root):
 def _load(cache):
     """{name: [stamp, Info as a dict or a reason]}; {} if the cache cannot be read."""
     try:
-        return json.loads(cache.read_text())
-    except (OSError, ValueError):
+        known = files.parse_json(cache.read_bytes())
+        schema.check("", known, {schema.OPEN: None})
+        for stamp_and_outcome in known.values():
+            _, outcome = stamp_and_outcome
+            if isinstance(outcome, dict):
+                schema.build(video.Info, outcome)
+            else:
+                schema.check("reason", outcome, str)
+        return known
+    except (OSError, TypeError, ValueError):
         return {}
 
 

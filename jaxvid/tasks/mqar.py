@@ -10,7 +10,7 @@ import optax
 
 from jaxvid import schema
 from jaxvid.checks import at_least, choose
-from jaxvid.data.mqar import BLANK
+from jaxvid.data.mqar import BLANK, MAX_VOCABULARY
 from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError, within
 from jaxvid.models.recall import Recall
@@ -26,7 +26,7 @@ class Task(base.Task):
     """
 
     def __init__(self, *, vocabulary: int, pairs: tuple[int, ...], model: Mapping):
-        at_least("vocabulary", vocabulary, 4)
+        at_least("vocabulary", vocabulary, 4, at_most=MAX_VOCABULARY)
         self.vocabulary, self.pairs = vocabulary, tuple(pairs)
         with within("model"):
             choose("dtype", model.get("dtype"), DTYPES)

@@ -114,7 +114,7 @@ class Task(Autoencoder):
         require(max(sizes, default=0) <= size, "sizes", sizes, too_large)
         one_size = "arch=ar_vae has latents for one size; leave sizes empty"
         require(not sizes or arch != "ar_vae", "sizes", sizes, one_size)
-        is_stylegan = gan and gan["kind"] == "stylegan"
+        is_stylegan = gan and gan.get("kind") == "stylegan"
         one_size = "gan=stylegan takes frames of one size; use gan=patch"
         require(not sizes or not is_stylegan, "sizes", sizes, one_size)
 

@@ -71,9 +71,7 @@ class Checkpoints:
         """Rename scores of checkpoints that cannot be read: orbax would open no checkpoint then."""
         if jax.process_index() == 0:
             for file in Path(self.workdir, "ckpt").glob("*/metrics/metrics"):
-                try:
-                    json.loads(file.read_text())
-                except ValueError:
+                if not _are_scores(file):
                     aside = file.parent.with_name("metrics.damaged")
                     whose = f"scores of checkpoint {file.parts[-3]}"
                     say(f"{self.workdir}: {whose} are damaged and kept as {aside}")
@@ -264,6 +262,15 @@ class Checkpoints:
             ) from error
 
 
+def _are_scores(file):
+    """Whether a file holds {name: number} as JSON."""
+    try:
+        found = json.loads(file.read_text())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and all(isinstance(x, int | float) for x in found.values())
+
+
 def _keeps_rate(fields):
     """Whether clips keep the rate of their source, as in runs from before the field `fps`."""
     return fields.name != "folder" or not fields.fps
@@ -292,7 +299,7 @@ def _score(config):
         )
 
     def score(metrics):
-        value = sign * metrics[name]
+        value = sign * metrics.get(name, math.nan)
         return -math.inf if math.isnan(value) else value  # NaN is the worst
 
     return score
