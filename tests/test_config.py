@@ -332,7 +332,10 @@ def test_differences_names_fields_and_values():
             r"^data\.batch_size=.*: must be at",
         ),
         (lambda tree: tree["data"].update(difficulty=-1.0), r"^data\.difficulty=-1.0: must lie"),
-        (lambda tree: tree["sample"].update(num=10**6), r"^sample\.num=1000000, data\.frames=16, "),
+        (
+            lambda tree: (tree["sample"].update(num=2**20), tree["data"].update(size=4096)),
+            r"^sample\.num=1048576, data\.frames=16, data\.size=4096: samples take about",
+        ),
     ],
 )
 def test_validate_checks_the_form_of_every_field(config, change, message):

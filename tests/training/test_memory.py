@@ -1,15 +1,19 @@
 """What a step takes is known before it is compiled, and what cannot fit is refused."""
 
+import functools
 import resource
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import toy
 
 from configs import ar_diffusion, mqar, tokenizer
 from jaxvid import data, memory
 from jaxvid.errors import UserError
+from jaxvid.kernels.attention import attention
+from jaxvid.layers import masks
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.runs import make_task
 from jaxvid.train import train
@@ -128,6 +132,37 @@ def test_batches_that_are_read_ahead_must_fit(monkeypatch):
     data.check_memory(fields, 8)
     with pytest.raises(UserError, match=r"^batch_size=8, frames=3, size=4: 8 batches that are"):
         data.check_memory(fields, 9)
+
+
+def test_programs_that_only_evaluate_must_hold_their_largest_product(monkeypatch):
+    """Also one within a loop. Here it has 1000 x 50 numbers, and weights have 50 x 50."""
+    mesh = make_mesh({"data": 1, "fsdp": 1}, jax.devices()[:1])
+    place = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
+    weights = jax.ShapeDtypeStruct((50, 50), jnp.float32, sharding=place)
+
+    def program(weights, x):
+        return jax.lax.scan(lambda x, _: (x @ weights, None), x, length=3)[0]
+
+    jaxpr = jax.make_jaxpr(program)(weights, jnp.ones((1000, 50)))
+    need = 4 * (1000 * 50 + 50 * 50)
+    for there in (need, need - 1):
+        monkeypatch.setattr(memory, "device_bytes", lambda *_, there=there, **__: there)
+        if there == need:
+            of_training.check_program("sample.num=1000", weights, jaxpr, mesh)
+    with pytest.raises(UserError, match=r"^sample\.num=1000: weights and the largest product take"):
+        of_training.check_program("sample.num=1000", weights, jaxpr, mesh)
+
+
+def test_masks_of_attention_must_fit():
+    """They are made while tracing."""
+    tokens = 2**21
+    shape = jax.ShapeDtypeStruct((1, tokens, 1, 2), jnp.float32)
+    positions = np.arange(tokens)
+    run = functools.partial(
+        attention, q_position_L=positions, k_position_M=positions, allow=masks.causal()
+    )
+    with pytest.raises(UserError, match=r"^attention of 2097152 tokens to 2097152: masks take"):
+        jax.eval_shape(run, shape, shape, shape)
 
 
 def test_the_memory_of_a_control_group_counts(monkeypatch, tmp_path):
