@@ -7,14 +7,15 @@ A check stands beside the field that it bounds. `field` is the name that the fie
 import math
 import os
 import re
+import sys
 
-from jaxvid.errors import UserError
+from jaxvid.errors import UserError, shown
 
 
 def require(holds, field, value, remedy):
     """Raise UserError with `remedy` unless `holds`. For rules that no other check states."""
     if not holds:
-        raise UserError(f"{field}={value!r}: {remedy}")
+        raise UserError(f"{field}={shown(value)}: {remedy}")
 
 
 def local_path(field, value):
@@ -32,18 +33,20 @@ def no_nul(field, value):
 
 def choose(field, value, choices):
     """`value` must be one of `choices`."""
+    choices = list(choices)  # whose members need no hash
     require(value in choices, field, value, f"unknown; use one of {', '.join(map(str, choices))}")
 
 
 def finite(field, value):
-    """`value` must be neither infinite nor NaN."""
-    require(math.isfinite(value), field, value, "must be a finite number")
+    """`value` must be neither infinite nor NaN, nor a whole number beyond every float."""
+    require(abs(value) <= sys.float_info.max, field, value, "must be a finite number")
 
 
-def at_least(field, value, low):
-    """`value` must be finite and `low` or more."""
+def at_least(field, value, low, at_most=math.inf):
+    """`value` must be finite and lie in [low, at_most]."""
     finite(field, value)
     require(value >= low, field, value, f"must be at least {low}")
+    require(value <= at_most, field, value, f"must be at most {at_most}")
 
 
 def positive(field, value):

@@ -35,7 +35,8 @@ def define_config_flags() -> None:
     config_flags.DEFINE_config_file(
         "config",
         None,
-        "Config file, with options after a colon: configs/ar_diffusion.py:size=s,data=folder. "
+        "Config file, with options after a colon: configs/ar_diffusion.py:size=s,data=folder; or "
+        "config.json of a run, which then goes on. "
         "Set a field with --config.optim.lr=1e-4; see --config_help.",
     )
     FLAGS["config"].parser = _ConfigParser()
@@ -66,8 +67,13 @@ def config_from_flags() -> tuple[ConfigDict, str]:
 
 
 def default_workdir(argument: str) -> str:
-    """ "configs/ar_diffusion.py:size=s,data=folder" -> "runs/ar_diffusion-s-folder"."""
+    """ "configs/ar_diffusion.py:size=s,data=folder" -> "runs/ar_diffusion-s-folder".
+
+    "RUN/config.json" -> "RUN".
+    """
     file, _, options = argument.partition(":")
+    if file.endswith(".json"):  # of a run: its own folder
+        return str(Path(file).parent)
     choices = [option.partition("=")[2] for option in options.split(",") if option]
     return str(Path("runs", "-".join([Path(file).stem, *choices])))
 

@@ -6,7 +6,6 @@ data and is never executed.
 
 import difflib
 import importlib.util
-import json
 import os
 import sys
 import traceback
@@ -14,8 +13,32 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from jaxvid import checks, data, files
+from jaxvid import checks, data, files, memory, schema
 from jaxvid.errors import UserError, within
+
+# The fields that all tasks share. Runs of earlier versions lack those with a question mark. The
+# task and the source have fields of their own.
+_OPTIM = {
+    **{"name": str, "lr": float, "muon_lr": float, "warmup": int, "schedule": str},
+    **{"b1": float, "b2": float, "weight_decay": float, "clip": float, "ema": float},
+    **{"accumulate": int, "skip_nonfinite": int},
+}
+FORM = {
+    **{"seed": int, "steps": int, "init_from": str, "compile_cache": str},
+    "task": {"name": str, schema.OPEN: None},
+    "data": {
+        **{"name": str, "path?": str, "frames": int, "size": int, "fps?": float, "stride": int},
+        **{"batch_size": int, "flip": bool, "crop": str, "difficulty?": float, "num_clips?": int},
+        **{"workers": int, "threads": int, "text_tokens": int, "text_width": int},
+        **{"vocabulary?": int, "pairs?": [int], schema.OPEN: None},
+    },
+    "optim": {**_OPTIM, "discriminator?": {f"{name}?": form for name, form in _OPTIM.items()}},
+    "mesh": {"data": int, "fsdp": int, "tensor": int, "seq?": int},
+    "checkpoint": {"every": int, "keep": int, "best": str},
+    "log": {"every": int, "tensorboard": bool, "parameters?": int},
+    "evaluate": {"every": int, "batches": int},
+    "sample": {"every": int, "num": int},
+}
 
 # Reading and writing
 
@@ -23,10 +46,14 @@ from jaxvid.errors import UserError, within
 def read(argument: str) -> ConfigDict:
     """Runs `get_config` of "file.py" or "file.py:key=value,..."; returns the locked config.
 
-    Raises UserError when the file is missing, fails, or does not know the part after the colon.
+    A "config.json" of a run is read and not executed. Raises UserError when the file is missing,
+    fails, or does not know the part after the colon.
     """
     file, colon, options = argument.partition(":")
     path = Path(file)
+    if path.suffix == ".json":
+        checks.require(not colon, "config", argument, "a saved config takes no options")
+        return load(path)
     if not path.is_file():
         others = {other.stem: str(other) for other in sorted(path.parent.glob("*.py"))}
         raise UserError(f"config={file}: no such file{suggest(path.stem, others)}")
@@ -56,16 +83,26 @@ def save(config: ConfigDict, path) -> None:
 def load(path) -> ConfigDict:
     """Reads what `save` wrote; returns the locked config. Raises UserError for a broken file."""
     try:
-        tree = json.loads(Path(path).read_text())
+        tree = files.parse_json(Path(path).read_bytes())
+        _check_names(tree)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; is this the folder of a run?") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; is this the folder of a run?") from error
     except ValueError as error:
         raise UserError(f"{path}: not a saved config ({error})") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: not a saved config (a {type(tree).__name__})")
     return ConfigDict(_tuples(tree)).lock()
+
+
+def _check_names(tree):
+    """Raise ValueError unless a value of JSON is an object with names that a config can have."""
+    if not isinstance(tree, dict):
+        raise ValueError(f"a {type(tree).__name__}")
+    for name, value in tree.items():
+        if not name.isidentifier() or hasattr(ConfigDict, name):
+            raise ValueError(f"{name[:60]!r} is no name of a field")
+        if isinstance(value, dict):
+            _check_names(value)
 
 
 def expand_home(config: ConfigDict) -> None:
@@ -127,9 +164,13 @@ def validate(config: ConfigDict) -> None:
     """
     if "task" not in config:
         raise UserError("config: has no section task; use configs/ar_diffusion.py, for example")
+    schema.check("", config.to_dict(), FORM)
     for name, value in flatten(config).items():
         if isinstance(value, str):
             checks.no_nul(name, value)
+        if isinstance(value, float):
+            checks.finite(name, value)
+            checks.at_least(name, value, -schema.MAX_FLOAT, at_most=schema.MAX_FLOAT)
     if config.get("init_from"):
         checks.local_path("init_from", config.init_from)
     checks.between("steps", config.steps, 1, 2**31 - 1)
@@ -147,7 +188,15 @@ def validate(config: ConfigDict) -> None:
         checks.at_least("batches", config.evaluate.batches, 1)
     with within("sample"):
         checks.at_least("every", config.sample.every, 0)
-        checks.at_least("num", config.sample.num, 1)
+        checks.at_least("num", config.sample.num, 1, at_most=data.MAX_CLIPS)
+    fields = config.data
+    whole = f"sample.num={config.sample.num}, data.frames={fields.frames}, data.size={fields.size}"
+    samples = 3 * config.sample.num * fields.frames * fields.size**2
+    memory.require(whole, "samples", samples)
+    for name in ("frames", "size"):  # configs give both the same reference, saved ones the number
+        differs = f"differs from data.{name}={fields[name]}; set both to the same"
+        own = config.task.get(name, fields[name])
+        checks.require(own == fields[name], f"task.{name}", own, differs)
     check_batch(config, shards=1)
 
 

@@ -29,6 +29,7 @@ from jaxvid.data.source import SPLITS
 from jaxvid.errors import UserError, printable
 
 FLAGS = flags.FLAGS
+MAX_WORKERS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ def main():
 
 def prepare(src: str, out: str, recipe: Recipe, workers: int) -> dict:
     """Write the data set of the videos below `src` to `out` -> its manifest. Raises UserError."""
-    checks.at_least("workers", workers, 1)
+    checks.at_least("workers", workers, 1, at_most=MAX_WORKERS)
     with shards.writing(out):
         out, partial = shards.reserve(out)
         names = clips.find(src, "src")  # before any change on disk

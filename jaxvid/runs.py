@@ -1,17 +1,15 @@
 """A work folder, opened: the task of its config, its weights, its tokenizer."""
 
 import hashlib
-import importlib
 import inspect
 import json
-import pkgutil
 from pathlib import Path
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxvid import checks, tasks
+from jaxvid import checks, modules, schema
 from jaxvid import config as config_lib
 from jaxvid.errors import UserError, within
 from jaxvid.models.tokenizer import FrozenTokenizer
@@ -32,14 +30,10 @@ def open_run(workdir, sampler: dict | None = None) -> Run:
     split: the mesh is fsdp alone. Raises UserError.
     """
     workdir = checks.local_path("workdir", workdir)
-    try:
-        config = config_lib.load(Path(workdir, "config.json"))
-    except UserError as error:
-        raise UserError(f"workdir={workdir}: {error}") from error
-    if "task" not in config:
-        raise UserError(f"workdir={workdir}: its config.json has no task; is it that of a run?")
+    config = _load_config(workdir)
     if sampler and "sampler" in config.task:
         fields = config.task.sampler
+        schema.check("task.sampler", {**fields}, {"schedule": str, schema.OPEN: None})
         with config.ignore_type():  # s counts iterations, or parts of one for a pyramid
             fields.update(sampler)
         if "s" in sampler and fields.schedule in WITHOUT_S:
@@ -55,6 +49,17 @@ def open_run(workdir, sampler: dict | None = None) -> Run:
     return Run(config, task, params, frozen, step, mesh)
 
 
+def _load_config(workdir):
+    """The config of a run. Raises UserError for one that no run has."""
+    path = Path(workdir, "config.json")
+    config = config_lib.load(path)
+    try:
+        config_lib.validate(config)
+    except UserError as error:
+        raise UserError(f"config={path}: {error}") from error
+    return config
+
+
 def make_task(fields: ConfigDict) -> Task:
     """The Task of `config.task`: class Task of the module jaxvid.tasks.<name>, with its tokenizer.
 
@@ -63,7 +68,7 @@ def make_task(fields: ConfigDict) -> Task:
     """
     options = {name: value for name, value in fields.items() if name != "name"}
     with within("task"):
-        make = _task_class(fields.name)
+        make = modules.find("jaxvid.tasks", fields.get("name"), Task)
         digest = options.pop("tokenizer_digest", "")
         workdir = options.get("tokenizer")
         if workdir == "":
@@ -83,28 +88,7 @@ def make_task(fields: ConfigDict) -> Task:
                 f"name={fields.name}: config.task holds the fields of another task ({error}); "
                 "choose the task by its own config file"
             ) from error
-        return make(**options)
-
-
-def _task_class(name: str) -> type[Task]:
-    found = _find_task(name)
-    if found is None:
-        names = (module.name for module in pkgutil.iter_modules(tasks.__path__))
-        checks.choose("name", name, [name for name in names if _find_task(name)])
-    return found
-
-
-def _find_task(name: str) -> type[Task] | None:
-    """The class Task of the module jaxvid.tasks.<name>, or None."""
-    path = f"{tasks.__name__}.{name}"
-    try:
-        module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if not f"{path}.".startswith(f"{error.name}."):  # an import in the module fails
-            raise
-        return None
-    found = vars(module).get("Task")
-    return None if found is Task else found
+        return schema.build(make, options)
 
 
 def open_tokenizer(workdir, field: str = "tokenizer") -> FrozenTokenizer:
@@ -122,8 +106,8 @@ def open_weights(workdir, kind: str, field: str):
     """
     workdir = checks.local_path(field, workdir)
     try:
-        config = config_lib.load(Path(workdir, "config.json"))
-        name = config.get("task", {}).get("name")
+        config = _load_config(workdir)
+        name = config.task.name
         if name != kind:
             raise UserError(f"holds a run of task {name!r}; name the folder of a run of {kind!r}")
         task = make_task(config.task)

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from jaxvid import cli, data
+from jaxvid import cli, data, memory
 from jaxvid.data import text, video
 from jaxvid.data.transforms import to_uint8
 from jaxvid.errors import UserError, within
@@ -48,6 +48,8 @@ def main():
         )
     out = _folder(run)
     frames = FLAGS.frames or run.config.data.frames
+    clip = 3 * frames * run.config.data.size**2
+    memory.require(f"num={FLAGS.num}, frames={frames}", "clips", FLAGS.num * clip)
     cond, fps = conditions(run, FLAGS.num)
     given = cond["first_frames"].shape[1] if "first_frames" in cond else 0
     if given >= frames:
@@ -208,8 +210,14 @@ def report(times, compiling, clips):
 
 if __name__ == "__main__":
     cli.define_path("workdir", "Folder of the run.", required=True)
-    flags.DEFINE_integer("frames", None, "Frames of a clip. Default: as trained.", lower_bound=1)
-    flags.DEFINE_integer("num", 4, "Clips.", lower_bound=1)
+    flags.DEFINE_integer(
+        "frames",
+        None,
+        "Frames of a clip. Default: as trained.",
+        lower_bound=1,
+        upper_bound=video.MAX_FRAMES,
+    )
+    flags.DEFINE_integer("num", 4, "Clips.", lower_bound=1, upper_bound=data.MAX_CLIPS)
     flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**32 - 1)
     cli.define_path("first_frames", "Video file whose frames begin the clips.")
     flags.DEFINE_integer(

@@ -31,7 +31,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from jaxvid import checks, cli, data
+from jaxvid import checks, cli, data, memory
 from jaxvid import config as config_lib
 from jaxvid.data import clips, progress, shards, video
 from jaxvid.data.journal import JOURNAL, Journal
@@ -95,7 +95,7 @@ def tokenize(
     size, frames: None takes those of the tokenizer's training. mirrored: encode each clip mirrored
     too. batch: clips encoded at once.
     """
-    checks.at_least("batch", batch, 1)
+    checks.at_least("batch", batch, 1, at_most=data.MAX_CLIPS)
     with shards.writing(out):
         out, partial = shards.reserve(out)
         frozen = open_tokenizer(workdir, "workdir")
@@ -109,6 +109,8 @@ def tokenize(
         elif src == "sprites":
             recipe = dataclasses.replace(recipe, fps=0.0)
         encoder = Encoder(frozen, recipe, batch)
+        at_once = 3 * encoder.batch * frames * size**2
+        memory.require(f"batch={batch}, frames={frames}, size={size}", "clips", at_once)
         if is_set or src == "sprites":
             name = "array_record" if is_set else "sprites"
             fields.update(name=name, path=str(src), size=size, frames=frames)

@@ -25,7 +25,7 @@ from jaxvid.parallel import multihost
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.sharding import batch_sharding, shard_params
 from jaxvid.runs import make_task, open_weights
-from jaxvid.training import flops, interrupt
+from jaxvid.training import flops, interrupt, memory
 from jaxvid.training.adopt import adopt
 from jaxvid.training.checkpoint import Checkpoints
 from jaxvid.training.guard import Guard
@@ -80,17 +80,19 @@ def _train(config, workdir, mesh, stack):
         tx, schedule = make_optimizer(config.optim, config.steps)
     checkpoints = stack.enter_context(Checkpoints(workdir, config, source.digest))
     checkpoints.check_config()
-    clips = stack.enter_context(contextlib.closing(_iterator(config, "train", mesh)))
-    validation = stack.enter_context(contextlib.closing(_iterator(config, "validation", mesh)))
-
-    shapes = _peek(clips, config.data.batch_size, mesh)
+    shapes = _batch_of(data.row(source, config.data), config, mesh)
     with within("task"):
         init, shardings = make_init(task, tx, shapes, config, mesh)
         target = _placed(jax.eval_shape(init), shardings)
         frozen = task.frozen()
+    memory.check_step(task, config, target, frozen, shapes, mesh)
+
+    clips = stack.enter_context(contextlib.closing(_iterator(config, "train", mesh)))
+    validation = stack.enter_context(contextlib.closing(_iterator(config, "validation", mesh)))
+    _peek(clips)
     frozen = jax.device_put(frozen, shard_params(frozen, mesh))
     held_out = HeldOut(task, config, mesh, validation)
-    held_out_shapes = _peek(validation, config.data.batch_size, mesh)
+    held_out_shapes = _batch_of(_peek(validation), config, mesh)
     checkpoints.check_best(held_out.trace(target.weights, frozen, held_out_shapes))
     found = checkpoints.restore(target, clips)
     step, state = found or (0, _begin(init, task, config))
@@ -184,16 +186,24 @@ def _begin(init, task, config):
 
 def _prepare(workdir, config):
     """Make the work folder, test that it can be written, and set the compile cache beside it."""
+    _require_writable("workdir", workdir)
+    cache = config.compile_cache or str(Path(workdir).resolve().parent / "jax_cache")
+    if config.compile_cache:
+        checks.local_path("compile_cache", cache)
+        _require_writable("compile_cache", cache)
+    jax.config.update("jax_compilation_cache_dir", cache)
+
+
+def _require_writable(field, folder):
+    """Make a folder; UserError, naming the field, unless a file can be written to it."""
     try:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir) as file:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"room to write")
     except OSError as error:
         raise UserError(
-            f"workdir={workdir}: cannot be written ({error.strerror}); choose another --workdir"
+            f"{field}={folder}: cannot be written ({error.strerror}); choose another folder"
         ) from error
-    cache = config.compile_cache or Path(workdir).resolve().parent / "jax_cache"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 def _remove_if_empty(folders):
@@ -231,15 +241,21 @@ def _iterator(config, split, mesh):
         )
 
 
-def _peek(iterator, batch_size, mesh):
-    """Shapes of a global batch, from reading one: data that cannot be read fails right away."""
+def _peek(iterator):
+    """A row of the next batch, from reading it: data that cannot be read fails right away."""
     start = iterator.get_state()
     rows = next(iterator)
     iterator.set_state(start)
+    return {name: x[0] for name, x in rows.items()}
+
+
+def _batch_of(row, config, mesh):
+    """Shapes of a global batch of rows like this one."""
     place = batch_sharding(mesh)  # what is traced for these shapes then serves the arrays too
+    size = config.data.batch_size
     return {
-        name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype, sharding=place)
-        for name, x in rows.items()
+        name: jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=place)
+        for name, x in row.items()
     }
 
 

@@ -1,6 +1,7 @@
 """Reading weight files: .npz and .safetensors, never a pickle."""
 
 import hashlib
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 from safetensors import safe_open
 
 from jaxvid.errors import UserError
+
+MAX_INFLATED, RATIO = 2**30, 4  # a .npz may fill this many bytes, or times its own size
 
 
 def read(path: str | Path, field: str = "weights") -> dict[str, np.ndarray]:
@@ -47,6 +50,11 @@ def take(
 
 
 def _npz(path):
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            size = sum(member.file_size for member in file.infolist())
+        if size > max(MAX_INFLATED, RATIO * path.stat().st_size):
+            raise ValueError(f"would fill {size / 2**30:.1f} GiB; weights hardly compress")
     loaded = np.load(path, allow_pickle=False)
     if not isinstance(loaded, np.lib.npyio.NpzFile):
         raise ValueError("one array without a name; save it with numpy.savez")

@@ -16,6 +16,7 @@ from configs import common
 from jaxvid import cli
 from jaxvid import config as config_lib
 from jaxvid.errors import UserError
+from jaxvid.runs import make_task
 
 ROOT = Path(__file__).parents[1]
 FILE = str(ROOT / "configs" / "ar_diffusion.py")
@@ -266,14 +267,38 @@ def test_save_and_load(tmp_path, config):
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
+NO_CONFIGS = (
+    *(b"", b"{", b"[1]", b"null", b"!!python/object:os.system\n", b'{"a": NaN}', b'{"a": 1e999}'),
+    *(b'{"a": 1, "a": 2}', b'{"a.b": 1}', b'{"a": {"b.c": 1}}', b'{"items": 1}', b'{"": 1}'),
+    *(b'{"a": "\xff\xfe"}', b'{"a": %s}' % (b"9" * 5000), b"[" * 10**4 + b"]" * 10**4),
+    b'{"a":' * 100 + b"1" + b"}" * 100,
+)
+
+
 def test_load_refuses_other_files(tmp_path):
     path = tmp_path / "config.json"
     with pytest.raises(UserError, match=r"config\.json: no such file"):
         config_lib.load(path)
-    for content in ("", "{", "[1]", "!!python/object:os.system\n"):
-        path.write_text(content)
+    for content in NO_CONFIGS:
+        path.write_bytes(content)
         with pytest.raises(UserError, match=r"config\.json: not a saved config"):
             config_lib.load(path)
+
+
+def test_a_saved_config_goes_on_with_its_run(entry, tmp_path, config):
+    path = tmp_path / "config.json"
+    config.steps = 7
+    config_lib.save(config, path)
+    shown = entry(show, f"--config={path}", "--config.data.flip")
+    assert shown == (0, f"{tmp_path} 7 True 128\n", "")
+    assert entry(show, f"--config={path}", "--workdir=x")[1] == "x 7 False 128\n"
+    assert "takes no options" in entry(show, f"--config={path}:size=s")[2]
+    assert (
+        "task.frames=16: differs from data.frames=9; set both"
+        in entry(show, f"--config={path}", "--config.data.frames=9")[2]
+    )
+    path.write_text("[1]")
+    assert entry(show, f"--config={path}")[2].count("\n") == 1
 
 
 def test_differences_names_fields_and_values():
@@ -284,6 +309,73 @@ def test_differences_names_fields_and_values():
         ("gone", 0, None),
         ("steps", 1, 2),
     ]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tree: tree.pop("log"), "^log: missing; add it"),
+        (lambda tree: tree["optim"].pop("lr"), r"^optim\.lr: missing; add it"),
+        (lambda tree: tree["optim"].update(lrr=1.0), r"^optim\.lrr: no such field here"),
+        (lambda tree: tree.update(task=(1,)), r"^task=\(1,\): must be a section of fields"),
+        (lambda tree: tree.update(seed=None), "^seed=None: must be of type int"),
+        (lambda tree: tree.update(steps=True), "^steps=True: must be of type int"),
+        (lambda tree: tree["data"].update(path=1), r"^data\.path=1: must be of type str"),
+        (lambda tree: tree["optim"].update(lr="1"), r"^optim\.lr='1': must be of type float"),
+        (lambda tree: tree["optim"].update(weight_decay=float("inf")), r"weight_decay=inf: must"),
+        (
+            lambda tree: tree["task"].update(snr_clip=float("nan")),
+            r"^task\.snr_clip=nan: must be",
+        ),
+        (lambda tree: tree["optim"].update(clip=1e300), r"^optim\.clip=1e\+300: must be"),
+        (
+            lambda tree: tree["data"].update(workers=10**9),
+            r"^data\.workers=.*at most 1024",
+        ),
+        (
+            lambda tree: tree["data"].update(batch_size=10**12),
+            r"^data\.batch_size=.*: must be at",
+        ),
+        (lambda tree: tree["data"].update(difficulty=-1.0), r"^data\.difficulty=-1.0: must lie"),
+        (
+            lambda tree: (tree["sample"].update(num=2**20), tree["data"].update(size=4096)),
+            r"^sample\.num=1048576, data\.frames=16, data\.size=4096: samples take about",
+        ),
+    ],
+)
+def test_validate_checks_the_form_of_every_field(config, change, message):
+    tree = config.to_dict()
+    change(tree)
+    with pytest.raises(UserError, match=message):
+        config_lib.validate(ConfigDict(tree))
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("task.noise.num_steps", 10**12, "^task.noise.num_steps=1000000000000: must be at most"),
+        ("task.model.depth", 10**6, "^task.model.depth=1000000: must be at most 256"),
+        ("task.model.width", 10**9, "^task.model.width=1000000000: must be at most"),
+        ("task.model.mlp_ratio", 1e9, "^task.model.mlp_ratio=1000000000.0: must be at most 1024"),
+        ("task.model.mixer.window", 10**9, "^task.model.mixer.window=.*: must be at most"),
+        ("task.condition.num_classes", -1, "^task.condition.num_classes=-1: must be at least 0"),
+        ("task.sampler.block", -1, "^task.sampler.block=-1: must be at least 1"),
+        ("task.sampler.steps", "10", "^task.sampler.steps='10': must be of type int"),
+        ("task.model.qk_norm", 1, "^task.model.qk_norm=1: must be of type bool"),
+        ("task.model.depthh", 1, "^task.model.depthh: no such field here"),
+        ("task.prediction", None, "^task.prediction=None: must be of type str"),
+        ("task.model", (1,), r"^task.model=\(1,\): must be of type Mapping"),
+    ],
+)
+def test_tasks_check_what_they_are_built_of(config, field, value, message):
+    tree = config.to_dict()
+    section = tree
+    *sections, name = field.split(".")
+    for inner in sections:
+        section = section[inner]
+    section[name] = value
+    with pytest.raises(UserError, match=message):
+        make_task(ConfigDict(tree).task)
 
 
 FROM_ONE = (

@@ -15,7 +15,9 @@ import pytest
 
 from jaxvid import data
 from jaxvid.data import clips, processes, shards, video
+from jaxvid.data.source import digest_of
 from jaxvid.errors import UserError
+from jaxvid.schema import OPEN
 from tests.videos import data_config, frame_numbers, prepare_here, write_clip, write_hostile
 
 set_config = functools.partial(data_config, "array_record")
@@ -40,6 +42,8 @@ def write_clips(folder, count, frames):
 
 def test_the_manifest(made):
     manifest = json.loads((made / "dataset.json").read_text())
+    digest = manifest.pop("digest")
+    assert digest == digest_of(manifest)
     parts = [manifest["splits"][split].pop("shards") for split in ("train", "validation")]
     assert manifest == {
         "schema": 1,
@@ -69,6 +73,10 @@ def test_the_digest_is_of_the_set_and_not_of_its_place(made, tmp_path):
     assert first.digest == second.digest != ""
     change = json.loads((made / "dataset.json").read_text())
     change["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
+    (tmp_path / "copy" / "dataset.json").write_text(json.dumps(change))
+    with pytest.raises(UserError, match=r"dataset.json differs from what was written; copy or"):
+        data.make_source(set_config(tmp_path / "copy"), "train")
+    del change["digest"]  # as in sets of earlier versions
     (tmp_path / "copy" / "dataset.json").write_text(json.dumps(change))
     assert data.make_source(set_config(tmp_path / "copy"), "train").digest != first.digest
 
@@ -172,6 +180,9 @@ def test_other_files_are_never_removed(tmp_path):
         ({"size": 47}, "size=47: H.264 needs an even number"),
         ({"size": 0}, "size=0: must be at least 1"),
         ({"frames": 0}, "frames=0: must be at least 1"),
+        ({"size": 10**6}, "size=1000000: must be at most 8192"),
+        ({"frames": 10**9}, "frames=1000000000: must be at most 1048576"),
+        ({"frames": 10**6, "size": 8192}, "size=8192, frames=1000000: frames of a clip take about"),
         ({"fps": -1.0}, "fps=-1.0: must lie in"),
         ({"src": "/nowhere"}, "src='/nowhere': no such directory"),
         ({"out": "/proc/set"}, "out=/proc/set: No such file or directory; make room"),
@@ -312,12 +323,20 @@ def first_shard(**changes):
         (first_shard(file="../../etc/passwd"), "'../../etc/passwd', which is not a plain file"),
         (first_shard(file="lost.array_record"), "shard lost.array_record has no bytes"),
         (first_shard(bytes=1), "says 1"),
+        (
+            lambda manifest: manifest["splits"]["train"].update(records=9),
+            "hold 8 records, .* says 9",
+        ),
+        (lambda manifest: manifest.update(frames="8"), r"\(frames='8': must be a whole number"),
+        (lambda manifest: manifest.update(classes=[None]), r"\(classes.0=None: must be of type"),
+        (lambda manifest: manifest.pop("splits"), r"bad dataset.json \(splits: missing"),
     ],
 )
 def test_a_manifest_is_not_trusted(made, tmp_path, change, message):
     changed = shutil.copytree(made, tmp_path / "set")
     manifest = json.loads((changed / "dataset.json").read_text())
     change(manifest)
+    manifest["digest"] = digest_of({k: v for k, v in manifest.items() if k != "digest"})
     (changed / "dataset.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=message):
         data.make_source(set_config(changed), "train")
@@ -344,7 +363,7 @@ def test_windows_beyond_the_set_are_refused(made):
 
 def test_a_broken_record_is_named(made, monkeypatch):
     source = data.make_source(set_config(made), "train")
-    header, chunk = shards.unpack(source._records[0])
+    header, chunk = shards.unpack(source._records[0], {OPEN: None})
     for record in (b"", shards.pack(header, chunk[:40])):
         monkeypatch.setattr(source, "_records", [record])
         with pytest.raises(UserError, match=r"^clip=(record 0|(cats|dogs)/\d)"):

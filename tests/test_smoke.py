@@ -25,6 +25,7 @@ SMALL = (
     "--config.task.model.heads=2",
     "--config.task.sampler.steps=2",
     "--config.task.sampler.s=2",
+    "--config.optim.warmup=1",
     "--config.evaluate.batches=1",
     "--config.sample.num=2",
     "--config.log.every=1",

@@ -135,6 +135,8 @@ def test_names_need_not_be_utf_8(tmp_path):
         ({"frames": 6}, "frames=6: .* use 5 or 7"),
         ({"size": 10}, "size=10: .*does not divide frames of 10 x 10"),
         ({"batch": 0}, "batch=0: must be at least 1"),
+        ({"batch": 10**9}, "batch=1000000000: must be at most 1048576"),
+        ({"batch": 10**6, "size": 1020}, "batch=1000000, frames=5, size=1020: clips take about"),
         ({"src": "/nowhere"}, "src='/nowhere': no such directory"),
         ({"workdir": "/nowhere"}, "workdir=/nowhere: /nowhere/config.json: no such file"),
         ({"fps": -1}, "fps=-1: must lie"),

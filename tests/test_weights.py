@@ -1,6 +1,7 @@
 """Weight files: both formats are read, and everything else is refused."""
 
 import json
+import resource
 import struct
 import zipfile
 
@@ -117,6 +118,22 @@ def test_npz_of_anything_else_names_the_field(tmp_path):
         write(tmp_path / "w.npz")
         with pytest.raises(UserError, match=f"^--i3d=.*w.npz: damaged, or not .npz .*{words}"):
             weights.read(tmp_path / "w.npz", "--i3d")
+
+
+def test_an_npz_that_would_fill_the_memory_is_not_inflated(tmp_path):
+    """1.6 MB on the disk, 1.6 GB in memory."""
+    path = tmp_path / "w.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file, file.open("a.npy", "w") as out:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (1600 * 2**18,)}
+        np.lib.format.write_array_header_1_0(out, header)
+        for _ in range(1600):
+            out.write(bytes(2**20))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=r"would fill 1\.6 GiB"):
+        weights.read(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
+    np.savez_compressed(tmp_path / "zeros.npz", a=np.zeros(2**20))
+    assert weights.read(tmp_path / "zeros.npz")["a"].size == 2**20
 
 
 def test_digest_is_the_files_sha256(tmp_path):

@@ -262,6 +262,8 @@ class Latents(VideoTokenizer):
 
 def random_batch(config, size):
     """A batch of `size` clips of noise, of class 0 and with empty captions."""
+    with within("data"):
+        data.check_memory(config.data, size)
     shapes = data.batch_shapes(config.data, size)
     batch = {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items()}
     batch["video"] = np.random.default_rng(0).integers(0, 256, shapes["video"].shape, np.uint8)

@@ -4,27 +4,33 @@ The module jaxvid.data.<name> holds the source called <name>, a class `Source` w
 `jaxvid.data.source`. Errors name the fields of config.data without the section.
 """
 
-import importlib
-import pkgutil
 import time
 
 import numpy as np
 
-from jaxvid import checks
+from jaxvid import checks, memory, modules
 from jaxvid.data import source as source_lib
 from jaxvid.data.transforms import Window
 from jaxvid.errors import UserError
+
+MAX_CLIPS = 2**20  # of a batch or of samples
+MAX_LOADERS = 1024  # processes, and threads in each
+MAX_WORDS = 2**12  # of a caption
+MAX_WIDTH = 2**16  # of the embedding of a word
 
 
 def check(config) -> None:
     """Raise UserError for fields of config.data that no source accepts."""
     Window.of(config)  # frames, size, stride and crop
-    for field in ("batch_size", "threads", "text_width"):
-        checks.at_least(field, config[field], 1)
-    for field in ("workers", "text_tokens"):
-        checks.at_least(field, config[field], 0)
+    checks.at_least("batch_size", config.batch_size, 1, at_most=MAX_CLIPS)
+    checks.at_least("workers", config.workers, 0, at_most=MAX_LOADERS)
+    checks.at_least("threads", config.threads, 1, at_most=MAX_LOADERS)
+    checks.at_least("text_tokens", config.text_tokens, 0, at_most=MAX_WORDS)
+    checks.at_least("text_width", config.text_width, 1, at_most=MAX_WIDTH)
     if "fps" in config:
         checks.between("fps", config.fps, 0, 1000)
+    if "difficulty" in config:
+        checks.between("difficulty", config.difficulty, 0, 1)
     if "num_clips" in config:
         checks.between("num_clips", config.num_clips, 1, 2**31 - 1)
 
@@ -32,11 +38,7 @@ def check(config) -> None:
 def make_source(config, split: str) -> source_lib.Source:
     """The source of config.name for split "train" or "validation". Raises UserError."""
     checks.choose("split", split, source_lib.SPLITS)
-    found = _find(config.name)
-    if found is None:
-        names = (module.name for module in pkgutil.iter_modules(__path__))
-        checks.choose("name", config.name, [name for name in names if _find(name)])
-    source = found(config, split)
+    source = modules.find(__name__, config.name, source_lib.Source)(config, split)
     remedy = f"the source {config.name} has a rate of its own; use 0, or prepare with another --fps"
     asked = config.get("fps", 0.0)
     checks.require(asked in (0, source.fps), "fps", asked, remedy)
@@ -50,19 +52,6 @@ def make_source(config, split: str) -> source_lib.Source:
 def clip_rate(config) -> float:
     """Frames per second of the clips of config.data; 0.0 if they have the rates of their files."""
     return config.get("fps", 0.0) / config.stride
-
-
-def _find(name):
-    """The class Source of the module jaxvid.data.<name>, or None."""
-    path = f"{__name__}.{name}"
-    try:
-        module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if not f"{path}.".startswith(f"{error.name}."):  # an import in the module fails
-            raise
-        return None
-    found = vars(module).get("Source")
-    return None if found is source_lib.Source else found
 
 
 def make_iterator(
@@ -93,6 +82,7 @@ def make_iterator(
     checks.at_least("batch_size", batch_size, 1)
     if batch_size % process_count:
         raise UserError(f"batch_size={batch_size}: must be a multiple of the {process_count} hosts")
+    check_memory(config, batch_size // process_count)
     return pipeline.iterate(
         make_source(config, split),
         config,
@@ -101,7 +91,15 @@ def make_iterator(
         batch_size=batch_size,
         process_index=process_index,
         process_count=process_count,
+        waiting=waiting_batches(config),
     )
+
+
+def row(source, config) -> dict:
+    """A row of the batches of a source, as `make_iterator` yields them: that of its first clip."""
+    from jaxvid.data import pipeline  # here for the reason above
+
+    return pipeline.Load(source, config)(0)
 
 
 def batch_shapes(config, size: int) -> dict:
@@ -118,6 +116,19 @@ def batch_shapes(config, size: int) -> dict:
         shape = (size, config.text_tokens, config.text_width)
         batch["text"] = jax.ShapeDtypeStruct(shape, np.float32)
     return batch
+
+
+def check_memory(config, rows: int) -> None:
+    """Raise UserError unless the batches of `rows` clips of video that wait in memory fit there."""
+    clip = 3 * config.frames * config.size**2 + 4 * config.text_tokens * config.text_width
+    fields = f"batch_size={config.batch_size}, frames={config.frames}, size={config.size}"
+    batches = waiting_batches(config)
+    memory.require(fields, f"{batches} batches that are read ahead", batches * rows * clip)
+
+
+def waiting_batches(config) -> int:
+    """Batches that are read ahead: two for each thread keep it busy at little memory."""
+    return 2 * config.threads
 
 
 def throughput(config, seconds: float) -> float:

@@ -7,6 +7,7 @@ The header of a record holds name, chunk (its number in the clip) and label; see
 from jaxvid.data import shards, source, video
 from jaxvid.data.transforms import Window
 from jaxvid.errors import UserError
+from jaxvid.schema import Whole
 
 
 class Source(source.Source):
@@ -27,6 +28,8 @@ class Source(source.Source):
                 f"prepare with --size {config.size}"
             )
         self._frames, self._classes = manifest["frames"], manifest["classes"]
+        labels = Whole(0, max(len(self._classes) - 1, 0))
+        self._header = {"name": str, "chunk": Whole(), "label": labels}
         self.fps = float(manifest["fps"])
         self._records = shards.open_split(config.path, manifest, split)
         self.digest = source.digest_of(manifest)
@@ -37,21 +40,18 @@ class Source(source.Source):
         return len(self._records)
 
     def name(self, index):
-        header, _ = shards.unpack(self._records[index])
+        header, _ = shards.fetch(self._records, index, self._header)
         return f"{header['name']}#{header['chunk']}"
 
     def read(self, index, rng=None):
         """A window of chunk `index`: its start drawn with `rng`, or the middle without."""
         start = self._window.start(self._frames, rng)
         numbers = range(start, start + self._window.span, self._window.stride)
-        header = {"name": f"record {index}"}
+        header, chunk = shards.fetch(self._records, index, self._header)
         try:
-            header, chunk = shards.unpack(self._records[index])
             video_THWC = video.decode_chunk(chunk, numbers, self._window.size)
-        except (ValueError, RuntimeError) as error:  # the latter is of ArrayRecord
-            raise UserError(
-                f"clip={header['name']}: {error}; copy or prepare the set again"
-            ) from error
+        except video.VideoError as error:
+            raise UserError(f"clip={header['name']}: {error}; {shards.COPY}") from error
         return {
             "video": self._window.augment(video_THWC, rng),
             "label": header["label"],

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 from absl import logging
 
-from jaxvid import checks, files
+from jaxvid import checks, files, memory, schema
 from jaxvid.data import progress, video
-from jaxvid.data.transforms import Window
+from jaxvid.data.transforms import MAX_SIZE, Window
 from jaxvid.errors import UserError, printable
 
 VALIDATION_SHARE = 0.1
@@ -205,8 +205,16 @@ def _cache_file(root):
 def _load(cache):
     """{name: [stamp, Info as a dict or a reason]}; {} if the cache cannot be read."""
     try:
-        return json.loads(cache.read_text())
-    except (OSError, ValueError):
+        known = files.parse_json(cache.read_bytes())
+        schema.check("", known, {schema.OPEN: None})
+        for stamp_and_outcome in known.values():
+            _, outcome = stamp_and_outcome
+            if isinstance(outcome, dict):
+                schema.build(video.Info, outcome)
+            else:
+                schema.check("reason", outcome, str)
+        return known
+    except (OSError, TypeError, ValueError):
         return {}
 
 
@@ -224,8 +232,9 @@ def _save(cache, known):
 
 def check_cut(size: int, frames: int, fps: float) -> None:
     """Raise UserError unless videos can be cut into clips of these."""
-    checks.at_least("size", size, 1)
-    checks.at_least("frames", frames, 1)
+    checks.at_least("size", size, 1, at_most=MAX_SIZE)
+    checks.at_least("frames", frames, 1, at_most=video.MAX_FRAMES)
+    memory.require(f"size={size}, frames={frames}", "frames of a clip", 3 * frames * size**2)
     checks.require(0 <= fps <= 1000, "fps", fps, "must lie in [0, 1000]; 0 keeps the source's rate")
 
 

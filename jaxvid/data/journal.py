@@ -7,13 +7,20 @@ import pathlib
 import time
 from collections.abc import Sequence
 
-from jaxvid import files
+from jaxvid import files, schema
 from jaxvid.data import shards
 from jaxvid.data.source import SPLITS
 from jaxvid.errors import UserError
+from jaxvid.schema import Whole
 
 SAVE_SECONDS = 300.0  # between two saves of the progress, which happen between clips
 JOURNAL = "journal.json"
+# Earlier versions have no "part", as they saved between items only, and no "cut".
+FORM = {
+    **{"recipe": {schema.OPEN: None}, "done": Whole(), "part?": Whole()},
+    **{"records": {split: [Whole()] for split in SPLITS}},
+    **{"skipped": [{"name": str, "reason": str}], "cut?": [[str]]},
+}
 
 
 class Journal:
@@ -35,14 +42,13 @@ class Journal:
             shards.clear(folder)
             folder.mkdir(parents=True)
             return
-        found = json.loads(self._path.read_text())
+        found = self._load(folder)
         changed = [name for name in recipe if found["recipe"].get(name) != recipe[name]]
         if changed:
             raise UserError(
                 f"out={folder}: holds the beginning of another set (with another "
                 f"{', '.join(changed)}); remove it, or repeat the command that began it"
             )
-        # Journals of earlier versions have no "part", as they were only saved between items.
         self.done, self.clips, self.records = found["done"], found.get("part", 0), found["records"]
         self.skipped = [(entry["name"], entry["reason"]) for entry in found["skipped"]]
         self.cut = list(map(tuple, found.get("cut", [])))
@@ -50,6 +56,20 @@ class Journal:
             for path in folder.glob(f"{split}-?????"):
                 if int(path.name[-5:]) >= len(self.records[split]):
                     path.unlink()
+
+    def _load(self, folder):
+        """The saved progress. Raises UserError if it is damaged."""
+        try:
+            found = files.parse_json(self._path.read_bytes())
+            schema.check("", found, FORM)
+            if found["done"] > len(self._items):
+                raise ValueError(f"done={found['done']}: there are {len(self._items)} items")
+            return found
+        except ValueError as error:
+            raise UserError(
+                f"out={folder}: its {JOURNAL} is damaged ({error}); remove the folder and begin "
+                "again"
+            ) from error
 
     def save(self, done: int, clips: int, writers: dict, always: bool = False) -> None:
         """If it is time, or `always`, close the shards of {split: Shards} and save the progress."""

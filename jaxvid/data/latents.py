@@ -5,12 +5,15 @@ of the mirrored clip if the set has them, and, for validation, the frames as raw
 header holds name, label and caption; see `jaxvid.data.shards`.
 """
 
+import math
+
 import numpy as np
 
 from jaxvid import checks
 from jaxvid.data import shards, source, video
 from jaxvid.data.transforms import Window
 from jaxvid.errors import UserError
+from jaxvid.schema import Whole
 
 
 class Source(source.Source):
@@ -31,6 +34,9 @@ class Source(source.Source):
         self._shape = (1 + self._mirrored, *manifest["shape"])
         self._latents = 1 + (config.frames - 1) // manifest["frames_per_latent"]
         self._field = "tokens" if self._dtype.kind in "iu" else "latents"
+        self._has_frames = split == "validation"
+        labels = Whole(0, max(manifest["num_classes"] - 1, 0))
+        self._header = {"name": str, "label": labels, "caption": str}
         self.fps = float(manifest["fps"])
         self._records = shards.open_split(config.path, manifest, split)
         self.digest = source.digest_of(manifest)
@@ -41,24 +47,24 @@ class Source(source.Source):
         return len(self._records)
 
     def name(self, index):
-        header, _ = shards.unpack(self._records[index])
-        return header["name"]
+        return shards.fetch(self._records, index, self._header)[0]["name"]
 
     def read(self, index, rng=None):
         """The start of clip `index`; with `flip` and an rng, half of the clips are mirrored."""
         is_mirrored = self._flip and rng is not None and rng.random() < 0.5
-        header = {"name": f"record {index}"}
+        header, content = shards.fetch(self._records, index, self._header)
+        example = {"label": header["label"], "caption": header["caption"]}
         try:
-            header, content = shards.unpack(self._records[index])
-            stored = np.frombuffer(content, self._dtype, int(np.prod(self._shape)))
+            stored = np.frombuffer(content, self._dtype, math.prod(self._shape))
             frames = content[stored.nbytes :]
-            example = {"label": header["label"], "caption": header["caption"]}
+            if not np.isfinite(stored).all():
+                raise ValueError("holds latents that are not finite")
+            if bool(frames) != self._has_frames:
+                raise ValueError(f"holds {len(content)} bytes, not those of its kind")
             if frames:
                 example["video"] = video.decode_chunk(frames, range(self._frames), self._size)
-        except (ValueError, RuntimeError) as error:  # the latter is of ArrayRecord
-            raise UserError(
-                f"clip={header['name']}: {error}; copy the set or encode it again"
-            ) from error
+        except ValueError as error:
+            raise UserError(f"clip={header['name']}: {error}; {shards.COPY}") from error
         clip = stored.reshape(self._shape)[int(is_mirrored), : self._latents]
         example[self._field] = clip.astype(np.int32 if self._field == "tokens" else np.float32)
         return example
@@ -66,6 +72,11 @@ class Source(source.Source):
 
 def _check(config, manifest):
     """Raise UserError if a window needs other frames or pixels than the encoded ones."""
+    latents = 1 + (manifest["frames"] - 1) // manifest["frames_per_latent"]
+    channels = 1 if manifest["dtype"] == "float32" else 0
+    fits = manifest["shape"][:1] == [latents] and len(manifest["shape"]) == 2 + channels
+    remedy = f"dataset.json states latents of the shape {manifest['shape']}; {shards.COPY}"
+    checks.require(fits, "path", config.path, remedy)
     frames, most, group = config.frames, manifest["frames"], manifest["frames_per_latent"]
     fitting = min(frames, most) - (min(frames, most) - 1) % group
     stored = f"the set stores {most} frames, the first alone and then {group} in a latent"

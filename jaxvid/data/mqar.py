@@ -12,6 +12,7 @@ from jaxvid.data import source
 from jaxvid.errors import UserError
 
 BLANK = 0
+MAX_VOCABULARY = 2**16  # symbols: two bytes of a colour
 VALIDATION_CLIPS = 1024
 _POWER = 0.01  # a gap before a query has probability gap^(_POWER - 1): mostly short, some long
 
@@ -39,7 +40,7 @@ class Source(source.Source):
         self._split, self._frames, self._size = split, config.frames, config.size
         self._vocabulary, self._pairs = config.vocabulary, tuple(config.pairs)
         self._count = config.num_clips if split == "train" else VALIDATION_CLIPS
-        checks.between("vocabulary", self._vocabulary, 4, 2**16)
+        checks.between("vocabulary", self._vocabulary, 4, MAX_VOCABULARY)
         checks.require(self._vocabulary % 2 == 0, "vocabulary", self._vocabulary, "must be even")
         checks.at_least("frames", self._frames, 3)  # a pair and its query
         checks.whole_numbers("pairs", self._pairs)

@@ -8,7 +8,7 @@ from jaxvid.data import text
 ARRAYS = ("video", "latents", "tokens")  # fields of an example that go into the batch as they are
 
 
-class _Load:
+class Load:
     """Index -> one row of a batch. The rng depends on the position in the global order alone."""
 
     def __init__(self, source, config):
@@ -47,9 +47,9 @@ class _ContiguousRows(grain.MapDataset):
         return self._parent[batch * self._batch_size + host * rows_per_host + row]
 
 
-def iterate(source, config, *, split, seed, batch_size, process_index, process_count):
-    """The iterator of `data.make_iterator` over the examples of a source."""
-    load = _Load(source, config)
+def iterate(source, config, *, split, seed, batch_size, process_index, process_count, waiting):
+    """The iterator of `data.make_iterator` over a source; `waiting` batches are read ahead."""
+    load = Load(source, config)
     order = grain.MapDataset.range(len(source)).seed(seed)
     if split == "train":
         rows = order.shuffle().repeat().random_map(load)
@@ -61,9 +61,8 @@ def iterate(source, config, *, split, seed, batch_size, process_index, process_c
             _ContiguousRows(rows, batch_size, process_count),
             batch_size,
             grain.sharding.ShardOptions(process_index, process_count),
-            # The buffer counts batches; two for each thread keep it busy at little memory.
             read_options=grain.ReadOptions(
-                num_threads=config.threads, prefetch_buffer_size=2 * config.threads
+                num_threads=config.threads, prefetch_buffer_size=waiting
             ),
             multiprocessing_options=workers,
         )

@@ -18,12 +18,37 @@ from collections.abc import Iterable, Iterator
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from jaxvid.errors import UserError
+from jaxvid import files, schema
+from jaxvid.data.source import digest_of
+from jaxvid.data.transforms import MAX_SIZE
+from jaxvid.errors import UserError, shown
+from jaxvid.schema import Choice, Real, Whole
 
 SCHEMA = 1
 MANIFEST = "dataset.json"
+MAX_FRAMES = 2**20  # of a clip, as many as a file may have
 COMMANDS = {"h264": "jaxvid.prepare", "latents": "jaxvid.tokenize"}  # codec -> its command
 SHARD_BYTES = 2**28
+COPY = "copy or prepare the set again"
+
+# The form of dataset.json: what all sets have, and those of each codec. Sets of earlier versions
+# have no "cut".
+_FILES = [{"name": str, "reason": str}]
+_SHARD = {"file": str, "records": Whole(), "bytes": Whole(), "sha256": str}
+_SPLIT = {"clips?": Whole(), "records": Whole(), "shards": [_SHARD]}
+FORM = {
+    **{"schema": int, "codec": str, "splits": {"train": _SPLIT, "validation": _SPLIT}},
+    **{"skipped": _FILES, "cut?": _FILES, "digest?": str},
+    **{"size": Whole(1, MAX_SIZE), "frames": Whole(1, MAX_FRAMES), "fps": Real(0, 1000)},
+}
+FORMS = {
+    "h264": {"classes": [str]},
+    "latents": {
+        **{"dtype": Choice("uint16", "int32", "float32"), "shape": [Whole(1, 2**24)]},
+        **{"frames_per_latent": Whole(1, MAX_FRAMES), "mirrored": bool},
+        **{"src": str, "tokenizer": str, "num_classes": Whole(), "captions": bool},
+    },
+}
 # Files in the folder where a set grows.
 _OWN = re.compile(r"(train|validation)-\d{5}.*|(dataset|journal)\.json(\.tmp\d+)?")
 
@@ -34,60 +59,95 @@ def pack(header: dict, content: bytes) -> bytes:
     return struct.pack("<I", len(text)) + text + content
 
 
-def unpack(record: bytes) -> tuple[dict, bytes]:
-    """Record -> (header, content); ValueError if it is not a record."""
+def unpack(record: bytes, form: dict) -> tuple[dict, bytes]:
+    """Record -> (header, content); ValueError if it is not a record or its header has no `form`."""
     if len(record) < 4:
         raise ValueError("is too short for a record")
     (length,) = struct.unpack_from("<I", record)
-    return json.loads(record[4 : 4 + length]), record[4 + length :]
+    if length > len(record) - 4:
+        raise ValueError(f"is too short for a header of {length} bytes")
+    header = files.parse_json(record[4 : 4 + length])
+    schema.check("", header, form)
+    return header, record[4 + length :]
+
+
+def fetch(records, index: int, form: dict) -> tuple[dict, bytes]:
+    """`unpack` of a record of `open_split`. Raises UserError for a damaged one."""
+    try:
+        return unpack(records[index], form)
+    except (ValueError, RuntimeError) as error:  # the latter is of ArrayRecord
+        reason = str(error).partition(" (")[0]
+        raise UserError(f"clip=record {index}: {reason}; {COPY}") from error
 
 
 # Reading
 
 
 def read_manifest(path: str, codec: str) -> dict:
-    """The dataset.json of a directory. Raises UserError unless it has this schema and codec.
+    """The dataset.json of a directory, without its digest.
+
+    Raises UserError unless it has this schema and codec, and is as it was written.
 
     codec: of the records, "h264" (`jaxvid.prepare`) or "latents" (`jaxvid.tokenize`).
     """
     remedy = f"write it with python -m {COMMANDS[codec]}"
     try:
-        manifest = json.loads(pathlib.Path(path, MANIFEST).read_text())
+        manifest = files.parse_json(pathlib.Path(path, MANIFEST).read_bytes())
     except FileNotFoundError:
         raise UserError(f"path={str(path)!r}: holds no {MANIFEST}; {remedy}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"path={str(path)!r}: bad {MANIFEST} ({error}); {remedy}") from error
-    schema = manifest.get("schema") if isinstance(manifest, dict) else None
-    if schema != SCHEMA:
+    number = manifest.get("schema") if isinstance(manifest, dict) else None
+    if number != SCHEMA:
         raise UserError(
-            f"path={str(path)!r}: {MANIFEST} has schema {schema}, not {SCHEMA}; {remedy} again"
+            f"path={str(path)!r}: {MANIFEST} has schema {number}, not {SCHEMA}; {remedy} again"
         )
-    if manifest["codec"] != codec:
-        raise UserError(f"path={str(path)!r}: holds {manifest['codec']}, not {codec}; {remedy}")
+    found = manifest.get("codec")
+    if found != codec:
+        raise UserError(f"path={str(path)!r}: holds {found}, not {codec}; {remedy}")
+    try:
+        schema.check("", manifest, {**FORM, **FORMS[codec]})
+    except UserError as error:
+        raise UserError(f"path={str(path)!r}: bad {MANIFEST} ({error}); {remedy} again") from error
+    digest = manifest.pop("digest", None)  # sets of earlier versions have none
+    if digest not in (None, digest_of(manifest)):
+        raise UserError(f"path={str(path)!r}: {MANIFEST} differs from what was written; {COPY}")
     return manifest
 
 
 def open_split(path: str, manifest: dict, split: str):
     """The records of a split, by index.
 
-    Raises UserError for a shard name with a directory in it and for a file of the wrong size.
+    Raises UserError for a shard name with a directory in it, for a file of the wrong size, and for
+    another number of records. ArrayRecord verifies each record when it is read.
     """
-    paths = []
-    for shard in manifest["splits"][split]["shards"]:
+    paths, entry = [], manifest["splits"][split]
+    for shard in entry["shards"]:
         file = pathlib.Path(path, shard["file"])
-        if file.name != shard["file"]:
+        if file.name != shard["file"] or len(file.name) > 255 or "\0" in file.name:
             raise UserError(
-                f"path={str(path)!r}: {MANIFEST} names the shard {shard['file']!r}, "
+                f"path={str(path)!r}: {MANIFEST} names the shard {shown(shard['file'])}, "
                 "which is not a plain file name; do not trust this set"
             )
         size = file.stat().st_size if file.is_file() else "no"
         if size != shard["bytes"]:
             raise UserError(
                 f"path={str(path)!r}: shard {file.name} has {size} bytes, "
-                f"{MANIFEST} says {shard['bytes']}; copy or prepare the set again"
+                f"{MANIFEST} says {shard['bytes']}; {COPY}"
             )
         paths.append(str(file))
-    return ArrayRecordDataSource(paths) if paths else []
+    try:
+        records = ArrayRecordDataSource(paths) if paths else []
+        count = len(records)
+    except RuntimeError as error:
+        reason = str(error).partition(" (")[0]
+        raise UserError(f"path={str(path)!r}: {reason}; {COPY}") from error
+    if count != entry["records"]:
+        raise UserError(
+            f"path={str(path)!r}: the shards of {split} hold {count} records, {MANIFEST} says "
+            f"{entry['records']}; {COPY}"
+        )
+    return records
 
 
 # Writing
@@ -203,7 +263,8 @@ def write_manifest(
     manifest = {"schema": SCHEMA, "codec": codec, **fields, "splits": splits}
     manifest["skipped"] = [{"name": name, "reason": reason} for name, reason in skipped]
     manifest["cut"] = [{"name": name, "reason": reason} for name, reason in cut]
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    written = {**manifest, "digest": digest_of(manifest)}
+    (folder / MANIFEST).write_text(json.dumps(written, indent=1))
     return manifest
 
 

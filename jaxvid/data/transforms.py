@@ -7,6 +7,10 @@ import numpy as np
 
 from jaxvid import checks
 
+MAX_FRAMES = 2**14  # of a clip that is trained on
+MAX_SIZE = 2**13  # pixels
+MAX_STRIDE = 2**20  # frames, as many as a file may have
+
 
 @dataclasses.dataclass(frozen=True)
 class Window:
@@ -21,8 +25,8 @@ class Window:
     @classmethod
     def of(cls, config) -> "Window":
         """The window of config.data; raises UserError for values outside their bounds."""
-        for field in ("frames", "size", "stride"):
-            checks.at_least(field, config[field], 1)
+        for field, most in (("frames", MAX_FRAMES), ("size", MAX_SIZE), ("stride", MAX_STRIDE)):
+            checks.at_least(field, config[field], 1, at_most=most)
         checks.choose("crop", config.crop, ("random", "center"))
         return cls(config.frames, config.size, config.stride, config.crop == "random", config.flip)
 

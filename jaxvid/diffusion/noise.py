@@ -14,6 +14,7 @@ from jaxvid import checks
 
 PREDICTIONS = ("x0", "eps", "v")
 WEIGHTS = ("uniform", "x0", "min_snr", "fused_snr")
+MAX_STEPS = 10**6  # noise levels
 FUSED_SNR_DECAY = 0.96  # per frame, of the SNR that earlier frames add
 
 
@@ -169,7 +170,7 @@ def make_noise_schedule(
     Raises UserError for an unknown name, fewer than 2 steps, and a shift of another schedule than
     flow.
     """
-    checks.at_least("num_steps", num_steps, 2)
+    checks.at_least("num_steps", num_steps, 2, at_most=MAX_STEPS)
     checks.choose("name", name, (*_SIGNAL_POWER, "flow"))
     if name == "flow":
         checks.positive("shift", shift)

@@ -14,6 +14,7 @@ from jaxvid.errors import within
 from jaxvid.parallel.multihost import to_global, to_host
 from jaxvid.parallel.sharding import batch_sharding, replicated
 from jaxvid.tasks.base import Run
+from jaxvid.training import memory
 from jaxvid.training.state import EVALUATE, SAMPLE, step_rng
 
 
@@ -24,7 +25,7 @@ class HeldOut:
     """
 
     def __init__(self, task, config, mesh, iterator):
-        self.task, self.config = task, config
+        self.task, self.config, self.mesh = task, config, mesh
         self.iterator, self.start = iterator, iterator.get_state()
         whole = replicated(mesh)
         parts = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -39,9 +40,13 @@ class HeldOut:
         """
         rng = jax.random.key(0)
         with within("task"):
-            jax.eval_shape(self._sample, weights, frozen, batch)
-            scores = jax.eval_shape(self._score, weights, batch, rng, frozen=frozen)
-            return list(self._without_baselines(jax.eval_shape(self.task.pool, scores)))
+            sample = self._sample.trace(weights, frozen, batch)
+            score = self._score.trace(weights, batch, rng, frozen=frozen)
+            metrics = jax.eval_shape(self.task.pool, score.out_info)
+        num, size = self.config.sample.num, self.config.data.batch_size
+        memory.check_program(f"sample.num={num}", weights, sample.jaxpr, self.mesh)
+        memory.check_program(f"data.batch_size={size}", weights, score.jaxpr, self.mesh)
+        return list(self._without_baselines(metrics))
 
     def batches(self, limit: int) -> Iterator[tuple[Any, dict, list[int]]]:
         """Yield (rng, global batch, its rows with new clips), at most `limit`, while any is new."""

@@ -15,6 +15,7 @@ from jaxvid import checks
 CONTEXT = -1
 EMPTY = np.iinfo(np.int32).max
 NOISY = 2**30
+MAX_WINDOW = 2**20  # frames
 
 
 def causal(window: int | None = None, sinks: int = 0) -> Callable:
@@ -49,13 +50,13 @@ def teacher_forced(window: int | None = None, sinks: int = 0) -> Callable:
 
 
 def check_window(window: int | None):
-    """Raise UserError for a window below 1.
+    """Raise UserError for a window below 1, or that no memory holds.
 
-    A query would see not even itself. Softmax over equally masked scores is uniform, so the query
-    would see the future.
+    In a window of 0 a query would see not even itself. Softmax over equally masked scores is
+    uniform, so the query would see the future.
     """
     if window is not None:
-        checks.at_least("window", window, 1)
+        checks.at_least("window", window, 1, at_most=MAX_WINDOW)
 
 
 def full(q, k):

@@ -33,6 +33,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from jaxvid import schema
 from jaxvid.checks import at_least, choose, require
 from jaxvid.mixers.aaren import Aaren
 from jaxvid.mixers.alibi import Alibi
@@ -53,6 +54,9 @@ MIXERS: dict[str, type[nn.Module]] = {
     "aaren": Aaren,
     "routing": Routing,
 }
+MAX_DEPTH = 256  # layers, each of which is traced where they are not scanned
+MAX_WIDTH = 2**20  # channels
+MAX_RATIO = 1024  # hidden units of an MLP, in widths
 _SHARED = ("width", "heads", "grid", "qk_norm", "dtype", "name", "parent")
 
 
@@ -63,13 +67,13 @@ def make_mixer(options: Mapping[str, Any], **shared) -> nn.Module:
     bounds. The fields are named as in `options`.
     """
     own = dict(options)
-    name = own.pop("name")
+    name = own.pop("name", "")
     choose("name", name, MIXERS)
     known = {field.name for field in dataclasses.fields(MIXERS[name])}.difference(_SHARED)
     for option, value in own.items():
         remedy = "choose a mixer behind the colon of --config, as in mixer"
         require(option in known, option, value, f"{name} has no such option; {remedy}={name}")
-    return MIXERS[name](**own, **shared)
+    return schema.build(MIXERS[name], own, **shared)
 
 
 def check_options(options: Mapping[str, Any], heads: int) -> None:
@@ -77,11 +81,17 @@ def check_options(options: Mapping[str, Any], heads: int) -> None:
     make_mixer(options, width=2 * heads, heads=heads, parent=None)
 
 
+def check_depth(field: str, depth: int) -> None:
+    """Raise UserError for a number of layers that no model has."""
+    at_least(field, depth, 1, at_most=MAX_DEPTH)
+
+
 def check_heads(width: int, heads: int) -> None:
-    """Raise UserError unless `heads` divides `width` into heads of an even width each.
+    """Raise UserError unless `heads` divides a `width` that a model can have into even widths.
 
     Rotary positions turn channels in pairs.
     """
+    at_least("width", width, 1, at_most=MAX_WIDTH)
     at_least("heads", heads, 1)
     require(
         width % heads == 0 and width // heads % 2 == 0,

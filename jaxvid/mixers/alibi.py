@@ -36,7 +36,7 @@ class Alibi(nn.Module):
 
     def __post_init__(self):
         masks.check_window(self.window)
-        at_least("sinks", self.sinks, 0)
+        at_least("sinks", self.sinks, 0, at_most=masks.MAX_WINDOW)
         super().__post_init__()
 
     @property

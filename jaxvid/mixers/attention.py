@@ -46,7 +46,7 @@ class Attention(nn.Module):
 
     def __post_init__(self):
         masks.check_window(self.window)
-        at_least("sinks", self.sinks, 0)
+        at_least("sinks", self.sinks, 0, at_most=masks.MAX_WINDOW)
         choose("positions", self.positions, POSITIONS)
         choose("mask", self.mask, MASKS)
         super().__post_init__()

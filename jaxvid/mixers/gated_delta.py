@@ -14,6 +14,7 @@ from jaxvid.layers.linear import Linear
 from jaxvid.mixers.recurrent import Recurrent, unit_length
 from jaxvid.parallel.sharding import shard
 
+MAX_CONV = 256  # frames, each of which is a product in the program
 _FASTEST, _SLOWEST = 1.6, 1e-3  # -log of the decay per frame at initialisation, over all heads
 
 
@@ -38,7 +39,7 @@ class GatedDelta(Recurrent):
     conv: int = 4
 
     def __post_init__(self):
-        at_least("conv", self.conv, 1)
+        at_least("conv", self.conv, 1, at_most=MAX_CONV)
         super().__post_init__()
 
     def prefill(self, context_BMD, tokens: int):

@@ -14,6 +14,7 @@ from jaxvid.mixers.recurrent import LOG_ZERO, Recurrent
 from jaxvid.parallel.sharding import shard
 
 GATE_RANK = 128  # of the projection to the output gate; the width if that is less
+MAX_TPE = 256
 _SLOWEST = 4.0  # logit of the slowest decay of MD-TPE at initialisation: 0.98 per step
 
 
@@ -53,7 +54,7 @@ class LightNet(Recurrent):
     tpe: int = 2
 
     def __post_init__(self):
-        at_least("tpe", self.tpe, 0)
+        at_least("tpe", self.tpe, 0, at_most=MAX_TPE)
         super().__post_init__()
 
     def prefill(self, context_BMD, tokens: int):

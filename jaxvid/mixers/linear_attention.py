@@ -78,7 +78,7 @@ class Lightning(_MatrixMemory):
     layers: int = 1
 
     def __post_init__(self):
-        at_least("layers", self.layers, 1)
+        at_least("layers", self.layers, 1, at_most=2**20)
         between("layer", self.layer, 0, self.layers - 1)
         decay_slopes(self.slopes, self.heads, self.layer, self.layers)
         super().__post_init__()

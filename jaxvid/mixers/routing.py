@@ -11,6 +11,8 @@ from jaxvid.layers.bias import MASKED
 from jaxvid.mixers.recurrent import Recurrent, unit_length
 from jaxvid.parallel.sharding import shard
 
+MAX_CLUSTERS, MAX_MEMBERS = 2**12, 2**16
+
 
 class State(NamedTuple):
     """The readable members of every cluster, in rings of M slots.
@@ -50,8 +52,8 @@ class Routing(Recurrent):
     members: int = 32
 
     def __post_init__(self):
-        at_least("clusters", self.clusters, 1)
-        at_least("members", self.members, 1)
+        at_least("clusters", self.clusters, 1, at_most=MAX_CLUSTERS)
+        at_least("members", self.members, 1, at_most=MAX_MEMBERS)
         super().__post_init__()
 
     @nn.compact

@@ -15,10 +15,12 @@ from jaxvid.layers.embed import rotary_angles, rotate
 from jaxvid.layers.linear import Linear
 from jaxvid.layers.patch import patchify, unpatchify
 from jaxvid.mixers import cache as kv
+from jaxvid.mixers import check_depth
 from jaxvid.mixers.attention import Attention
 from jaxvid.models import blocks, stem
 from jaxvid.parallel.sharding import shard
 
+MAX_TOKENS = 2**16  # of a frame
 _normal = nn.initializers.normal(0.02)
 
 
@@ -146,8 +148,9 @@ class ARVAE(nn.Module):
 
     def __post_init__(self):
         blocks.check_layers(self.width, self.heads, self.mlp_ratio)
-        for field in ("patch", "tokens", "depth"):
-            checks.at_least(field, getattr(self, field), 1)
+        checks.at_least("patch", self.patch, 1)
+        checks.at_least("tokens", self.tokens, 1, at_most=MAX_TOKENS)
+        check_depth("depth", self.depth)
         if self.window is not None:
             checks.at_least("window", self.window, 1)
         super().__post_init__()

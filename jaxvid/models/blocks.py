@@ -20,7 +20,7 @@ from jaxvid.layers.bias import COSINE_SCALE, MASKED, CosineNorm, TableBias, atte
 from jaxvid.layers.conv import depthwise_conv3d
 from jaxvid.layers.embed import rotary_angles, rotate
 from jaxvid.layers.linear import Linear
-from jaxvid.mixers import check_heads, make_mixer
+from jaxvid.mixers import MAX_RATIO, check_depth, check_heads, make_mixer
 from jaxvid.parallel.sharding import shard
 
 LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5)
@@ -29,9 +29,9 @@ _xavier = nn.initializers.xavier_uniform()
 
 def check_layers(width: int, heads: int, mlp_ratio: float) -> None:
     """Raise UserError for sizes that no layer can have."""
-    checks.at_least("width", width, 1)
     check_heads(width, heads)
     checks.positive("mlp_ratio", mlp_ratio)
+    checks.at_least("mlp_ratio", mlp_ratio, 0, at_most=MAX_RATIO)
     checks.require(
         mlp_ratio * width >= 1,
         "mlp_ratio",
@@ -48,6 +48,7 @@ def check_blocks(field: str, blocks: str) -> None:
         blocks,
         "use a letter for each layer, t for all cells or w for windows",
     )
+    check_depth(f"{field}: layers", len(blocks))
 
 
 class FeedForward(nn.Module):

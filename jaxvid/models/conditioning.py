@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxvid.checks import at_least, choose
 
 KINDS = ("none", "class", "text")
+MAX_TOKENS, MAX_WIDTH = 2**12, 2**16
 
 
 class Conditioner(nn.Module):
@@ -25,11 +26,10 @@ class Conditioner(nn.Module):
 
     def __post_init__(self):
         choose("kind", self.kind, KINDS)
-        if self.kind != "none":
-            at_least("tokens", self.tokens, 1)
-            at_least("width", self.width, 1)
-        if self.kind == "class":
-            at_least("num_classes", self.num_classes, 1)
+        at_least("tokens", self.tokens, 1, at_most=MAX_TOKENS)
+        at_least("width", self.width, 1, at_most=MAX_WIDTH)
+        least = 1 if self.kind == "class" else 0
+        at_least("num_classes", self.num_classes, least, at_most=2**31 - 1)  # labels are int32
         super().__post_init__()
 
     @nn.compact

@@ -63,7 +63,7 @@ class CViViT(nn.Module):
         blocks.check_blocks("encode_blocks", self.encode_blocks)
         blocks.check_blocks("decode_blocks", self.decode_blocks)
         checks.at_least("window", self.window, 1)
-        checks.at_least("temporal_depth", self.temporal_depth, 1)
+        mixers.check_depth("temporal_depth", self.temporal_depth)
         checks.choose("position", self.position, POSITIONS)
         with within("mixer"):
             mixers.check_options(self.mixer, self.heads)

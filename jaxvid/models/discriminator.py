@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxvid import checks
 
+MAX_WIDTH = 2**14  # channels
 _leaky = functools.partial(nn.leaky_relu, negative_slope=0.2)
 
 
@@ -28,7 +29,7 @@ class PatchDiscriminator(nn.Module):
     layers: int = 3
 
     def __post_init__(self):
-        checks.at_least("width", self.width, 8)
+        checks.at_least("width", self.width, 8, at_most=MAX_WIDTH)
         super().__post_init__()
 
     @nn.compact
@@ -56,7 +57,7 @@ class StyleDiscriminator(nn.Module):
     width: int = 512
 
     def __post_init__(self):
-        checks.at_least("width", self.width, 8)
+        checks.at_least("width", self.width, 8, at_most=MAX_WIDTH)
         super().__post_init__()
 
     @nn.compact

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from jaxvid.checks import at_least, choose, finite, require
+from jaxvid.checks import at_least, choose, require
 from jaxvid.errors import within
 from jaxvid.layers import pairs
 from jaxvid.layers.embed import grid_sincos, sinusoid
 from jaxvid.layers.linear import Linear
-from jaxvid.mixers import cache, check_heads, check_options, make_mixer
+from jaxvid.mixers import MAX_RATIO, cache, check_depth, check_heads, check_options, make_mixer
 from jaxvid.mixers.attention import Attention
 from jaxvid.parallel.sharding import frames_are_split, shard
 
@@ -188,10 +188,9 @@ class DiT(nn.Module):
     scan: bool = True
 
     def __post_init__(self):
-        for name in ("width", "depth"):
-            at_least(name, getattr(self, name), 1)
+        check_depth("depth", self.depth)
         check_heads(self.width, self.heads)
-        finite("mlp_ratio", self.mlp_ratio)
+        at_least("mlp_ratio", self.mlp_ratio, 0, at_most=MAX_RATIO)
         message = f"leaves width={self.width} no hidden unit; use 4"
         require(self.width * self.mlp_ratio >= 1, "mlp_ratio", self.mlp_ratio, message)
         choose("arrangement", self.arrangement, ARRANGEMENTS)

@@ -10,7 +10,7 @@ from jaxvid.checks import at_least
 from jaxvid.errors import within
 from jaxvid.layers.conv import CausalConv
 from jaxvid.layers.linear import Linear
-from jaxvid.mixers import check_heads, check_options, make_mixer
+from jaxvid.mixers import check_depth, check_heads, check_options, make_mixer
 from jaxvid.parallel.sharding import shard
 
 CONV = 3  # frames that the convolution reads
@@ -34,8 +34,8 @@ class Recall(nn.Module):
     dtype: Any = jnp.float32
 
     def __post_init__(self):
-        for name in ("vocabulary", "width", "depth"):
-            at_least(name, getattr(self, name), 1)
+        at_least("vocabulary", self.vocabulary, 1)
+        check_depth("depth", self.depth)
         check_heads(self.width, self.heads)
         with within("mixer"):
             check_options(self.mixer, self.heads)

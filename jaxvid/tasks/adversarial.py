@@ -68,7 +68,18 @@ class Adversary:
     """
 
     def __init__(
-        self, *, kind, width, loss, image, video, start, adaptive, r1, lecam, feature_matching
+        self,
+        *,
+        kind: str,
+        width: int,
+        loss: str,
+        image: float,
+        video: float,
+        start: int,
+        adaptive: bool,
+        r1: float,
+        lecam: float,
+        feature_matching: float,
     ):
         choose("kind", kind, KINDS)
         choose("loss", loss, LOSSES)

@@ -1,12 +1,14 @@
 """AR-Diffusion: video diffusion whose noise never decreases along the clip (Sun et al. 2025)."""
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from jaxvid import schema
 from jaxvid.checks import at_least, between, choose, divides, positive, require
 from jaxvid.data.transforms import normalize
 from jaxvid.diffusion import guidance, samplers, timesteps
@@ -33,6 +35,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 MEMORIES = ("cache", "none", "window")
 CONDITIONS = ("label", "text", "first_frames")
 NOISE_BINS = 10
+SAMPLER = {
+    **{"steps": int, "schedule": str, "s": float, "block": int},
+    **{"guidance": float, "eta": float, "end": str, "memory": str},
+}
 
 
 class Task(Generator):
@@ -61,16 +67,16 @@ class Task(Generator):
         *,
         size: int,
         frames: int,
-        model,
+        model: Mapping,
         patch: int,
-        noise,
+        noise: Mapping,
         prediction: str,
         weight: str,
         snr_clip: float,
         timesteps: str,
         layout: str,
-        condition,
-        sampler,
+        condition: Mapping,
+        sampler: Mapping,
         given: int,
         tokenizer: VideoTokenizer | None = None,
     ):
@@ -83,12 +89,14 @@ class Task(Generator):
         self.draw_timesteps, self.layout = TIMESTEPS[timesteps], parse_layout(layout)
         # Runs of earlier versions have no field `end`.
         self.condition, self.sampler = dict(condition), {"end": "clean", **sampler}
-        self.drop = self.condition.pop("drop")
+        schema.check("sampler", self.sampler, SAMPLER)
+        schema.check("condition", {"drop": self.condition.pop("drop", None)}, {"drop": float})
+        self.drop = condition["drop"]
         with within("condition"):
             between("drop", self.drop, 0, 1)
-            self.conditioner = Conditioner(**self.condition)
+            self.conditioner = schema.build(Conditioner, self.condition)
         with within("noise"):
-            self.noise = make_noise_schedule(**noise)
+            self.noise = schema.build(make_noise_schedule, noise)
         self.noise.check(prediction, weight)
         if tokenizer is None:
             divides("patch", patch, size, "size")
@@ -107,13 +115,15 @@ class Task(Generator):
         self.schedule(self._latents(frames))
 
     def _make_model(self, options) -> DiT:
-        options = {**options, "mixer": dict(options["mixer"])}
-        mixer = options["mixer"]
+        mixer = schema.section("model.mixer", options.get("mixer"))
+        options = {**options, "mixer": mixer}
         with within("model"):
-            choose("dtype", options["dtype"], DTYPES)
+            choose("dtype", options.get("dtype"), DTYPES)
             if mixer.get("window"):
+                schema.check("mixer.window", mixer["window"], int)
                 mixer["window"] = self._in_latents("mixer.window", self._latents, mixer["window"])
-            model = DiT(grid=self.grid, **{**options, "dtype": jnp.dtype(options["dtype"])})
+            options["dtype"] = jnp.dtype(options["dtype"])
+            model = schema.build(DiT, options, grid=self.grid)
             self.temporal_mixer = make_mixer(mixer, width=model.width, heads=model.heads)
         return model
 
@@ -127,6 +137,8 @@ class Task(Generator):
             require(1 <= options["steps"] < levels, "steps", options["steps"], remedy)
             between("eta", options["eta"], 0, 1)
             at_least("guidance", options["guidance"], 0)
+            at_least("block", options["block"], 1)
+            at_least("s", options["s"], 0)
             require(
                 options["guidance"] == 1 or kind != "none",
                 "guidance",

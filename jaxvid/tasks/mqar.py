@@ -2,13 +2,15 @@
 
 import functools
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxvid import schema
 from jaxvid.checks import at_least, choose
-from jaxvid.data.mqar import BLANK
+from jaxvid.data.mqar import BLANK, MAX_VOCABULARY
 from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError, within
 from jaxvid.models.recall import Recall
@@ -23,12 +25,13 @@ class Task(base.Task):
     vocabulary, pairs: of the data. model: options of `models.recall.Recall`.
     """
 
-    def __init__(self, *, vocabulary: int, pairs: tuple[int, ...], model):
-        at_least("vocabulary", vocabulary, 4)
+    def __init__(self, *, vocabulary: int, pairs: tuple[int, ...], model: Mapping):
+        at_least("vocabulary", vocabulary, 4, at_most=MAX_VOCABULARY)
         self.vocabulary, self.pairs = vocabulary, tuple(pairs)
         with within("model"):
-            choose("dtype", model["dtype"], DTYPES)
-            self.model = Recall(vocabulary, **{**model, "dtype": jnp.dtype(model["dtype"])})
+            choose("dtype", model.get("dtype"), DTYPES)
+            options = {**model, "dtype": jnp.dtype(model["dtype"])}
+            self.model = schema.build(Recall, options, vocabulary=vocabulary)
 
     def check(self, source):
         """Raise UserError for a source of anything but symbols."""

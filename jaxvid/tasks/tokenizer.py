@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxvid import weights
+from jaxvid import schema, weights
 from jaxvid.checks import at_least, between, choose, require, whole_numbers
 from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError, within
@@ -24,6 +25,7 @@ from jaxvid.tasks.base import Autoencoder
 ARCHITECTURES = {"cvivit": CViViT, "omnitokenizer": OmniTokenizer, "ar_vae": ARVAE}
 ERRORS = {"l1": jnp.abs, "l2": jnp.square}
 PERCEPTUAL = {"lpips": lpips, "i3d": i3d}
+PERCEPTUAL_FIELDS = {"lpips?": str, "lpips_weight?": float, "i3d?": str, "i3d_weight?": float}
 DTYPES = ("float32", "bfloat16")
 
 
@@ -51,14 +53,14 @@ class Task(Autoencoder):
         size: int,
         frames: int,
         arch: str,
-        network,
-        quantizer,
+        network: Mapping,
+        quantizer: Mapping,
         error: str,
         images: float,
         sizes: tuple[int, ...] = (),
         inflation: str = "average",
-        perceptual=None,
-        gan=None,
+        perceptual: Mapping | None = None,
+        gan: Mapping | None = None,
     ):
         choose("arch", arch, ARCHITECTURES)
         choose("error", error, ERRORS)
@@ -68,6 +70,7 @@ class Task(Autoencoder):
         self.sizes = tuple(sizes)
         self.error, self.num_images = ERRORS[error], round(images * frames)
         self.perceptual, self.inflation = dict(perceptual or {}), inflation
+        schema.check("perceptual", self.perceptual, PERCEPTUAL_FIELDS)
         with within("perceptual"):
             for name in PERCEPTUAL:
                 at_least(f"{name}_weight", self.perceptual.get(f"{name}_weight", 0.0), 0)
@@ -86,22 +89,21 @@ class Task(Autoencoder):
     def _make_tokenizer(self, arch, network, quantizer) -> Tokenizer:
         options = dict(quantizer)
         with within("quantizer"):
-            choose("name", options["name"], QUANTIZERS)
-            name = options.pop("name")
+            name = options.pop("name", "")
+            choose("name", name, QUANTIZERS)
             known = [option.name for option in dataclasses.fields(QUANTIZERS[name])]
             for option, value in options.items():
                 remedy = "choose a quantizer behind the colon of --config, as in quantizer"
                 has_none = f"{name} has no such option; {remedy}={name}"
                 require(option in known, option, value, has_none)
-            quantizer = QUANTIZERS[name](**options)
+            quantizer = schema.build(QUANTIZERS[name], options)
         with within("network"):
-            choose("dtype", network["dtype"], DTYPES)
+            choose("dtype", network.get("dtype"), DTYPES)
             options = {**network, "dtype": jnp.dtype(network["dtype"])}
+            given = {"features": quantizer.features, "channels": quantizer.channels}
             if arch == "ar_vae":
-                options["size"] = self.size
-            network = ARCHITECTURES[arch](
-                features=quantizer.features, channels=quantizer.channels, **options
-            )
+                given["size"] = self.size
+            network = schema.build(ARCHITECTURES[arch], options, **given)
         return Tokenizer(network, quantizer)
 
     def _check_sizes(self, size, arch, gan):
@@ -111,13 +113,13 @@ class Task(Autoencoder):
         require(max(sizes, default=0) <= size, "sizes", sizes, too_large)
         one_size = "arch=ar_vae has latents for one size; leave sizes empty"
         require(not sizes or arch != "ar_vae", "sizes", sizes, one_size)
-        is_stylegan = gan and gan["kind"] == "stylegan"
+        is_stylegan = gan and gan.get("kind") == "stylegan"
         one_size = "gan=stylegan takes frames of one size; use gan=patch"
         require(not sizes or not is_stylegan, "sizes", sizes, one_size)
 
     def _make_adversary(self, options) -> Adversary:
         with within("gan"):
-            adversary = Adversary(**options)
+            adversary = schema.build(Adversary, options)
             kind = min(self._discriminator_inputs())
             require(
                 any(options[kind] for kind in self._discriminator_inputs()),

@@ -26,27 +26,7 @@ from jaxvid.errors import UserError
 from jaxvid.parallel import multihost
 from jaxvid.training import digests
 from jaxvid.training.log import say
-from jaxvid.training.restore import UNVERIFIED, reason, remedy
-
-# Sections and fields that may differ when a run is resumed: they do not change what is learned,
-# except `steps`, which stretches a cosine schedule.
-FREE = (
-    "steps",
-    "mesh",
-    "checkpoint",
-    "log",
-    "evaluate",
-    "sample",
-    "compile_cache",
-    "data.workers",
-    "data.threads",
-    "task.sampler",
-    "task.given",
-    "task.tokenizer",  # may move; its digest may not
-    "optim.skip_nonfinite",
-)
-
-PATHS = ("data.path", "init_from")  # these may be spelled differently
+from jaxvid.training.restore import PATHS, UNVERIFIED, is_free, reason, remedy
 
 
 class Checkpoints:
@@ -91,9 +71,7 @@ class Checkpoints:
         """Rename scores of checkpoints that cannot be read: orbax would open no checkpoint then."""
         if jax.process_index() == 0:
             for file in Path(self.workdir, "ckpt").glob("*/metrics/metrics"):
-                try:
-                    json.loads(file.read_text())
-                except ValueError:
+                if not _are_scores(file):
                     aside = file.parent.with_name("metrics.damaged")
                     whose = f"scores of checkpoint {file.parts[-3]}"
                     say(f"{self.workdir}: {whose} are damaged and kept as {aside}")
@@ -165,7 +143,7 @@ class Checkpoints:
             path = self.config.data.path
             changed.append(f"data.path={path!r}: clips {clips} -> {self.clips}")
         for field, old, new in config_lib.differences(saved, self.config):
-            if any(field == free or field.startswith(f"{free}.") for free in FREE):
+            if is_free(field):
                 continue
             if field == "data.path" and has_digests:  # the clips may move
                 continue
@@ -284,6 +262,15 @@ class Checkpoints:
             ) from error
 
 
+def _are_scores(file):
+    """Whether a file holds {name: number} as JSON."""
+    try:
+        found = json.loads(file.read_text())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and all(isinstance(x, int | float) for x in found.values())
+
+
 def _keeps_rate(fields):
     """Whether clips keep the rate of their source, as in runs from before the field `fps`."""
     return fields.name != "folder" or not fields.fps
@@ -312,7 +299,7 @@ def _score(config):
         )
 
     def score(metrics):
-        value = sign * metrics[name]
+        value = sign * metrics.get(name, math.nan)
         return -math.inf if math.isnan(value) else value  # NaN is the worst
 
     return score

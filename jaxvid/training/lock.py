@@ -74,5 +74,5 @@ def _owner(path):
     try:
         found = json.loads(path.read_text())
         return f"process {found['process']} on {found['host']}"
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return "another process"

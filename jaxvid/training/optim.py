@@ -5,7 +5,7 @@ import optax
 from ml_collections import ConfigDict
 from optax import contrib
 
-from jaxvid.checks import at_least, below, choose, positive
+from jaxvid.checks import at_least, below, choose, positive, require
 from jaxvid.errors import within
 from jaxvid.parallel.sharding import find_rule, path_name
 
@@ -24,7 +24,7 @@ def make_optimizer(config, steps):
     and updated separately.
     Raises UserError for values that cannot train, named relative to `config`.
     """
-    _check(config)
+    _check(config, steps)
     schedule = make_schedule(config, steps)
     groups = {name: ConfigDict({**config, **config[name]}) for name in GROUPS if name in config}
     if not groups:
@@ -32,7 +32,7 @@ def make_optimizer(config, steps):
     parts = {"": _transformation(config, schedule)}
     for name, fields in groups.items():
         with within(name):
-            _check(fields)
+            _check(fields, steps)
         parts[name] = _transformation(fields, make_schedule(fields, steps))
 
     def labels(params):
@@ -98,7 +98,7 @@ def hidden(params):
     return jax.tree_util.tree_map_with_path(dimension_numbers, params)
 
 
-def _check(config):
+def _check(config, steps):
     """Raise UserError for values that cannot train."""
     choose("name", config.name, NAMES)
     choose("schedule", config.schedule, SCHEDULES)
@@ -108,4 +108,6 @@ def _check(config):
         below(name, config[name], 0, 1)
     for name in ("warmup", "weight_decay", "clip", "skip_nonfinite"):
         at_least(name, config[name], 0)
+    remedy = f"is longer than the run of steps={steps}; use at most {steps}"
+    require(config.warmup <= steps, "warmup", config.warmup, remedy)
     at_least("accumulate", config.accumulate, 1)

@@ -3,32 +3,62 @@
 import json
 import os
 import re
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
 
+from jaxvid import config as config_lib
+from jaxvid import files
 from jaxvid.data import batch_shapes
 from jaxvid.errors import UserError
 from jaxvid.parallel.sharding import path_name, shard_params
 from jaxvid.training import digests
 from jaxvid.training.log import say
 
+# Sections and fields that may differ when a run is resumed: they do not change what is learned,
+# except `steps`, which stretches a cosine schedule.
+FREE = (
+    "steps",
+    "mesh",
+    "checkpoint",
+    "log",
+    "evaluate",
+    "sample",
+    "compile_cache",
+    "data.workers",
+    "data.threads",
+    "task.sampler",
+    "task.given",
+    "task.tokenizer",  # may move; its digest may not
+    "optim.skip_nonfinite",
+)
+
+PATHS = ("data.path", "init_from")  # these may be spelled differently
+
 UNVERIFIED = "is of a version without digests: damage on the disk would not be noticed"
 
 
-def restore_weights(workdir, config, task, mesh=None):
-    """(step, weights) of the newest complete checkpoint, in the form of `TrainState.weights`.
+def is_free(field: str) -> bool:
+    """Whether a field, by its dotted name, is one of FREE or in such a section."""
+    return any(field == free or field.startswith(f"{free}.") for free in FREE)
 
-    On any mesh; without one, numpy arrays. Reads nothing else and changes nothing, so the run may
-    continue meanwhile. Raises UserError if there is no checkpoint or it is not of this model.
+
+def restore_weights(workdir, config, task, mesh=None):
+    """(step, weights) of the newest good checkpoint, in the form of `TrainState.weights`.
+
+    On any mesh; without one, numpy arrays. Changes nothing, so the run may continue meanwhile. A
+    damaged checkpoint is passed over, with a line on stderr. Raises UserError if there is no
+    checkpoint, if none is good, and if they were made with another config, FREE and PATHS aside.
     """
     folder = os.path.join(os.path.abspath(workdir), "ckpt")
     steps = ocp.utils.checkpoint_steps(folder) if os.path.isdir(folder) else []
     if not steps:
         raise UserError(f"workdir={workdir}: there is no checkpoint yet; train first")
-    step = max(steps)
 
     def init(batch):
         return task.init(jax.random.key(0), jax.tree.map(jnp.zeros_like, batch))
@@ -36,25 +66,57 @@ def restore_weights(workdir, config, task, mesh=None):
     part = "ema" if config.optim.ema else "params"
     params, extra = jax.eval_shape(init, batch_shapes(config.data, 1))
     shapes = {part: params, "extra": extra} if extra else {part: params}
-    wanted, how = _wanted(shapes, mesh)
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            found = checkpointer.restore(
-                os.path.join(folder, str(step), "state"),
-                args=ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True),
-            )
-            _check_shapes(found, wanted)
-        sums = digests.load(os.path.join(folder, str(step)))
-        if sums is None:
+    bad = {}
+    for step in sorted(steps, reverse=True):
+        try:
+            found = _read(os.path.join(folder, str(step)), config, shapes, mesh)
+        except Exception as error:  # orbax raises many kinds, tensorstore's among them
+            bad[step] = error
+            continue
+        for other, error in bad.items():
+            line = f"checkpoint {other} is damaged ({reason(error)}); reading step {step}"
+            print(f"{workdir}: {line}", file=sys.stderr)
+        if digests.load(os.path.join(folder, str(step))) is None:
             say(f"{workdir}: checkpoint {step} {UNVERIFIED}")
-        else:
-            digests.check_arrays(found, sums["state"])
-    except Exception as error:  # orbax raises many kinds, tensorstore's among them
-        raise UserError(
-            f"workdir={workdir}: checkpoint {step} does not fit its config or is damaged "
-            f"({reason(error)}); bring back its config.json, or {remedy(folder, steps)}"
-        ) from error
-    return step, {**found[part], **found.get("extra", {})}
+        return step, {**found[part], **found.get("extra", {})}
+    newest, error = max(bad.items())
+    raise UserError(
+        f"workdir={workdir}: checkpoint {newest} does not fit its config or is damaged "
+        f"({reason(error)}); bring back its config.json, or {remedy(folder, steps)}"
+    ) from error
+
+
+def _read(folder, config, shapes, mesh):
+    """Arrays of a checkpoint. Raises one of many errors if they or the config are not as saved."""
+    sums = digests.load(folder)
+    _check_config(folder, config, sums)
+    wanted, how = _wanted(shapes, mesh)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        found = checkpointer.restore(
+            os.path.join(folder, "state"),
+            args=ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True),
+        )
+    _check_shapes(found, wanted)
+    if sums is not None:
+        digests.check_arrays(found, sums["state"])
+    return found
+
+
+def _check_config(folder, config, sums):
+    """Raise ValueError unless a checkpoint was made with this config, in all that must not differ.
+
+    sums: its digests, None in one of a version without them.
+    """
+    saved = files.parse_json(Path(folder, "config", "metadata").read_bytes())
+    if sums is not None:
+        digests.check_json("config", saved, sums)
+    changed = [
+        f"{field}: {old!r} -> {new!r}"
+        for field, old, new in config_lib.differences(ConfigDict(saved), config)
+        if not is_free(field) and field not in PATHS
+    ]
+    if changed:
+        raise ValueError(f"config.json differs in {'; '.join(changed)[:150]}")
 
 
 def reason(error):

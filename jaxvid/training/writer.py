@@ -100,7 +100,7 @@ class Writer:
                 found = json.loads(line)
                 if found["step"] <= step:
                     lines.append(found)
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue
         return lines
 

@@ -60,15 +60,15 @@ def test_an_unfinished_save_is_passed_over(finished, tmp_path):
         (lambda workdir: (workdir / "config.json").unlink(), "no such file"),
         (lambda workdir: shutil.rmtree(workdir / "ckpt"), "there is no checkpoint yet"),
         (
-            lambda workdir: save(workdir, task__width=8),  # of whichever array is read first
-            r"shape: \((\d+, )*8[,)].* shape: \((\d+, )*16[,)].*\); bring back",
+            lambda workdir: save(workdir, task__width=8),
+            r"checkpoint 4 .* \(config.json differs in task.width: 16 -> 8\); bring back",
         ),
         (
-            lambda workdir: (workdir / "ckpt/4/state/manifest.ocdbt").write_text("xx"),
+            lambda workdir: both(workdir, "state/manifest.ocdbt"),
             r"\(arrays in it cannot be read\); bring .*, or delete .*/ckpt/4 to go on from step 3$",
         ),
         (
-            lambda workdir: (workdir / "ckpt/4/state/_METADATA").write_text("{"),
+            lambda workdir: both(workdir, "state/_METADATA"),
             r"damaged \(a description in it is cut short or no JSON\); bring",
         ),
     ],
@@ -81,19 +81,41 @@ def test_what_cannot_be_opened_is_one_line(finished, tmp_path, spoil, message):
     assert "\n" not in str(error.value)
 
 
+def both(workdir, name):
+    """Spoil a file of both checkpoints."""
+    for step in "34":
+        (workdir / "ckpt" / step / name).write_text("{")
+
+
 @pytest.mark.parametrize("on_devices", [True, False])
-def test_a_flipped_bit_is_refused_and_named(finished, tmp_path, on_devices):
+def test_a_damaged_checkpoint_is_passed_over_and_named(finished, tmp_path, capsys, on_devices):
     """By sample and evaluate, which take all devices, and by init_from and tokenizers."""
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    before = restore_from(tmp_path, on_devices)
     toy.damage(tmp_path, 4, "params.up.kernel")  # what is not read is not checked
-    restore_from(tmp_path, on_devices)
+    same(restore_from(tmp_path, on_devices), before)
     toy.damage(tmp_path, 4, "ema.out.kernel")
+    files = contents(tmp_path)
+    assert capsys.readouterr().err == ""
+    earlier = restore_from(tmp_path, on_devices)
+    line = "checkpoint 4 is damaged (ema/out/kernel differs from what was saved); reading step 3"
+    assert capsys.readouterr().err == f"{tmp_path}: {line}\n"
+    assert contents(tmp_path) == files
+    shutil.rmtree(tmp_path / "ckpt" / "4")
+    same(earlier, restore_from(tmp_path, on_devices))
+    toy.damage(tmp_path, 3, "ema.out.kernel")
     with pytest.raises(UserError, match=r"damaged \(ema/out/kernel differs from what was saved\);"):
         restore_from(tmp_path, on_devices)
 
 
 def restore_from(workdir, on_devices):
-    return open_run(str(workdir)) if on_devices else open_weights(str(workdir), "toy", "init_from")
+    if on_devices:
+        return open_run(str(workdir)).params
+    return open_weights(str(workdir), "toy", "init_from")[2]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_checkpoint_without_digests_is_read_with_a_note(finished, tmp_path, capsys):
@@ -116,7 +138,7 @@ def test_a_schedule_without_s_refuses_one(tmp_path):
 
 
 def test_another_model_is_refused_without_a_mesh_too(finished):
-    config = toy.config(task__width=8)
+    config = toy.config(steps=4)
     task = toy.Task(width=8)
     with pytest.raises(UserError, match=r"kernel has shape \(16, 48\), not \(8, 48\)"):
         restore.restore_weights(str(finished[0]), config, task)

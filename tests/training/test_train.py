@@ -328,6 +328,13 @@ def test_nan_without_end_stops_naming_the_clips(tmp_path):
             "checkpoint.best=-msr: evaluate has no such metric; choose one of mse",
         ),
         ({"optim__b1": 7.0}, "optim.b1=7.0"),
+        ({"optim__warmup": 9}, "optim.warmup=9: is longer than the run of steps=8; use at most 8"),
+        (
+            {"compile_cache": "/dev/null"},
+            "compile_cache=/dev/null: cannot be written (File",
+        ),
+        ({"compile_cache": "/dev/null/x"}, "compile_cache=/dev/null/x: cannot be written (Not a d"),
+        ({"compile_cache": "gs://b/x"}, "compile_cache='gs://b/x': is not a folder of a file"),
         (
             {"task__refuse_to_sample": True},
             "task.refuse_to_sample=True",

@@ -128,7 +128,7 @@ CONFIG = """{
   "task": {"name": "toy", "width": 16, "noise": 0.1, "nan_from": -1, "nan_until": 1000},
   "data": {"name": "toy", "frames": 3, "size": 4, "batch_size": 8, "workers": 0, "threads": 1,
            "stride": 1, "crop": "center", "flip": false, "text_tokens": 0, "text_width": 4},
-  "optim": {"name": "adamw", "lr": 0.01, "muon_lr": 0.02, "warmup": 2, "schedule": "constant",
+  "optim": {"name": "adamw", "lr": 0.01, "muon_lr": 0.02, "warmup": 1, "schedule": "constant",
             "b1": 0.9, "b2": 0.99, "weight_decay": 0.01, "clip": 1.0, "ema": 0.9,
             "accumulate": 1, "skip_nonfinite": 2},
   "mesh": {"data": -1, "fsdp": 1, "tensor": 1},

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 
+from jaxvid import memory
 from jaxvid.kernels import dispatch
 from jaxvid.kernels.attention import cudnn, reference, xla
 
@@ -34,6 +35,9 @@ def attention(
     "auto" for the first of cudnn and xla that applies. Raises UserError for an unknown name, and
     NotImplementedError if the named implementation does not apply.
     """
+    L, M = q_BLAK.shape[1], k_BMAK.shape[1]
+    remedy = "use fewer frames, fewer pixels, larger patches or arrangement=factorised"
+    memory.require(f"attention of {L} tokens to {M}", "masks", L * M, remedy=remedy)
     return dispatch.run(
         IMPLEMENTATIONS,
         implementation,

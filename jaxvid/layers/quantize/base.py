@@ -10,6 +10,9 @@ from jaxvid import checks
 HIGHEST = jax.lax.Precision.HIGHEST  # products in bfloat16 would flip ids
 
 
+MAX_CHANNELS = 2**16  # of a latent
+
+
 class Quantizer:
     """A quantizer, with defaults for one that has neither a codebook nor codes.
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxvid import checks
-from jaxvid.layers.quantize.base import Quantizer, mean
+from jaxvid.layers.quantize.base import MAX_CHANNELS, Quantizer, mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class KL(Quantizer):
     weight: float = 1e-6
 
     def __post_init__(self):
-        checks.at_least("channels", self.channels, 1)
+        checks.at_least("channels", self.channels, 1, at_most=MAX_CHANNELS)
         checks.at_least("weight", self.weight, 0)
 
     @property

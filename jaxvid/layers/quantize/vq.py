@@ -1,12 +1,22 @@
 """Vector quantization with a learned codebook."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
 from jaxvid import checks
-from jaxvid.layers.quantize.base import HIGHEST, Quantizer, dot, mse, straight_through, unit, usage
+from jaxvid.layers.quantize.base import (
+    HIGHEST,
+    MAX_CHANNELS,
+    Quantizer,
+    dot,
+    mse,
+    straight_through,
+    unit,
+    usage,
+)
 
 
 def rotation(z: jax.Array, z_q: jax.Array) -> jax.Array:
@@ -53,14 +63,14 @@ class VQ(Quantizer):
     estimator: str = "straight_through"
 
     def __post_init__(self):
-        checks.at_least("codes", self.codes, 2)
-        checks.at_least("channels", self.channels, 1)
+        checks.at_least("codes", self.codes, 2, at_most=2**24)
+        checks.at_least("channels", self.channels, 1, at_most=MAX_CHANNELS)
         checks.at_least("commitment", self.commitment, 0)
         checks.below("ema", self.ema, 0, 1)
         checks.choose("estimator", self.estimator, ESTIMATORS)
-        for name in ("restart", "kmeans"):
+        for name, most in (("restart", math.inf), ("kmeans", 1000)):
             value = getattr(self, name)
-            checks.at_least(name, value, 0)
+            checks.at_least(name, value, 0, at_most=most)
             remedy = f"needs codes that follow running means; use {name}=0 or ema=0.99"
             checks.require(not value or self.ema, name, value, remedy)
 
