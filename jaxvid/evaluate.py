@@ -2,9 +2,11 @@
 
 Uses the averaged weights of the newest checkpoint and the config of the run. For a model that
 generates, prints the loss by noise level and the quality of continuations by frame, beside that of
-repeating the last given frame. For a tokenizer, prints the quality of reconstructions by frame, the
-use of its codes and the speed of encoding and decoding. Writes evaluate.json with these figures to
-the work folder, and evaluate.png and evaluate.mp4 with real clips above the model's output.
+repeating the last given frame. On sprites it also prints in how many samples without given frames
+the sprites keep colour and shape, beside the share of held-out clips. For a tokenizer, prints the
+quality of reconstructions by frame, the use of its codes and the speed of encoding and decoding.
+Writes evaluate.json with these figures to the work folder, and evaluate.png and evaluate.mp4 with
+real clips above the model's output.
 
 --frames=17,65,257 reconstructs held-out videos of these lengths by a tokenizer. They pass as
 streams in pieces, so device memory does not grow with the length. Prints the quality by length;
@@ -25,7 +27,7 @@ from absl import flags
 
 from jaxvid import checks, cli, files, weights
 from jaxvid.errors import UserError
-from jaxvid.evaluators import codec, fvd, report
+from jaxvid.evaluators import codec, fvd, report, sprites
 from jaxvid.evaluators.held_out import mean, open_held_out
 from jaxvid.metrics import i3d
 from jaxvid.runs import open_run
@@ -71,6 +73,13 @@ def main():
         _write(path, document)
         if is_autoencoder:
             document |= codec_figures(run, clips, videos, batches * run.config.data.batch_size)
+            _write(path, document)
+        elif run.config.data.name == "sprites":
+            document["steady_sprites"] = found = sprites.steady(run)
+            print(
+                f"clips whose sprites keep colour and shape  samples {found['samples']:.0%}  "
+                f"data {found['data']:.0%}  ({found['clips']} clips each)\n"
+            )
             _write(path, document)
         if lacking:
             print(f"fvd  {lacking}\n")
