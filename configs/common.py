@@ -91,6 +91,7 @@ def get_config() -> ConfigDict:
         flip=field(False, "mirror half of the clips left to right"),
         crop=field("random", "position of the square crop: random or center"),
         difficulty=field(0.0, "sprites: from 0, a plain grey background, to 1, a strong texture"),
+        max_sprites=field(3, "sprites: most sprites in a clip, 1 to 3"),
         num_clips=field(4096, "sprites and mqar: clips in the training split"),
         workers=field(0, "decoding processes; 0 decodes in threads of the main process"),
         threads=field(2, "decoding threads per process"),

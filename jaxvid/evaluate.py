@@ -2,10 +2,12 @@
 
 Uses the averaged weights of the newest checkpoint and the config of the run. For a model that
 generates, prints the loss by noise level and the quality of continuations by frame, beside that of
-guesses without a network, the strongest of them marked; on sprites also the share of objects that
-are still there. For a tokenizer, prints the quality of reconstructions by frame, the
-use of its codes and the speed of encoding and decoding. Writes evaluate.json with these figures to
-the work folder, and evaluate.png and evaluate.mp4 with real clips above the model's output.
+guesses without a network, the strongest of them marked. On sprites it also prints what becomes of
+the objects in continuations, and in how many samples without given frames the sprites keep colour
+and shape, beside the share of held-out clips. For a tokenizer, prints the quality of
+reconstructions by frame, the use of its codes and the speed of encoding and decoding. Writes
+evaluate.json with these figures to the work folder, and evaluate.png and evaluate.mp4 with real
+clips above the model's output.
 
 --frames=17,65,257 reconstructs held-out videos of these lengths by a tokenizer. They pass as
 streams in pieces, so device memory does not grow with the length. Prints the quality by length;
@@ -26,7 +28,7 @@ from absl import flags
 
 from jaxvid import checks, cli, files, weights
 from jaxvid.errors import UserError
-from jaxvid.evaluators import codec, fvd, objects, report
+from jaxvid.evaluators import codec, fvd, report, sprites
 from jaxvid.evaluators.held_out import mean, open_held_out, strongest
 from jaxvid.metrics import i3d
 from jaxvid.runs import open_run
@@ -61,8 +63,9 @@ def main():
         if is_autoencoder:
             scores["tokens_per_frame"] = codec.tokens_per_frame(run)
         print(f"{path.parent}, step {run.step}, {count} held-out clips of {run.config.data.name}\n")
-        if isinstance(run.task, Generator) and run.config.data.name == objects.DATA:
-            of_objects = objects.scores(run, clips, batches)
+        has_sprites = isinstance(run.task, Generator) and run.config.data.name == "sprites"
+        if has_sprites:
+            of_objects = sprites.continuations(run, clips, batches)
             scores |= {name: mean(values) for name, values in of_objects.items()}
         print(report.tables(scores, run.task.baselines))
         document = {"step": run.step, "clips": count, **{k: _json(v) for k, v in scores.items()}}
@@ -72,6 +75,13 @@ def main():
         _write(path, document)
         if is_autoencoder:
             document |= codec_figures(run, clips, videos, batches * run.config.data.batch_size)
+            _write(path, document)
+        if has_sprites:
+            document["steady_sprites"] = found = sprites.steady(run)
+            print(
+                f"clips whose sprites keep colour and shape  samples {found['samples']:.0%}  "
+                f"data {found['data']:.0%}  ({found['clips']} clips each)\n"
+            )
             _write(path, document)
         if lacking:
             print(f"fvd  {lacking}\n")

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs.common import get_config
 from jaxvid import evaluate
+from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError
-from jaxvid.evaluators import codec, fvd, report
+from jaxvid.evaluators import codec, fvd, report, sprites
 from jaxvid.evaluators.held_out import HeldOut, mean, open_held_out
 from jaxvid.metrics import frechet
 from jaxvid.parallel.mesh import make_mesh
@@ -195,6 +197,20 @@ def test_distance_of_videos_comes_with_its_protocol(run, clips, monkeypatch, tmp
     assert needed | {"weights_sha256"} <= set(found["protocol"])
     json.dumps(found)
     assert fvd.unavailable({}, 4) == "" and "at least 4" in fvd.unavailable({}, 3)
+
+
+def test_steady_sprites_are_counted_in_samples_and_in_the_data(run):
+    """A task whose samples are real clips in the even rows and grey in the odd ones."""
+
+    class Copies(Task):
+        def sample(self, params, rng, cond, *, frozen, frames=None):
+            is_even = jnp.arange(cond["num"]) % 2 == 0
+            return jnp.where(is_even[:, None, None, None, None], normalize(cond["video"]), 0)
+
+    data = {**get_config().data, "size": 32, "max_sprites": 1}
+    run = run._replace(task=Copies(), config=ConfigDict({**run.config.to_dict(), "data": data}))
+    with jax.set_mesh(run.mesh):
+        assert sprites.steady(run) == {"clips": 64, "samples": 0.5, "data": 1.0}
 
 
 @pytest.fixture(scope="module")

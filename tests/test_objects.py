@@ -3,10 +3,11 @@
 from types import SimpleNamespace
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from jaxvid.data import sprites
 from jaxvid.data.transforms import normalize
-from jaxvid.evaluators import objects
+from jaxvid.evaluators import sprites as evaluator
 
 
 def test_objects_are_kept_lost_or_added(monkeypatch):
@@ -22,11 +23,11 @@ def test_objects_are_kept_lost_or_added(monkeypatch):
     guess = video.copy()
     guess[1] = 128  # all is lost
     guess[2, 4:] = sprites.render(other, 16, 32)[4:]
-    monkeypatch.setattr(objects, "samples", lambda run, batch, rng: normalize(guess))
+    monkeypatch.setattr(evaluator, "samples", lambda run, batch, rng: normalize(guess))
     batch = {"video": video, "id": np.array(ids)}
     held_out = SimpleNamespace(batches=lambda limit: [(None, batch, [0, 1, 2])])
-    run = SimpleNamespace(task=SimpleNamespace(given=4))
-    found = objects.scores(run, held_out, 1)
+    run = SimpleNamespace(task=SimpleNamespace(given=4), config=ConfigDict({"data": {}}))
+    found = evaluator.continuations(run, held_out, 1)
     assert found["objects_real"].tolist() == [1, 1, 1]
     assert found["objects"].tolist() == [1, 0, 0]
     expected = len(other.description.sprites)

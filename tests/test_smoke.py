@@ -62,10 +62,12 @@ def test_train_resume_evaluate_and_sample(tmp_path):
     assert (tmp_path / "run" / "ckpt" / "3" / "state").is_dir()
     assert (tmp_path / "run" / "samples" / "3" / "sheet.png").stat().st_size > 0
 
-    assert "the strongest baseline (*)" in run("evaluate", workdir)
+    out = run("evaluate", workdir)
+    assert "the strongest baseline (*)" in out and "sprites keep colour and shape" in out
     scores = json.loads((tmp_path / "run" / "evaluate.json").read_text())
     assert scores["step"] == 3 and scores["psnr"][:2] == [None, None]
     assert len(scores["psnr_copy_last"]) == len(scores["psnr"])
+    assert scores["steady_sprites"]["clips"] == 64
     assert (tmp_path / "run" / "evaluate.mp4").stat().st_size > 0
 
     out = run("sample", workdir, "--frames=6", "--num=1", f"--out={tmp_path / 'clips'}")

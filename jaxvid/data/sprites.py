@@ -2,8 +2,8 @@
 
 One to three coloured shapes move over a ground, turn, bounce off the walls and pass behind each
 other. A clip is a pure function of (split, index), defined in the unit square: `size` is only the
-resolution of its rendering, and a longer clip continues a shorter one. `describe` reads the caption
-back from pixels alone, so samples can be scored against their text without a network.
+resolution of its rendering, and a longer clip continues a shorter one. `sprite_oracle` reads them
+back from pixels alone, so samples can be scored without a network.
 """
 
 import dataclasses
@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxvid import checks
 from jaxvid.data import source, transforms
 from jaxvid.errors import UserError
 
-# Saturated hues 60 degrees apart: `describe` separates them from any near-grey ground by hue.
+# Saturated hues 60 degrees apart: `sprite_oracle` separates them from any near-grey ground by hue.
 COLOURS = {
     "red": (0.90, 0.15, 0.15),
     "yellow": (0.90, 0.90, 0.15),
@@ -100,10 +101,13 @@ class Scene:
         return Description(caption(sprites), sprites)
 
 
-def scene(index: int, split: str = "train") -> Scene:
-    """The scene of clip `index` of a split. Each split has a random stream of its own."""
+def scene(index: int, split: str = "train", most: int = len(SIZES)) -> Scene:
+    """The scene of clip `index` of a split: one to `most` sprites.
+
+    Each split has a random stream of its own.
+    """
     rng = np.random.default_rng((source.SPLITS.index(split), index))
-    count = int(rng.integers(1, 4))
+    count = int(rng.integers(1, most + 1))
     sizes = [list(SIZES)[i] for i in sorted(rng.permutation(len(SIZES))[:count])]
     colours = rng.permutation(len(COLOURS))[:count]
     shapes = rng.integers(0, len(SHAPES), count)
@@ -230,6 +234,9 @@ class Source(source.Source):
         self._split = split
         self._window = transforms.Window.of(config)
         self._difficulty = float(config.difficulty)
+        # Runs of earlier versions have no field `max_sprites`.
+        self._most = config.get("max_sprites", len(SIZES))
+        checks.between("max_sprites", self._most, 1, len(SIZES))
         self._count = config.num_clips if split == "train" else VALIDATION_CLIPS
 
     def __len__(self):
@@ -241,7 +248,7 @@ class Source(source.Source):
     def read(self, index, rng=None):
         """Clip `index`, always the same: the rng is not used."""
         del rng
-        view, window = scene(index, self._split), self._window
+        view, window = scene(index, self._split, self._most), self._window
         video_THWC = render(
             view, window.frames, window.size, stride=window.stride, difficulty=self._difficulty
         )
@@ -252,99 +259,3 @@ class Source(source.Source):
             "caption": description.caption,
             "attributes": description.sprites,
         }
-
-
-def describe(video_THWC: np.ndarray) -> Description:
-    """Read size, colour, shape and direction back from uint8 [T, H, W, 3].
-
-    The colour is found by hue, the shape by rotation-invariant moments, the direction by the
-    displacement before the first bounce. Frames need about 32 pixels a side or more; frames in
-    which a sprite is hidden do not count for it.
-    """
-    chroma_THW = _chroma(np.asarray(video_THWC, np.float32) / 255.0)
-    hues = {name: _chroma(np.array(rgb, np.float32)) for name, rgb in COLOURS.items()}
-    reference_V = np.array(list(hues.values()))
-    alignment_VTHW = (chroma_THW * np.conj(reference_V)[:, None, None, None]).real
-    alignment_VTHW /= np.abs(reference_V)[:, None, None, None] ** 2
-    nearest_THW = np.argmax(alignment_VTHW, axis=0)
-    # Steeper edges: noise on the ground or a blurred edge does not move the half-way line.
-    cover_VTHW = np.clip(2.0 * alignment_VTHW - 0.5, 0.0, 1.0)
-    cover_VTHW *= nearest_THW == np.arange(len(COLOURS))[:, None, None, None]
-    found = [_read_sprite(cover_VTHW[i], colour) for i, colour in enumerate(COLOURS)]
-    seen = [pair for pair in found if pair is not None]
-    seen.sort(key=lambda pair: -pair[0])
-    sprites = tuple(attributes for _, attributes in seen)
-    return Description(caption(sprites), sprites)
-
-
-def _chroma(rgb):
-    """Colour without its grey part, as a complex number; its angle is the hue."""
-    thirds = np.exp(2j * np.pi * np.arange(3) / 3).astype(np.complex64)
-    return rgb @ thirds
-
-
-def _read_sprite(cover_THW, colour):
-    """Coverage of one colour -> (radius, Attributes), or None if there is no such sprite."""
-    radius = _radius(cover_THW)
-    if radius < 0.8 * min(low for low, _ in SIZES.values()):
-        return None
-    cover_THW = cover_THW * (np.abs(_centred(cover_THW)[0]) < 2.0 * radius)  # without stray pixels
-    radius = _radius(cover_THW)
-    size = min(SIZES, key=lambda name: abs(np.mean(SIZES[name]) - radius))
-    area_T, full = cover_THW.mean((1, 2)), np.pi * radius**2
-    shown_T = np.flatnonzero(area_T > 0.5 * full)  # half is enough for the direction
-    cover_THW, clear_T = cover_THW[shown_T], area_T[shown_T] > 0.96 * full
-    z_THW, centre_T2 = _centred(cover_THW)
-    moments = np.median(_moments(cover_THW[clear_T], z_THW[clear_T]), axis=0)
-    if moments[2] > 2.0:  # scattered pixels, not a shape
-        return None
-    shape = min(SHAPES, key=lambda name: np.abs(moments - _PROTOTYPES[name]).sum())
-    return radius, Attributes(size, colour, shape, _read_direction(shown_T, centre_T2))
-
-
-def _radius(cover_THW):
-    """Radius of the disc of equal area, from the frames with the most coverage."""
-    return float(np.sqrt(np.quantile(cover_THW.mean((1, 2)), 0.9) / np.pi))
-
-
-def _centred(cover_THW):
-    """Pixel positions relative to the centroid, complex [T, H, W], and the centroids [T, 2]."""
-    H, W = cover_THW.shape[1:]
-    x_W, y_H = (np.arange(W) + 0.5) / W, (np.arange(H) + 0.5) / H
-    mass_T = cover_THW.sum((1, 2)) + 1e-9
-    x_T, y_T = cover_THW.sum(1) @ x_W / mass_T, cover_THW.sum(2) @ y_H / mass_T
-    z_THW = (x_W - x_T[:, None])[:, None, :] + 1j * (y_H - y_T[:, None])[:, :, None]
-    return z_THW, np.stack([x_T, y_T], axis=1)
-
-
-# (third harmonic, fourth harmonic, spread) of the ideal shapes; see _moments.
-_PROTOTYPES = {
-    "circle": (0.0, 0.0, 1.0),
-    "square": (0.0, 0.4286, 1.0472),
-    "triangle": (0.6589, 0.0, 1.2092),
-    "cross": (0.0, 0.6840, 1.3356),
-}
-
-
-def _moments(cover_THW, z_THW):
-    """Moments [T, 3] invariant to rotation, position and scale.
-
-    |sum w z^n| / sum w |z|^n for n = 3, 4, and 2 pi sum w |z|^2 / (sum w)^2 (1 for a disc).
-    """
-
-    def total(values_THW):
-        return (cover_THW * values_THW).mean((1, 2))
-
-    r_THW = np.abs(z_THW)
-    third_T, fourth_T = (np.abs(total(z_THW**n)) / total(r_THW**n) for n in (3, 4))
-    return np.stack([third_T, fourth_T, 2 * np.pi * total(r_THW**2) / total(1.0) ** 2], axis=1)
-
-
-def _read_direction(frame_T, centre_T2):
-    """The first direction of a track [T, 2], from its free run; "" if it stays."""
-    early = np.searchsorted(frame_T, frame_T[0] + FREE_RUN, side="right")
-    run = centre_T2[: max(early, 2)][-1] - centre_T2[0]
-    axis = int(np.argmax(np.abs(run)))
-    if abs(run[axis]) < 0.01:
-        return ""
-    return ("left", "right", "up", "down")[2 * axis + int(run[axis] > 0)]

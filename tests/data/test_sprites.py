@@ -3,7 +3,6 @@
 import itertools
 
 import numpy as np
-import pytest
 
 from jaxvid.data import sprites
 
@@ -67,57 +66,3 @@ def test_caption_and_label():
     every = itertools.product(sprites.SHAPES, sprites.COLOURS)
     labels = [sprites.label(sprites.Attributes("", c, s, "up")) for s, c in every]
     assert sorted(labels) == list(range(sprites.NUM_CLASSES))
-
-
-def hidden_share(view, frames):
-    """Largest share of any sprite that the ones painted after it hide, on average over time."""
-    time, size = np.arange(frames, dtype=float), 32
-    covers = [sprites._coverage(view.sprites[i], time, size) for i in view.painting]
-    shares = [0.0]
-    for i, cover in enumerate(covers[:-1]):
-        over = np.max(covers[i + 1 :], axis=0)
-        shares.append((cover * over).sum() / cover.sum())
-    return max(shares)
-
-
-def accuracy(size, difficulty, noise=0.0):
-    """Share of the clips without heavy occlusion whose whole description is read back."""
-    rng, right = np.random.default_rng(0), []
-    for index in range(100):
-        view = sprites.scene(index, "validation")
-        if hidden_share(view, 16) < 0.25:
-            video = sprites.render(view, 16, size, difficulty=difficulty)
-            video = np.clip(video + noise * rng.standard_normal(video.shape), 0, 255)
-            right.append(sprites.describe(video.astype(np.uint8)) == view.description)
-    assert len(right) > 70
-    return np.mean(right)
-
-
-@pytest.mark.parametrize(("size", "difficulty"), [(64, 0.0), (64, 1.0), (32, 1.0)])
-def test_oracle_reads_the_caption_from_pixels(size, difficulty):
-    assert accuracy(size, difficulty) >= 0.97
-
-
-def test_oracle_bears_noise():
-    assert accuracy(32, 0.25, noise=15.0) >= 0.95
-
-
-def test_oracle_sees_the_mirrored_and_the_reversed_clip():
-    mirror = {"left": "right", "right": "left", "up": "up", "down": "down"}
-    singles = [i for i in range(60) if len(sprites.scene(i).sprites) == 1]
-    for index in singles:
-        view = sprites.scene(index)
-        [truth] = view.description.sprites
-        video = sprites.render(view, 7, 64)
-        [seen] = sprites.describe(video[:, :, ::-1]).sprites
-        assert seen == truth._replace(direction=mirror[truth.direction])
-        [seen] = sprites.describe(video[::-1]).sprites
-        assert seen.direction != truth.direction
-
-
-def test_oracle_finds_nothing_in_noise_or_on_bare_ground():
-    noise = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
-    assert len(sprites.describe(np.full((8, 32, 32, 3), 90, np.uint8)).sprites) == 0
-    still = sprites.render(sprites.scene(2), 1, 64).repeat(4, axis=0)
-    assert all(sprite.direction == "" for sprite in sprites.describe(still).sprites)
-    assert sprites.describe(noise).caption == ""

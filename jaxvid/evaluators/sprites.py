@@ -1,23 +1,46 @@
-"""What becomes of the objects in a continuation, for data whose objects can be read from pixels."""
+"""Samples and continuations of a run on sprites, read by the oracle of the data."""
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from jaxvid.data import sprites
+from jaxvid import data
+from jaxvid.data.sprite_oracle import describe, steady_sprites
+from jaxvid.data.sprites import SIZES, scene
 from jaxvid.data.transforms import to_uint8
-from jaxvid.evaluators.held_out import HeldOut, samples
+from jaxvid.evaluators.held_out import HeldOut, open_held_out, samples
 from jaxvid.tasks.base import Run
 
-DATA = "sprites"  # the source whose objects can be read
+CLIPS = 64
 
 
-def scores(run: Run, held_out: HeldOut, batches: int) -> dict[str, np.ndarray]:
-    """{metric: values [clips]} of continuations by a run on sprites, read by `sprites.describe`.
+def steady(run: Run) -> dict:
+    """Shares of clips whose sprites keep colour and shape, of samples and of the data itself.
+
+    {"clips", "samples", "data"}: of that many samples without given frames, and of that many
+    held-out clips, which a perfect model would reach. See `sprite_oracle.steady_sprites`.
+    """
+    config = ConfigDict(run.config.to_dict())
+    config.sample.num = CLIPS
+    with open_held_out(run._replace(config=config)) as clips:
+        sampled = clips.sample(run.params, run.frozen)
+    source = data.make_source(config.data, "validation")
+    real = (source.read(index)["video"] for index in range(CLIPS))
+    shares = {
+        name: float(np.mean([bool(steady_sprites(clip)) for clip in videos]))
+        for name, videos in (("samples", sampled), ("data", real))
+    }
+    return {"clips": CLIPS, **shares}
+
+
+def continuations(run: Run, held_out: HeldOut, batches: int) -> dict[str, np.ndarray]:
+    """{metric: values [clips]} of continuations by a run on sprites, read by `describe`.
 
     objects: share of the clip's sprites that are there, with their colour, size and shape.
     objects_added: sprites of other colours. The same of repeating the last given frame
     (`*_copy_last`) and of the real clip (`*_real`), which shows the errors of the reader.
     """
     given, rows = run.task.given, []
+    most = run.config.data.get("max_sprites", len(SIZES))
     for rng, batch, new in held_out.batches(batches):
         real = np.asarray(batch["video"])
         later = real[:, given:]
@@ -28,7 +51,7 @@ def scores(run: Run, held_out: HeldOut, batches: int) -> dict[str, np.ndarray]:
         }
         for row in new:
             clip = int(batch["id"][row])
-            truth = sprites.scene(clip, "validation").description.sprites
+            truth = scene(clip, "validation", most).description.sprites
             rows.append(
                 {
                     name + suffix: value
@@ -41,7 +64,7 @@ def scores(run: Run, held_out: HeldOut, batches: int) -> dict[str, np.ndarray]:
 
 def _compare(truth, video_THWC):
     """The figures of one clip; sprites of a clip have different colours."""
-    found = {sprite.colour: sprite for sprite in sprites.describe(video_THWC).sprites}
+    found = {sprite.colour: sprite for sprite in describe(video_THWC).sprites}
     same = [
         sprite.colour in found
         and (found[sprite.colour].size, found[sprite.colour].shape) == (sprite.size, sprite.shape)
