@@ -29,6 +29,7 @@ FORM = {
     "data": {
         **{"name": str, "path?": str, "frames": int, "size": int, "fps?": float, "stride": int},
         **{"batch_size": int, "flip": bool, "crop": str, "difficulty?": float, "num_clips?": int},
+        "max_sprites?": int,
         **{"workers": int, "threads": int, "text_tokens": int, "text_width": int},
         **{"vocabulary?": int, "pairs?": [int], schema.OPEN: None},
     },
@@ -91,7 +92,26 @@ def load(path) -> ConfigDict:
         raise UserError(f"{path}: {error.strerror}; is this the folder of a run?") from error
     except ValueError as error:
         raise UserError(f"{path}: not a saved config ({error})") from error
-    return ConfigDict(_tuples(tree)).lock()
+    return ConfigDict(_tuples(as_now(tree))).lock()
+
+
+def as_now(tree: dict) -> dict:
+    """A saved config of this or an earlier version, with the fields that say the same today."""
+
+    def section(outer, name):
+        inner = outer.get(name)
+        return inner if isinstance(inner, dict) else {}
+
+    task = section(tree, "task")
+    mixer = section(section(task, "model"), "mixer")
+    if isinstance(share := task.get("clean_prefix"), float):
+        del task["clean_prefix"]
+        task["layout"] = f"clean_prefix={share:g},diffusion_forcing={1 - share:g}"
+    if mixer.get("name") == "softmax":
+        mixer.setdefault("positions", "absolute")
+    if "data" in tree:
+        section(tree, "data").setdefault("max_sprites", 3)
+    return tree
 
 
 def _check_names(tree):

@@ -3,6 +3,7 @@
 import errno
 import functools
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -273,6 +274,17 @@ NO_CONFIGS = (
     *(b'{"a": "\xff\xfe"}', b'{"a": %s}' % (b"9" * 5000), b"[" * 10**4 + b"]" * 10**4),
     b'{"a":' * 100 + b"1" + b"}" * 100,
 )
+
+
+def test_a_config_of_an_earlier_version_says_the_same_today(tmp_path):
+    now = config_lib.read("configs/ar_diffusion.py")
+    before = json.loads(now.to_json())
+    del before["task"]["layout"], before["task"]["model"]["mixer"]["positions"]
+    del before["data"]["max_sprites"]
+    before["task"]["clean_prefix"] = 0.7
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    now.task.layout = "clean_prefix=0.7,diffusion_forcing=0.3"
+    assert not config_lib.differences(config_lib.load(tmp_path / "config.json"), now)
 
 
 def test_load_refuses_other_files(tmp_path):

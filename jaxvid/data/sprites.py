@@ -234,7 +234,6 @@ class Source(source.Source):
         self._split = split
         self._window = transforms.Window.of(config)
         self._difficulty = float(config.difficulty)
-        # Runs of earlier versions have no field `max_sprites`.
         self._most = config.get("max_sprites", len(SIZES))
         checks.between("max_sprites", self._most, 1, len(SIZES))
         self._count = config.num_clips if split == "train" else VALIDATION_CLIPS

@@ -126,7 +126,8 @@ class Checkpoints:
         """Raise UserError if the newest readable checkpoint was made with another config."""
         for step in self._good():
             try:
-                saved = ConfigDict(self._read(step, config=ocp.args.JsonRestore()).config)
+                read = self._read(step, config=ocp.args.JsonRestore()).config
+                saved = ConfigDict(config_lib.as_now(read))
             except Exception as error:
                 self.bad[step] = error
                 continue
