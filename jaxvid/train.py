@@ -48,8 +48,8 @@ def train(config, workdir):
     config_lib.validate(config)
     workdir = checks.local_path("workdir", workdir)
     is_new = not os.path.exists(workdir)  # unlike Path.exists, also for a name that is too long
-    _prepare(workdir, config)
     try:
+        _prepare(workdir, config)
         mesh = make_mesh(config.mesh)
         config_lib.check_batch(config, mesh.shape["data"] * mesh.shape["fsdp"])
         with contextlib.ExitStack() as stack:
