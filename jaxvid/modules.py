@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from jaxvid import checks
+from jaxvid.errors import UserError, shown
 
 
 def find(package: str, name: str, interface: type) -> type:
@@ -15,7 +15,7 @@ def find(package: str, name: str, interface: type) -> type:
     if found is None:
         modules = pkgutil.iter_modules(importlib.import_module(package).__path__)
         names = [module.name for module in modules if _find(package, module.name, interface)]
-        checks.choose("name", name, names)
+        raise UserError(f"name={shown(name)}: unknown; use one of {', '.join(names)}")
     return found
 
 

@@ -50,8 +50,8 @@ def train(config, workdir):
     folders = [workdir, *map(str, Path(workdir).parents)]
     # os.path.exists, unlike that of Path, also takes a name that is too long.
     new = [folder for folder in folders if not os.path.exists(folder)]
-    _prepare(workdir, config)
     try:
+        _prepare(workdir, config)
         mesh = make_mesh(config.mesh)
         config_lib.check_batch(config, mesh.shape["data"] * mesh.shape["fsdp"])
         with contextlib.ExitStack() as stack:
