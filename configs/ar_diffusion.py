@@ -11,7 +11,8 @@ mixer=softmax|linear|lightning|gla|gated_delta|lightnet|aaren|routing (softmax s
 past, all others keep a state of constant size).
 
 Score of the first command, after 10 minutes on two CPU cores: `python -m jaxvid.evaluate` gives
-continuations of 4 held-out frames a mean PSNR of 19.5 dB. Repeating the last frame gives 17.3 dB.
+continuations of 4 held-out frames a mean PSNR of 19.5 dB. Repeating the last frame gives 17.3 dB,
+and the best guess without a network, half of it and half of the ground's colour, 18.5 dB.
 """
 
 from configs import common

@@ -20,6 +20,7 @@ Without weights these scores are unavailable; nothing replaces them.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -57,6 +58,7 @@ def main():
     videos = codec.long_videos(run, FLAGS.frames)
     batches = FLAGS.batches or run.config.evaluate.batches
     with jax.set_mesh(run.mesh), open_held_out(run) as clips:
+        print("scoring the held-out clips", file=sys.stderr)
         rows = clips.scores(run.params, run.frozen, batches)
         count = len(next(iter(rows.values())))
         scores = {name: mean(values) for name, values in rows.items()}
@@ -65,11 +67,12 @@ def main():
         print(f"{path.parent}, step {run.step}, {count} held-out clips of {run.config.data.name}\n")
         has_sprites = isinstance(run.task, Generator) and run.config.data.name == "sprites"
         if has_sprites:
+            print("looking for the objects in continuations", file=sys.stderr)
             of_objects = sprites.continuations(run, clips, batches)
             scores |= {name: mean(values) for name, values in of_objects.items()}
         print(report.tables(scores, run.task.baselines))
         document = {"step": run.step, "clips": count, **{k: _json(v) for k, v in scores.items()}}
-        document["strongest_baseline"] = strongest(scores, run.task.baselines)
+        document["strongest_baselines"] = strongest(scores, run.task.baselines)
         document["video_distance"] = lacking = fvd.unavailable(i3d_params, count)
         # Written at once, and again with every addition: whatever fails later, these are kept.
         _write(path, document)

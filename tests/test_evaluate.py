@@ -140,11 +140,13 @@ def test_of_the_baselines_training_shows_the_strongest(run):
 
         def evaluate(self, params, batch, rng, *, frozen):
             one_B = jnp.ones(batch["id"].shape)
-            names = ("psnr", "psnr_weak", "psnr_strong", "share_strong")
-            return {name: i * one_B for i, name in enumerate(names)}
+            names = ("psnr", "psnr_weak", "psnr_strong", "share_strong", "ssim", "ssim_strong")
+            scores = {name: i * one_B for i, name in enumerate(names)}
+            return scores | {"ssim_weak": 9 * one_B}  # of this metric it is the strongest
 
     clips = HeldOut(Guesses(), run.config, run.mesh, Clips())
-    assert clips.evaluate(run.params, run.frozen) == {"psnr": 0, "psnr_strong": 2}
+    found = clips.evaluate(run.params, run.frozen)
+    assert found == {"psnr": 0, "psnr_strong": 2, "ssim": 4, "ssim_weak": 9}
 
 
 def test_tables(run, clips):

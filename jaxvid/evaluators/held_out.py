@@ -71,12 +71,12 @@ class HeldOut:
     def evaluate(self, weights, frozen) -> dict[str, float]:
         """{metric: mean over clips and frames} of config.evaluate.batches; counts stay whole.
 
-        Of the baselines, the strongest alone.
+        Of the baselines of a metric, the strongest alone.
         """
         scores = self.scores(weights, frozen, self.config.evaluate.batches)
         kept = self._without_baselines(scores)
         best = strongest(scores, self.task.baselines)
-        kept |= {name: scores[name] for n in [*kept] if (name := f"{n}_{best}") in scores}
+        kept |= {name: scores[name] for name in (f"{n}_{b}" for n, b in best.items())}
         return {name: mean(np.ravel(values)).item() for name, values in kept.items()}
 
     def _without_baselines(self, scores):
@@ -127,13 +127,14 @@ def samples(run: Run, batch, rng) -> jax.Array:
     return run.task.sample(run.params, rng, cond, frozen=run.frozen, frames=real.shape[1])
 
 
-def strongest(scores: dict[str, np.ndarray], baselines: Sequence[str]) -> str:
-    """The baseline with the highest mean of the first metric that has baselines; "" without any."""
+def strongest(scores: dict[str, np.ndarray], baselines: Sequence[str]) -> dict[str, str]:
+    """{metric: the baseline with its highest mean}, of the metrics that have baselines."""
+    best = {}
     for name in scores:
         means = {b: np.nanmean(scores[f"{name}_{b}"]) for b in baselines if f"{name}_{b}" in scores}
         if means:
-            return max(means, key=means.get)
-    return ""
+            best[name] = max(means, key=means.get)
+    return best
 
 
 def mean(values: np.ndarray) -> np.ndarray:

@@ -30,8 +30,7 @@ def tables(scores: dict[str, np.ndarray], baselines: Sequence[str] = ()) -> str:
         rows = [(f"{a:.1f} - {b:.1f}", f"{x:.5f}") for a, b, x in zip(edges, edges[1:], levels)]
         parts.append(table(("noise level", "loss"), rows))
     by_frame = {name: value for name, value in scores.items() if value.ndim == 1}
-    best = strongest(by_frame, baselines)
-    for name in [name for name in by_frame if f"{name}_{best}" in by_frame]:
+    for name, best in strongest(by_frame, baselines).items():
         names = {b: f"{name}_{b}" for b in baselines if f"{name}_{b}" in by_frame}
         curves = {b + "*" * (b == best): by_frame.pop(full) for b, full in names.items()}
         curves = {name: by_frame.pop(name), **curves}
