@@ -7,6 +7,7 @@
 Options: size=tiny|s|b|l|xl (tiny is for two CPU cores, xl has the 672 M parameters of the paper),
 data=sprites|folder|array_record|tfds|latents, cond=none|class|text, noise=diffusion|flow,
 layout=mixed|diffusion_forcing|clean_prefix|teacher_forced (what noisy frames read in training),
+steps=many|few (few: shortcut forcing, which samples with 1, 2, 4 .. steps per frame),
 mixer=softmax|linear|lightning|gla|gated_delta|lightnet|aaren|routing (softmax sees a window of the
 past, all others keep a state of constant size).
 
@@ -36,6 +37,7 @@ def get_config(options=""):
         data=("sprites", "folder", "array_record", "tfds", "latents"),
         cond=("none", "class", "text"),
         noise=("diffusion", "flow"),
+        steps=("many", "few"),
         layout=("mixed", "diffusion_forcing", "clean_prefix", "teacher_forced"),
         mixer=tuple(common.MIXERS),
     )
@@ -47,7 +49,8 @@ def get_config(options=""):
     if not tiny:
         _large(config)
     width, depth, heads = SIZES[chosen.size]
-    flow = chosen.noise == "flow"
+    few = chosen.steps == "few"
+    flow = chosen.noise == "flow" or few
     config.task = dict(
         name=field("ar_diffusion", "module of jaxvid.tasks"),
         size=config.data.get_ref("size"),
@@ -55,9 +58,10 @@ def get_config(options=""):
         patch=field(6 if tiny else 4, "pixels along each side of a token; must divide the size"),
         tokenizer=field("", "work folder of a trained tokenizer; '' = patches of pixels"),
         tokenizer_digest=field("", "digest that the tokenizer must have; '' = any"),
-        prediction=field("v" if flow else "x0", "target of the network: x0, eps or v"),
+        prediction=field("v" if flow and not few else "x0", "target of the network: x0, eps or v"),
         weight=field(
-            "fused_snr" if tiny else "uniform", "loss weight: uniform, x0, min_snr or fused_snr"
+            "ramp" if few else "fused_snr" if tiny else "uniform",
+            "loss weight: uniform, x0, ramp, min_snr or fused_snr",
         ),
         snr_clip=field(20.0 if tiny else 5.0, "min_snr and fused_snr: maximum SNR in the weight"),
         timesteps=field(
@@ -89,13 +93,18 @@ def get_config(options=""):
             "flow" if flow else "linear",
             "noise schedule: linear, linear_baseline, cosine, sigmoid or flow",
         ),
-        num_steps=field(1000, "noise levels"),
+        num_steps=field(1025 if few else 1000, "noise levels"),
         shift=field(1.0, "flow: above 1, more of the levels are of strong noise"),
         zero_terminal_snr=field(False, "make the last level pure noise (flow always does)"),
     )
+    config.task.shortcut = dict(
+        finest=field(64 if few else 0, "the most steps per frame that the network knows; 0 = none"),
+        share=field(0.25, "share of the clips of a batch that learn steps of other sizes"),
+        after=field(0, "training steps before they do"),
+    )
     config.task.condition = _condition(config, chosen.cond)
     config.task.sampler = dict(
-        steps=field(10 if tiny else 50, "denoising steps per frame"),
+        steps=field(4 if few else 10 if tiny else 50, "denoising steps per frame"),
         schedule=field(
             "autoregressive" if chosen.layout == "teacher_forced" else "ad",
             "ad, synchronous, autoregressive, pyramid or block_causal",

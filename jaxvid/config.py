@@ -109,6 +109,8 @@ def as_now(tree: dict) -> dict:
         task["layout"] = f"clean_prefix={share:g},diffusion_forcing={1 - share:g}"
     if mixer.get("name") == "softmax":
         mixer.setdefault("positions", "absolute")
+    if task.get("name") == "ar_diffusion":
+        task.setdefault("shortcut", {"finest": 0, "share": 0.25, "after": 0})
     if "data" in tree:
         section(tree, "data").setdefault("max_sprites", 3)
     return tree

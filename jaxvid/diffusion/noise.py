@@ -13,7 +13,7 @@ import numpy as np
 from jaxvid import checks
 
 PREDICTIONS = ("x0", "eps", "v")
-WEIGHTS = ("uniform", "x0", "min_snr", "fused_snr")
+WEIGHTS = ("uniform", "x0", "ramp", "min_snr", "fused_snr")
 MAX_STEPS = 10**6  # noise levels
 FUSED_SNR_DECAY = 0.96  # per frame, of the SNR that earlier frames add
 
@@ -105,7 +105,8 @@ class NoiseSchedule:
     def weight(self, t_BT, kind: str, prediction: str, snr_clip: float = 5.0) -> jax.Array:
         """Loss weight of each frame, float32, shape of t_BT: frames on the last axis.
 
-        uniform: 1. x0: the loss becomes the squared error of x0, for every prediction. min_snr:
+        uniform: 1. x0: the loss becomes the squared error of x0, for every prediction. ramp: this
+        times 0.1 + 0.9 alpha_t (Dreamer 4, Hafner et al. 2025, with noise 1 - alpha_t). min_snr:
         min(SNR, snr_clip) times the squared error of x0 (Hang et al. 2023, who clip at 5).
         fused_snr: min_snr with the SNR of a frame and of the frames before it (Diffusion Forcing,
         Chen et al. 2024); frame f depends on frames <= f only. Raises UserError for an unknown
@@ -114,11 +115,10 @@ class NoiseSchedule:
         self.check(prediction, kind)
         if kind == "uniform":
             return jnp.ones(t_BT.shape, jnp.float32)
-        if kind == "x0":
+        if kind in ("x0", "ramp"):
             alpha, sigma = jnp.take(self.alpha_S, t_BT), jnp.take(self.sigma_S, t_BT)
-            return {"x0": jnp.ones_like(sigma), "v": sigma**2, "eps": (sigma / alpha) ** 2}[
-                prediction
-            ]
+            of_x0 = {"x0": jnp.ones_like(sigma), "v": sigma**2, "eps": (sigma / alpha) ** 2}
+            return of_x0[prediction] * (0.1 + 0.9 * alpha if kind == "ramp" else 1.0)
         snr = jnp.exp(self.log_snr(t_BT)) / snr_clip
         clipped = jnp.minimum(snr, 1.0)
         if kind == "fused_snr":

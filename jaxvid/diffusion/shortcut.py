@@ -8,11 +8,14 @@ Dreamer 4, section 3.2). Size i is a step of 2^i / finest.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxvid import checks
 from jaxvid.diffusion.noise import NoiseSchedule
+from jaxvid.errors import within
 
 MAX_VELOCITY = 4.0  # per number, of the two half steps: an early network may predict anything
 
@@ -37,6 +40,55 @@ def draw(rng: jax.Array, shape_BT: tuple[int, int], finest: int, num_steps: int)
 def stride(size, finest: int, num_steps: int):
     """The timesteps that a step of this size covers."""
     return (num_steps - 1) // finest << size
+
+
+class Shortcut(NamedTuple):
+    """How a network learns steps of all sizes; static under jit.
+
+    finest: the number of the smallest steps from noise to data, a power of two; 0 = the network
+    knows no sizes. share: of the clips of a batch that learn larger steps. after: training steps
+    before they do.
+    """
+
+    finest: int = 0
+    share: float = 0.25
+    after: int = 0
+
+    @property
+    def sizes(self) -> int:
+        """Sizes of a step that the network tells apart, 0 if it knows none."""
+        return sizes(self.finest) if self.finest else 0
+
+    def check(self, noise: NoiseSchedule, prediction: str, steps: int):
+        """Raise UserError unless networks of this prediction can be trained and sampled so."""
+        finest = self.finest
+        is_power = finest >= 0 and finest & (finest - 1) == 0 and finest != 1
+        checks.require(is_power, "shortcut.finest", finest, "use 0, or a power of 2 from 2 on")
+        with within("shortcut"):
+            checks.between("share", self.share, 0, 1)
+            checks.positive("share", self.share)
+            checks.at_least("after", self.after, 0)
+        if not finest:
+            return
+        remedy = "steps have a size on the flow schedule alone; use noise.name=flow, noise.shift=1"
+        checks.require(noise.is_flow and noise.shift == 1, "shortcut.finest", finest, remedy)
+        remedy = "shortcuts are of predictions of x0; use x0"
+        checks.require(prediction == "x0", "prediction", prediction, remedy)
+        divided = (noise.num_steps - 1) % finest == 0
+        fitting = -(-(noise.num_steps - 1) // finest) * finest + 1
+        remedy = f"does not hold {finest} equal steps; use {fitting}"
+        checks.require(divided, "noise.num_steps", noise.num_steps, remedy)
+        remedy = f"the network knows {finest} steps, half of them, a quarter ..; use one of these"
+        is_known = finest % steps == 0 and steps & (steps - 1) == 0
+        checks.require(is_known, "sampler.steps", steps, remedy)
+
+    def size_of(self, steps: int) -> int:
+        """The size of a step where `steps` of them lead from noise to data."""
+        return (self.finest // steps).bit_length() - 1
+
+    def rows(self, batch: int) -> slice:
+        """The clips of a batch that learn larger steps, evenly spaced, as devices hold them."""
+        return slice(0, batch, max(round(1 / self.share), 1))
 
 
 def target(

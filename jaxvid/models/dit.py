@@ -162,16 +162,20 @@ class DiT(nn.Module):
     the prediction of every frame as sampling one frame after another makes it. The state has read
     the clean frames.
 
+    size_BT: with `step_sizes`, the size of the step that a sampler takes with each frame, int32
+    (`diffusion.shortcut`); the smallest, 0, unless given.
+
     width: D. depth: layers. heads: A, divides D into even heads. grid: (H, W) of the tokens of a
     frame, H * W = N. mlp_ratio: hidden width of the MLPs over D. arrangement: "joint" (all tokens
     of all frames mix, as in the paper) or "factorised" (attention per frame, then the temporal
     mixer per location). mixer: the name in `mixers.MIXERS` and the options of that mixer.
     input_skip: adds the input to the output, by a learned share per channel that depends on the
     timestep (after Karras et al. 2022, who use a formula). Layers normalise and so lose the norm of
-    a token, which matters little for latents of unit norm and much for pixels. remat: recomputes
-    each layer in the backward pass. scan: compiles one layer for all and stacks their parameters
-    along a leading depth axis. Without it each layer has a subtree of its own; this compiles more
-    slowly and runs about a tenth faster on CPU. Raises UserError for values that cannot work.
+    a token, which matters little for latents of unit norm and much for pixels. step_sizes: how many
+    sizes of a step the model tells apart; 0 = it does not know the size. remat: recomputes each
+    layer in the backward pass. scan: compiles one layer for all and stacks their parameters along a
+    leading depth axis. Without it each layer has a subtree of its own; this compiles more slowly
+    and runs about a tenth faster on CPU. Raises UserError for values that cannot work.
     """
 
     width: int
@@ -183,6 +187,7 @@ class DiT(nn.Module):
     mixer: Mapping[str, Any] = FrozenDict(name="softmax", window=16)
     qk_norm: bool = True
     input_skip: bool = False
+    step_sizes: int = 0
     dtype: Any = jnp.float32
     remat: bool = False
     scan: bool = True
@@ -199,15 +204,20 @@ class DiT(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x_BTNC, t_BT, context_BME=None, state=None, clean_BTNC=None):
+    def __call__(self, x_BTNC, t_BT, context_BME=None, state=None, clean_BTNC=None, size_BT=None):
+        size_BT = jnp.zeros_like(t_BT) if size_BT is None else size_BT
         paired = clean_BTNC is not None
         if paired:
-            x_BTNC, t_BT = pairs.join(clean_BTNC, x_BTNC), pairs.join(jnp.zeros_like(t_BT), t_BT)
+            x_BTNC = pairs.join(clean_BTNC, x_BTNC)
+            t_BT, size_BT = (pairs.join(jnp.zeros_like(x), x) for x in (t_BT, size_BT))
         dense = dict(dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
         x_BTND = Linear(self.width, name="embed", **dense)(x_BTNC)
         x_BTND = shard(x_BTND + grid_sincos(self.grid, self.width).astype(self.dtype), "BTND")
         c_BTD = Linear(self.width, name="time_in", **dense)(sinusoid(t_BT, TIME_FEATURES))
         c_BTD = Linear(self.width, name="time_out", **dense)(nn.silu(c_BTD))
+        if self.step_sizes:
+            zeros = dict(embedding_init=nn.initializers.zeros, dtype=self.dtype)
+            c_BTD += nn.Embed(self.step_sizes, self.width, name="step_size", **zeros)(size_BT)
         context_BMD = None
         if context_BME is not None:
             context_BMD = Linear(self.width, name="context", **dense)(context_BME)

@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from flax.core import FrozenDict
 
 from jaxvid import schema
 from jaxvid.checks import at_least, between, choose, divides, positive, require
 from jaxvid.data.transforms import normalize
-from jaxvid.diffusion import guidance, samplers, timesteps
+from jaxvid.diffusion import guidance, samplers, shortcut, timesteps
 from jaxvid.diffusion.frame_schedules import FrameSchedule, make_frame_schedule
 from jaxvid.diffusion.layouts import parse_layout
 from jaxvid.diffusion.noise import make_noise_schedule
+from jaxvid.diffusion.shortcut import Shortcut
 from jaxvid.errors import UserError, within
 from jaxvid.metrics import baselines, quality
 from jaxvid.mixers import make_mixer
@@ -54,7 +56,8 @@ class Task(Generator):
     of the null condition. sampler: steps, schedule, s, block
     (`diffusion.frame_schedules.make_frame_schedule`), guidance, eta, end (`diffusion.samplers`) and
     memory ("cache", "none" or "window"). given: clean frames before the continuation that
-    `evaluate` scores. patch: pixels on a side of a token; without effect if there is a `tokenizer`.
+    `evaluate` scores. shortcut: finest, share, after (`diffusion.shortcut.Shortcut`). patch: pixels
+    on a side of a token; without effect if there is a `tokenizer`.
 
     All fields count video frames, the window of `model.mixer` too. Only its sinks and the schedules
     of `sampler` count latent frames.
@@ -78,6 +81,7 @@ class Task(Generator):
         condition: Mapping,
         sampler: Mapping,
         given: int,
+        shortcut: Mapping = FrozenDict(),
         tokenizer: VideoTokenizer | None = None,
     ):
         choose("timesteps", timesteps, TIMESTEPS)
@@ -98,6 +102,9 @@ class Task(Generator):
         with within("noise"):
             self.noise = schema.build(make_noise_schedule, noise)
         self.noise.check(prediction, weight)
+        self.shortcut = schema.build(Shortcut, shortcut)
+        self.reads_average = bool(self.shortcut.finest)
+        self.shortcut.check(self.noise, prediction, self.sampler["steps"])
         if tokenizer is None:
             divides("patch", patch, size, "size")
             tokenizer = PixelTokenizer(patch)
@@ -123,7 +130,8 @@ class Task(Generator):
                 schema.check("mixer.window", mixer["window"], int)
                 mixer["window"] = self._in_latents("mixer.window", self._latents, mixer["window"])
             options["dtype"] = jnp.dtype(options["dtype"])
-            model = schema.build(DiT, options, grid=self.grid)
+            sizes = self.shortcut.sizes
+            model = schema.build(DiT, options, grid=self.grid, step_sizes=sizes)
             self.temporal_mixer = make_mixer(mixer, width=model.width, heads=model.heads)
         return model
 
@@ -247,9 +255,11 @@ class Task(Generator):
         model = model or self.model
         return model.apply({"params": params["model"]}, x_BTNC, t_BT, context_BME, state, **options)
 
-    def loss(self, params, batch, rng, *, step, frozen, extra):
-        """Weighted squared error of the prediction, averaged over the frames that are targets."""
-        del step
+    def loss(self, params, batch, rng, *, step, frozen, extra, average=None):
+        """Weighted squared error of the prediction, averaged over the frames that are targets.
+
+        average: averaged weights, by which half steps are taken; those of `params` if None.
+        """
         z_BTNC = self._clean(frozen, batch)
         B, T = z_BTNC.shape[:2]
         rng_t, rng_prefix, rng_eps, rng_drop = jax.random.split(rng, 4)
@@ -261,23 +271,56 @@ class Task(Generator):
             iid_BT = timesteps.iid(rng_t, B, T, self.noise.num_steps)
             t_BT, is_target_BT = jnp.where(forced, iid_BT, t_BT), forced | is_target_BT
 
+        size_BT, rows = jnp.zeros_like(t_BT), self.shortcut.rows(B)
+        if self.shortcut.finest:
+            finest, shape = self.shortcut.finest, t_BT[rows].shape
+            rng_size, num_steps = jax.random.fold_in(rng, 5), self.noise.num_steps
+            larger_t, larger_size = shortcut.draw(rng_size, shape, finest, num_steps)
+            is_larger = is_target_BT[rows] & (step >= self.shortcut.after)
+            t_BT = t_BT.at[rows].set(jnp.where(is_larger, larger_t, t_BT[rows]))
+            size_BT = size_BT.at[rows].set(jnp.where(is_larger, larger_size, 0))
+
         eps_BTNC = jax.random.normal(rng_eps, z_BTNC.shape)
         x_BTNC = self.noise.add_noise(z_BTNC, eps_BTNC, t_BT)
         x_BTNC = jnp.where(is_target_BT[:, :, None, None], x_BTNC, z_BTNC)
         drop_B = jax.random.bernoulli(rng_drop, self.drop, (B,))
         context_BME = self._context(params, drop_B, batch)
 
-        def predict(forced):
-            clean_BTNC = z_BTNC if forced else None
-            return self._apply(params, x_BTNC, t_BT, context_BME, clean_BTNC=clean_BTNC)[0]
+        def in_layout(predict):
+            """predict(clean frames to read, or None), as the layout of this step has it."""
+            if 0 < self.layout.teacher_forced < 1:
+                return jax.lax.cond(forced, lambda: predict(z_BTNC), lambda: predict(None))
+            return predict(z_BTNC if self.layout.teacher_forced else None)
 
-        if 0 < self.layout.teacher_forced < 1:
-            branches = (functools.partial(predict, True), functools.partial(predict, False))
-            prediction_BTNC = jax.lax.cond(forced, *branches)
-        else:
-            prediction_BTNC = predict(self.layout.teacher_forced == 1)
+        def predict(clean_BTNC):
+            options = dict(clean_BTNC=clean_BTNC, size_BT=size_BT)
+            return self._apply(params, x_BTNC, t_BT, context_BME, **options)[0]
 
+        def two_half_steps(clean_BTNC):
+            own, z, context, clean = jax.tree.map(
+                lambda x: x[rows], (is_target_BT, z_BTNC, context_BME, clean_BTNC)
+            )
+            weights = jax.lax.stop_gradient(params if average is None else average)
+
+            def half_step(x_BTNC, t_BT, size_BT):
+                x_BTNC = jnp.where(own[:, :, None, None], x_BTNC, z)
+                t_BT, size_BT = jnp.where(own, t_BT, 0), jnp.where(own, size_BT, 0)
+                options = dict(clean_BTNC=clean, size_BT=size_BT)
+                return self._apply(weights, x_BTNC, t_BT, context, **options)[0]
+
+            inputs = (x_BTNC[rows], larger_t, larger_size)
+            return shortcut.target(half_step, *inputs, noise=self.noise, finest=finest)
+
+        prediction_BTNC = in_layout(predict)
         target_BTNC = self.noise.target(z_BTNC, eps_BTNC, t_BT, self.prediction)
+        if self.shortcut.finest:
+            reached = jax.lax.cond(
+                step >= self.shortcut.after,
+                lambda: in_layout(two_half_steps),
+                lambda: z_BTNC[rows],
+            )
+            reached = jnp.where(is_larger[:, :, None, None], reached, z_BTNC[rows])
+            target_BTNC = target_BTNC.at[rows].set(reached)
         error_BT = jnp.square(prediction_BTNC - target_BTNC).mean((-2, -1))
         weight_BT = self.noise.weight(t_BT, self.weight, self.prediction, self.snr_clip)
         targets = is_target_BT.sum()
@@ -434,13 +477,16 @@ class Task(Generator):
         mixer = dict(self.model.mixer)
         if window is not None:
             mixer["window"] = window
-        model = self.model.clone(mixer=mixer)
+        options = dict(model=self.model.clone(mixer=mixer))
 
         def predict(x_BTNC, t_BT, state):
+            if self.shortcut.finest:  # frames without noise are read and take no step
+                size = self.shortcut.size_of(self.sampler["steps"])
+                options["size_BT"] = jnp.where(t_BT > 0, size, 0)
             if self.temporal_mixer.streams:
-                return self._apply(params, x_BTNC, t_BT, state=state, model=model)
+                return self._apply(params, x_BTNC, t_BT, state=state, **options)
             # A mixer that sees the future cannot continue: every call reads everything.
-            return self._apply(params, x_BTNC, t_BT, context_BME, model=model)[0], state
+            return self._apply(params, x_BTNC, t_BT, context_BME, **options)[0], state
 
         scale = self.sampler["guidance"]
         return predict if scale == 1 else guidance.classifier_free(predict, scale)

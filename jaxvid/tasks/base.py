@@ -31,6 +31,9 @@ class Task(abc.ABC):
     baselines: tuple[str, ...] = ()
     """Guesses without a network: a metric `psnr` of theirs is called `psnr_<baseline>`."""
 
+    reads_average = False
+    """Whether `loss` takes the averaged weights too, as `average`."""
+
     def binding(self) -> dict[str, Any]:
         """Fields of config.task that bind a run to weights other than its own."""
         return {}

@@ -62,9 +62,11 @@ def gradients(task, state, frozen, batch, rng, count):
     batch does not depend on `count`.
     """
 
+    average = {"average": state.ema or state.params} if task.reads_average else {}
+
     def loss(params, batch, rng, extra):
         value, (metrics, extra, weight) = task.loss(
-            params, batch, rng, step=state.step, frozen=frozen, extra=extra
+            params, batch, rng, step=state.step, frozen=frozen, extra=extra, **average
         )
         return value, ({"loss": value, **metrics}, extra, weight)
 

@@ -87,3 +87,12 @@ def test_exact_steps_end_at_the_same_frames_for_every_number_of_steps(steps):
         schedule=frame_schedules.autoregressive(5, steps),
     )
     np.testing.assert_allclose(clip, MEAN + DEVIATION * noise, atol=1e-5)
+
+
+def test_the_size_of_equal_steps():
+    """Sizes 0 .. 4 of 16 smallest steps are 1, 2, 4, 8 and 16 of them."""
+    found = shortcut.Shortcut(finest=16)
+    assert found.sizes == 5
+    for steps in (1, 2, 4, 8, 16):
+        assert shortcut.stride(found.size_of(steps), 16, 65) * steps == 64
+    assert list(range(8))[found.rows(8)] == [0, 4]

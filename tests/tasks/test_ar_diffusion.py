@@ -12,6 +12,7 @@ from configs import ar_diffusion
 from jaxvid.data.source import Source
 from jaxvid.data.text import embed
 from jaxvid.data.transforms import normalize
+from jaxvid.diffusion import shortcut
 from jaxvid.errors import UserError
 from jaxvid.models import dit
 from jaxvid.models.pixels import PixelTokenizer
@@ -146,6 +147,48 @@ def test_teacher_forcing_trains_what_sampling_one_frame_after_another_computes()
         _, state = apply(params, z_BTNC[:, frame], jnp.zeros((2, 1), jnp.int32), None, state)
         errors.append(jnp.square(x0_BTNC - z_BTNC[:, frame]).mean())
     np.testing.assert_allclose(objective(task)(params, data, 1)[0], np.mean(errors), rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["mixed", "teacher_forced"])
+def test_larger_steps_learn_where_two_half_steps_of_the_averaged_weights_end(layout, monkeypatch):
+    """By the sampler's own steps, whose velocities have no bound."""
+    monkeypatch.setattr(shortcut, "MAX_VELOCITY", np.inf)
+    options = dict(shortcut__finest=4, shortcut__share=1.0, shortcut__after=7, weight="uniform")
+    options |= dict(noise__num_steps=65, sampler__steps=4)
+    if layout == "mixed":
+        options["layout"] = "diffusion_forcing"
+    task = Task(**fields(f"steps=few,layout={layout}", **options))
+    params, data, rng = opened(task), batch(3), jax.random.key(1)
+    params["model"]["step_size"]["embedding"] += jnp.arange(3.0)[:, None]  # steps differ
+    average = jax.tree.map(lambda leaf: 1.1 * leaf, params)
+    zero = jax.tree.map(jnp.zeros_like, params)
+
+    @jax.jit
+    def mse(params, step):
+        options = dict(step=step, frozen={}, extra={}, average=average)
+        return task.loss(params, data, rng, **options)[1][0]["mse"]
+
+    z_BTNC = task._encode({}, data["video"])
+    np.testing.assert_allclose(mse(zero, 6), jnp.square(z_BTNC).mean(), rtol=1e-5)
+
+    t_BT, size_BT = shortcut.draw(jax.random.fold_in(rng, 5), (3, 6), 4, 65)
+    noise_BTNC = jax.random.normal(jax.random.split(rng, 4)[2], z_BTNC.shape)
+    x_BTNC = task.noise.add_noise(z_BTNC, noise_BTNC, t_BT)
+    context_BME = task._context(params, jnp.zeros(3, bool), data)
+    clean = z_BTNC if layout == "teacher_forced" else None
+
+    @jax.jit
+    def half_step(x_BTNC, t_BT):
+        half_BT = shortcut.stride(size_BT - 1, 4, 65)
+        sizes = dict(size_BT=size_BT - 1, clean_BTNC=clean)
+        x0_BTNC, _ = task._apply(average, x_BTNC, t_BT, context_BME, **sizes)
+        _, eps_BTNC = task.noise.split(x0_BTNC, x_BTNC, t_BT, "x0")
+        return task.noise.step(x0_BTNC, eps_BTNC, t_BT, t_BT - half_BT), t_BT - half_BT
+
+    moved_BTNC, end_BT = half_step(*half_step(x_BTNC, t_BT))
+    share = (t_BT / (t_BT - end_BT))[:, :, None, None]
+    target_BTNC = x_BTNC + share * (moved_BTNC - x_BTNC)  # x0 whose step ends there
+    np.testing.assert_allclose(mse(zero, 7), jnp.square(target_BTNC).mean(), rtol=1e-4)
 
 
 class Spy(Task):
@@ -347,6 +390,15 @@ def test_a_recurrent_mixer_samples_the_same_from_its_state_as_from_all_frames(mi
     np.testing.assert_allclose(*videos, atol=1e-4)
 
 
+FEW = {
+    "shortcut__finest": 16,
+    "noise__name": "flow",
+    "noise__num_steps": 1025,
+    "sampler__s": 1,
+    "sampler__memory": "cache",
+}
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -359,6 +411,13 @@ def test_a_recurrent_mixer_samples_the_same_from_its_state_as_from_all_frames(mi
         ({"model__dtype": "float33"}, "^model.dtype='float33': unknown; use one of float32"),
         ({"model__mixer__name": "gla"}, "^model.mixer.mask='causal': gla has no such option"),
         ({"model__mixer__window": 0}, "^model.mixer.window=0: must be at least 1"),
+        ({"shortcut__finest": 6}, "^shortcut.finest=6: use 0, or a power of 2 from 2 on"),
+        ({"shortcut__finest": 8}, "^shortcut.finest=8: steps have a size on the flow schedule"),
+        ({**FEW, "prediction": "v"}, "^prediction='v': shortcuts are of predictions of x0; use x0"),
+        ({**FEW, "noise__num_steps": 1000}, "^noise.num_steps=1000: .* equal steps; use 1009"),
+        ({**FEW, "sampler__steps": 5}, "^sampler.steps=5: the network knows 16 steps, half of"),
+        ({**FEW, "sampler__steps": 32}, "^sampler.steps=32: the network knows 16 steps, half of"),
+        ({**FEW, "shortcut__share": 0.0}, "^shortcut.share=0.0: must be "),
         ({"layout": "forced"}, "^layout='forced': unknown; use one of diffusion_forcing, "),
         ({"layout": "teacher_forced=half"}, "^layout=.*: teacher_forced needs a probability"),
         ({"layout": "teacher_forced=0.5"}, "^layout=.*: the shares sum to 0.5; they must sum to 1"),
