@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxvid import checks
 from jaxvid.data import source, transforms
 from jaxvid.errors import UserError
 
@@ -227,6 +228,7 @@ class Source(source.Source):
             raise UserError(
                 "flip=True: captions would be wrong for mirrored sprites; use flip=False"
             )
+        checks.between("difficulty", config.difficulty, 0, 1)
         self._split = split
         self._window = transforms.Window.of(config)
         self._difficulty = float(config.difficulty)
