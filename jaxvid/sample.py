@@ -23,7 +23,7 @@ from absl import flags
 
 from jaxvid import cli, data, memory
 from jaxvid.data import text, video
-from jaxvid.data.transforms import to_uint8
+from jaxvid.data.transforms import MAX_FRAMES, to_uint8
 from jaxvid.errors import UserError, within
 from jaxvid.parallel.devices import peak_bytes
 from jaxvid.runs import open_run, weights_digest
@@ -215,7 +215,7 @@ if __name__ == "__main__":
         None,
         "Frames of a clip. Default: as trained.",
         lower_bound=1,
-        upper_bound=video.MAX_FRAMES,
+        upper_bound=MAX_FRAMES,
     )
     flags.DEFINE_integer("num", 4, "Clips.", lower_bound=1, upper_bound=data.MAX_CLIPS)
     flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**32 - 1)

@@ -112,8 +112,7 @@ def _is(value, form) -> bool:
     if form is Mapping or origin is Mapping:
         return isinstance(value, Mapping) or hasattr(value, "to_dict")  # the latter: ConfigDict
     if form is float:
-        is_number = _is(value, int) or isinstance(value, float)
-        return is_number and abs(value) <= MAX_FLOAT  # not NaN either
+        return isinstance(value, float) or (_is(value, int) and abs(value) <= MAX_FLOAT)
     if form is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return value is None if form is None else isinstance(value, origin or form)

@@ -14,6 +14,7 @@ from jaxvid.data.transforms import Window
 from jaxvid.errors import UserError
 
 MAX_CLIPS = 2**20  # of a batch or of samples
+MAX_TRAINED = 2**13  # frames of a clip; tables of frames by frames are made for them
 MAX_LOADERS = 1024  # processes, and threads in each
 MAX_WORDS = 2**12  # of a caption
 MAX_WIDTH = 2**16  # of the embedding of a word
@@ -22,6 +23,7 @@ MAX_WIDTH = 2**16  # of the embedding of a word
 def check(config) -> None:
     """Raise UserError for fields of config.data that no source accepts."""
     Window.of(config)  # frames, size, stride and crop
+    checks.at_least("frames", config.frames, 1, at_most=MAX_TRAINED)
     checks.at_least("batch_size", config.batch_size, 1, at_most=MAX_CLIPS)
     checks.at_least("workers", config.workers, 0, at_most=MAX_LOADERS)
     checks.at_least("threads", config.threads, 1, at_most=MAX_LOADERS)
@@ -29,7 +31,7 @@ def check(config) -> None:
     checks.at_least("text_width", config.text_width, 1, at_most=MAX_WIDTH)
     if "fps" in config:
         checks.between("fps", config.fps, 0, 1000)
-    if "difficulty" in config:
+    if "difficulty" in config:  # also if another source than sprites leaves it unused
         checks.between("difficulty", config.difficulty, 0, 1)
     if "num_clips" in config:
         checks.between("num_clips", config.num_clips, 1, 2**31 - 1)

@@ -16,7 +16,7 @@ from absl import logging
 
 from jaxvid import checks, files, memory, schema
 from jaxvid.data import progress, video
-from jaxvid.data.transforms import MAX_SIZE, Window
+from jaxvid.data.transforms import MAX_FRAMES, MAX_SIZE, Window
 from jaxvid.errors import UserError, printable
 
 VALIDATION_SHARE = 0.1
@@ -233,7 +233,7 @@ def _save(cache, known):
 def check_cut(size: int, frames: int, fps: float) -> None:
     """Raise UserError unless videos can be cut into clips of these."""
     checks.at_least("size", size, 1, at_most=MAX_SIZE)
-    checks.at_least("frames", frames, 1, at_most=video.MAX_FRAMES)
+    checks.at_least("frames", frames, 1, at_most=MAX_FRAMES)
     memory.require(f"size={size}, frames={frames}", "frames of a clip", 3 * frames * size**2)
     checks.require(0 <= fps <= 1000, "fps", fps, "must lie in [0, 1000]; 0 keeps the source's rate")
 

@@ -20,13 +20,12 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from jaxvid import files, schema
 from jaxvid.data.source import digest_of
-from jaxvid.data.transforms import MAX_SIZE
+from jaxvid.data.transforms import MAX_FRAMES, MAX_SIZE
 from jaxvid.errors import UserError, shown
 from jaxvid.schema import Choice, Real, Whole
 
 SCHEMA = 1
 MANIFEST = "dataset.json"
-MAX_FRAMES = 2**20  # of a clip, as many as a file may have
 COMMANDS = {"h264": "jaxvid.prepare", "latents": "jaxvid.tokenize"}  # codec -> its command
 SHARD_BYTES = 2**28
 COPY = "copy or prepare the set again"

@@ -231,6 +231,7 @@ class Source(source.Source):
             raise UserError(
                 "flip=True: captions would be wrong for mirrored sprites; use flip=False"
             )
+        checks.between("difficulty", config.difficulty, 0, 1)
         self._split = split
         self._window = transforms.Window.of(config)
         self._difficulty = float(config.difficulty)

@@ -7,9 +7,8 @@ import numpy as np
 
 from jaxvid import checks
 
-MAX_FRAMES = 2**14  # of a clip that is trained on
+MAX_FRAMES = 2**20  # in a file, and so in a clip or a stride
 MAX_SIZE = 2**13  # pixels
-MAX_STRIDE = 2**20  # frames, as many as a file may have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Window:
     @classmethod
     def of(cls, config) -> "Window":
         """The window of config.data; raises UserError for values outside their bounds."""
-        for field, most in (("frames", MAX_FRAMES), ("size", MAX_SIZE), ("stride", MAX_STRIDE)):
+        for field, most in (("frames", MAX_FRAMES), ("size", MAX_SIZE), ("stride", MAX_FRAMES)):
             checks.at_least(field, config[field], 1, at_most=most)
         checks.choose("crop", config.crop, ("random", "center"))
         return cls(config.frames, config.size, config.stride, config.crop == "random", config.flip)

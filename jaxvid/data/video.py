@@ -26,6 +26,7 @@ from PIL import Image
 
 from jaxvid import files
 from jaxvid.data import transforms
+from jaxvid.data.transforms import MAX_FRAMES
 from jaxvid.errors import UserError
 
 SUFFIXES = (
@@ -34,7 +35,6 @@ SUFFIXES = (
 )
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,asf,mpeg,mpegvideo,mpegts,gif"
 MAX_PIXELS = 2**25  # in one picture: 8192 x 4096
-MAX_FRAMES = 2**20  # in one file
 MAX_BYTES = 2**32  # of pixels in one read
 VISIBLE = 128  # pixels a side that are enough for eyes
 STILL = 2.0  # seconds for which one picture may be shown within a clip, or four frames if longer
