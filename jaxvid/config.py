@@ -41,6 +41,18 @@ FORM = {
     "sample": {"every": int, "num": int},
 }
 
+# Fields that runs of earlier versions lack, and the value that stands for what they did.
+EARLIER = {
+    "data.max_sprites": 3,
+    "data.sizes": 3,
+    "data.turning": True,
+    "task.model.conv": 1,
+    "task.model.mixer.positions": "absolute",
+    "task.shortcut.finest": 0,
+    "task.shortcut.share": 0.25,
+    "task.shortcut.after": 0,
+}
+
 # Reading and writing
 
 
@@ -96,23 +108,11 @@ def load(path) -> ConfigDict:
 
 
 def as_now(tree: dict) -> dict:
-    """A saved config of this or an earlier version, with the fields that say the same today."""
-
-    def section(outer, name):
-        inner = outer.get(name)
-        return inner if isinstance(inner, dict) else {}
-
-    task = section(tree, "task")
-    mixer = section(section(task, "model"), "mixer")
-    if isinstance(share := task.get("clean_prefix"), float):
+    """A saved config in which fields that earlier versions wrote in another form are as today."""
+    task = tree.get("task")
+    if isinstance(task, dict) and isinstance(share := task.get("clean_prefix"), float):
         del task["clean_prefix"]
         task["layout"] = f"clean_prefix={share:g},diffusion_forcing={1 - share:g}"
-    if mixer.get("name") == "softmax":
-        mixer.setdefault("positions", "absolute")
-    if task.get("name") == "ar_diffusion":
-        task.setdefault("shortcut", {"finest": 0, "share": 0.25, "after": 0})
-    if "data" in tree:
-        section(tree, "data").setdefault("max_sprites", 3)
     return tree
 
 

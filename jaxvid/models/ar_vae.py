@@ -49,10 +49,10 @@ class LatentAttention(nn.Module):
         if state is None:
             nothing = jnp.zeros((B, 0, self.heads, D // self.heads), self.dtype)
             state = kv.start(nothing, nothing, M)
-        frame_T = state.length + np.arange(T, dtype=np.int32)
+        frame_T = kv.next_frames(state, T)
         angle_T1K = rotary_angles(frame_T, (1, 1), D // self.heads)
         q, k = rotate(q, angle_T1K), rotate(k, angle_T1K)
-        k_BMAK, v_BMAK, position_M = kv.extend(state, k, v)
+        k_BMAK, v_BMAK, position_M = kv.extend(state, k, v, frame_T)
         y_BLAK = attention(
             shard(q.reshape(B, T * N, *q.shape[3:]), "BLAK"),
             shard(k_BMAK, "BMAK"),
