@@ -22,7 +22,7 @@ def field(value, meaning: str) -> FieldReference:
 # Temporal mixers: name -> options, given the frames of a training clip.
 MIXERS = {
     "softmax": lambda frames: dict(
-        window=field(frames, "frames that a frame sees, its own included (follows data.frames)"),
+        window=field(frames, "frames that a frame sees, its own included"),
         sinks=field(0, "first frames that stay visible beyond the window"),
         mask=field("causal", "causal, or full, which cannot stream"),
     ),

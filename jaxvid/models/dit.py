@@ -10,6 +10,7 @@ from flax.core import FrozenDict
 
 from jaxvid.checks import at_least, choose, finite, require
 from jaxvid.errors import within
+from jaxvid.layers.conv import CausalConv
 from jaxvid.layers.embed import grid_sincos, sinusoid
 from jaxvid.layers.linear import Linear
 from jaxvid.mixers import cache, check_heads, check_options, make_mixer
@@ -149,7 +150,9 @@ class DiT(nn.Module):
     mixer per location). mixer: the name in `mixers.MIXERS` and the options of that mixer.
     input_skip: adds the input to the output, by a learned share per channel that depends on the
     timestep (after Karras et al. 2022, who use a formula). Layers normalise and so lose the norm of
-    a token, which matters little for latents of unit norm and much for pixels. remat: recomputes
+    a token, which matters little for latents of unit norm and much for pixels. conv: frames that a
+    convolution over the embedded tokens of a location spans, so that the first layer already sees
+    the frames before; 1 = none. remat: recomputes
     each layer in the backward pass. scan: compiles one layer for all and stacks their parameters
     along a leading depth axis. Without it each layer has a subtree of its own; this compiles more
     slowly and runs about a tenth faster on CPU. Raises UserError for values that cannot work.
@@ -164,12 +167,13 @@ class DiT(nn.Module):
     mixer: Mapping[str, Any] = FrozenDict(name="softmax", window=16)
     qk_norm: bool = True
     input_skip: bool = False
+    conv: int = 1
     dtype: Any = jnp.float32
     remat: bool = False
     scan: bool = True
 
     def __post_init__(self):
-        for name in ("width", "depth"):
+        for name in ("width", "depth", "conv"):
             at_least(name, getattr(self, name), 1)
         check_heads(self.width, self.heads)
         finite("mlp_ratio", self.mlp_ratio)
@@ -183,7 +187,11 @@ class DiT(nn.Module):
     @nn.compact
     def __call__(self, x_BTNC, t_BT, context_BME=None, state=None):
         dense = dict(dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
+        past, state = (None, None) if state is None else state
         x_BTND = Linear(self.width, name="embed", **dense)(x_BTNC)
+        if self.conv > 1:
+            y_BTND, past = CausalConv(self.conv, self.dtype, name="conv")(x_BTND, past)
+            x_BTND = x_BTND + y_BTND
         x_BTND = shard(x_BTND + grid_sincos(self.grid, self.width).astype(self.dtype), "BTND")
         c_BTD = Linear(self.width, name="time_in", **dense)(sinusoid(t_BT, TIME_FEATURES))
         c_BTD = Linear(self.width, name="time_out", **dense)(nn.silu(c_BTD))
@@ -223,4 +231,4 @@ class DiT(nn.Module):
         if self.input_skip:
             share_BTC = Linear(C, name="input_skip", **zero)(nn.silu(c_BTD))
             y_BTNC += share_BTC[:, :, None] * x_BTNC
-        return y_BTNC, state
+        return y_BTNC, (past, state)

@@ -41,7 +41,8 @@ class Task(Generator):
     noise: options of `diffusion.noise.make_noise_schedule`. prediction, weight, snr_clip: see
     `diffusion.noise.NoiseSchedule`. timesteps: how training draws the noise levels of a clip
     (`diffusion.timesteps`). clean_prefix: probability that a clip begins with clean frames, which
-    are condition and not target.
+    are condition and not target. train_frames: most frames of a clip that a step trains on; of a
+    longer clip it takes as many from a random frame on, but a `tokenizer` needs whole clips.
     condition: kind, tokens, width, num_classes (`models.conditioning`), and drop, the probability
     of the null condition. sampler: steps, schedule, s, block
     (`diffusion.frame_schedules.make_frame_schedule`), guidance, eta, end (`diffusion.samplers`) and
@@ -68,6 +69,7 @@ class Task(Generator):
         condition,
         sampler,
         given: int,
+        train_frames: int | None = None,
         tokenizer: VideoTokenizer | None = None,
     ):
         choose("timesteps", timesteps, TIMESTEPS)
@@ -75,6 +77,12 @@ class Task(Generator):
         between("clean_prefix", clean_prefix, 0, 1)
         at_least("frames", frames, 2)
         between("given", given, 1, frames - 1)
+        # Runs of earlier versions have no field `train_frames`.
+        self.train_frames = frames if train_frames is None else min(train_frames, frames)
+        at_least("train_frames", self.train_frames, 1)
+        remedy = f"a tokenizer encodes whole clips; use {frames}"
+        is_whole = self.train_frames == frames
+        require(tokenizer is None or is_whole, "train_frames", train_frames, remedy)
         self.size, self.frames, self.given = size, frames, given
         self.prediction, self.weight, self.snr_clip = prediction, weight, snr_clip
         self.draw_timesteps, self.clean_prefix = TIMESTEPS[timesteps], clean_prefix
@@ -184,8 +192,8 @@ class Task(Generator):
             require(kind != "text" or source.captions, "kind", kind, remedy)
 
     def split_frames(self, frames):
-        """Latent frames of a clip; see `tasks.base.Task`."""
-        return self._latents(frames)
+        """Latent frames of a clip in training; see `tasks.base.Task`."""
+        return min(self._latents(frames), self._latents(self.train_frames))
 
     def init(self, rng, batch):
         """(params, {}) for a batch of arrays or of their shapes; see `tasks.base.Task`."""
@@ -227,6 +235,9 @@ class Task(Generator):
         """Weighted squared error of the prediction, averaged over the frames that are targets."""
         del step
         z_BTNC = self._clean(frozen, batch)
+        if self.train_frames < self.frames:
+            rng, rng_part = jax.random.split(rng)
+            z_BTNC = _random_part(rng_part, z_BTNC, self.train_frames)
         B, T = z_BTNC.shape[:2]
         rng_t, rng_prefix, rng_eps, rng_drop = jax.random.split(rng, 4)
         t_BT = self.draw_timesteps(rng_t, B, T, self.noise.num_steps)
@@ -387,6 +398,15 @@ class Task(Generator):
         t_BT = jnp.zeros((batch * copies, 0), jnp.int32)
         _, state = self._apply(params, x_BTNC, t_BT, context_BME)
         return self._predict(params, total, context_BME), state, given_BPNC
+
+
+def _random_part(rng, x_BTNC, frames):
+    """`frames` successive frames of each clip, from a frame drawn for each."""
+    B, T = x_BTNC.shape[:2]
+    first_B = jax.random.randint(rng, (B,), 0, T - frames + 1)
+    return jax.vmap(lambda x, first: jax.lax.dynamic_slice_in_dim(x, first, frames))(
+        x_BTNC, first_B
+    )
 
 
 def _conditions(conditioner, batch, size):
