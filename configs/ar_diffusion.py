@@ -128,9 +128,11 @@ def _condition(config, kind):
 
 
 def _tiny(config):
-    """Settings of the preset for two CPU cores: clips of one sprite, of any of its colours."""
-    config.steps = 4000
+    """Settings of the preset for two CPU cores: clips of one large upright sprite."""
+    config.steps = 4500
     config.data.max_sprites = 1
+    config.data.sizes = 1
+    config.data.turning = False
     config.data.num_clips = 100_000
     config.optim.lr = 4e-3
     config.optim.muon_lr = 4e-2

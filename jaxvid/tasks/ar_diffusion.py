@@ -80,9 +80,6 @@ class Task(Generator):
         # Runs of earlier versions have no field `train_frames`.
         self.train_frames = frames if train_frames is None else min(train_frames, frames)
         at_least("train_frames", self.train_frames, 1)
-        remedy = f"a tokenizer encodes whole clips; use {frames}"
-        is_whole = self.train_frames == frames
-        require(tokenizer is None or is_whole, "train_frames", train_frames, remedy)
         self.size, self.frames, self.given = size, frames, given
         self.prediction, self.weight, self.snr_clip = prediction, weight, snr_clip
         self.draw_timesteps, self.clean_prefix = TIMESTEPS[timesteps], clean_prefix
@@ -102,6 +99,9 @@ class Task(Generator):
         self.grid = self._in_latents("size", self.tokenizer.grid, size)
         for name, value in (("frames", frames), ("given", given)):
             self._in_latents(name, self._latents, value)
+        is_possible = self.train_frames == frames or isinstance(tokenizer, PixelTokenizer)
+        remedy = f"a tokenizer encodes whole clips; use {frames}"
+        require(is_possible, "train_frames", self.train_frames, remedy)
         self.model = self._make_model(model)
         self._check_sampler()
         options = (self.sampler[name] for name in ("eta", "end"))
