@@ -46,8 +46,11 @@ def get_config(options=""):
     if chosen.data == "latents":
         config.data.crop = "center"  # the crop of cached clips
     tiny = chosen.size == "tiny"
-    if not tiny:
-        _large(config)
+    (_tiny if tiny else _large)(config)
+    frames = config.data.get_ref("frames")
+    # A step on a part of the clips spends more of its work on first frames, the hardest ones.
+    is_part = tiny and chosen.data != "latents"
+    train_frames = field(6, "most frames of a clip that a step trains on") if is_part else frames
     width, depth, heads = SIZES[chosen.size]
     few = chosen.steps == "few"
     flow = chosen.noise == "flow" or few
@@ -55,22 +58,24 @@ def get_config(options=""):
         name=field("ar_diffusion", "module of jaxvid.tasks"),
         size=config.data.get_ref("size"),
         frames=config.data.get_ref("frames"),
-        patch=field(6 if tiny else 4, "pixels along each side of a token; must divide the size"),
+        patch=field(4, "pixels along each side of a token; must divide the size"),
         tokenizer=field("", "work folder of a trained tokenizer; '' = patches of pixels"),
         tokenizer_digest=field("", "digest that the tokenizer must have; '' = any"),
         prediction=field("v" if flow and not few else "x0", "target of the network: x0, eps or v"),
         weight=field(
-            "ramp" if few else "fused_snr" if tiny else "uniform",
-            "loss weight: uniform, x0, ramp, min_snr or fused_snr",
+            "ramp" if few else "v" if tiny else "uniform",
+            "loss weight: uniform, x0, v, ramp, min_snr or fused_snr",
         ),
-        snr_clip=field(20.0 if tiny else 5.0, "min_snr and fused_snr: maximum SNR in the weight"),
+        snr_clip=field(5.0, "v, min_snr and fused_snr: maximum SNR in the weight"),
         timesteps=field(
-            "fopp", "noise levels of a training clip: fopp, iid, uniform or full_sequence"
+            "iid" if tiny else "fopp",
+            "noise levels of a training clip: fopp, iid, uniform or full_sequence",
         ),
         layout=field(
-            chosen.layout if chosen.layout != "mixed" else _mixed(0.7 if tiny else 0.5),
+            chosen.layout if chosen.layout != "mixed" else _mixed(0.3 if tiny else 0.5),
             "what noisy frames read: diffusion_forcing, clean_prefix or teacher_forced, or shares",
         ),
+        train_frames=train_frames,
         given=field(4, "clean frames before the continuation that evaluate scores"),
     )
     config.task.model = dict(
@@ -78,15 +83,16 @@ def get_config(options=""):
         depth=field(depth, "transformer blocks"),
         heads=field(heads, "attention heads; must divide the width"),
         mlp_ratio=field(4.0, "hidden units of the MLP, in widths"),
-        arrangement=field(
-            "factorised" if tiny else "joint", "mixing of space and time: joint or factorised"
-        ),
+        arrangement=field("joint", "mixing of space and time: joint or factorised"),
         qk_norm=field(True, "normalise queries and keys"),
         input_skip=field(tiny, "add the input to the output, in a share by noise level"),
+        conv=field(
+            3 if tiny else 1, "frames that a convolution of the embedded tokens spans; 1 = none"
+        ),
         dtype=field("float32" if tiny else "bfloat16", "computation: float32, bfloat16 or float16"),
         remat=field(not tiny, "recompute activations in the backward pass, to save memory"),
         scan=field(not tiny, "compile one layer for all; False compiles longer, is faster on CPU"),
-        mixer=common.mixer(chosen.mixer, config.data.get_ref("frames")),
+        mixer=common.mixer(chosen.mixer, train_frames),
     )
     config.task.noise = dict(
         name=field(
@@ -95,7 +101,7 @@ def get_config(options=""):
         ),
         num_steps=field(1025 if few else 1000, "noise levels"),
         shift=field(1.0, "flow: above 1, more of the levels are of strong noise"),
-        zero_terminal_snr=field(False, "make the last level pure noise (flow always does)"),
+        zero_terminal_snr=field(tiny, "make the last level pure noise (flow always does)"),
     )
     config.task.shortcut = dict(
         finest=field(64 if few else 0, "the most steps per frame that the network knows; 0 = none"),
@@ -104,13 +110,13 @@ def get_config(options=""):
     )
     config.task.condition = _condition(config, chosen.cond)
     config.task.sampler = dict(
-        steps=field(4 if few else 10 if tiny else 50, "denoising steps per frame"),
+        steps=field(4 if few else 20 if tiny else 50, "denoising steps per frame"),
         schedule=field(
             "autoregressive" if chosen.layout == "teacher_forced" else "ad",
             "ad, synchronous, autoregressive, pyramid or block_causal",
         ),
         s=field(
-            1 if tiny else 5, "iterations between the starts of frames (block_causal: of blocks)"
+            20 if tiny else 5, "iterations between the starts of frames (block_causal: of blocks)"
         ),
         block=field(1, "block_causal: frames per block"),
         guidance=field(1.0, "scale of classifier-free guidance; 1 = none"),
@@ -140,6 +146,18 @@ def _condition(config, kind):
         num_classes=field(101, "rows of the class table"),
         drop=field(0.1, "probability that training drops the condition"),
     )
+
+
+def _tiny(config):
+    """Settings of the preset for two CPU cores: clips of one large upright sprite."""
+    config.steps = 4500
+    config.data.max_sprites = 1
+    config.data.sizes = 1
+    config.data.turning = False
+    config.data.num_clips = 100_000
+    config.optim.lr = 4e-3
+    config.optim.muon_lr = 4e-2
+    config.evaluate.every = 1000
 
 
 def _large(config):

@@ -22,7 +22,7 @@ def field(value, meaning: str) -> FieldReference:
 # Temporal mixers: name -> options, given the frames of a training clip.
 MIXERS = {
     "softmax": lambda frames: dict(
-        window=field(frames, "frames that a frame sees, its own included (follows data.frames)"),
+        window=field(frames, "frames that a frame sees, its own included"),
         sinks=field(0, "first frames that stay visible beyond the window"),
         positions=field("absolute", "absolute, or anchored: sinks stay just before the window"),
         mask=field("causal", "causal, or full, which cannot stream"),
@@ -91,7 +91,9 @@ def get_config() -> ConfigDict:
         flip=field(False, "mirror half of the clips left to right"),
         crop=field("random", "position of the square crop: random or center"),
         difficulty=field(0.0, "sprites: from 0, a plain grey background, to 1, a strong texture"),
-        max_sprites=field(3, "sprites: most sprites in a clip, 1 to 3"),
+        max_sprites=field(3, "sprites: most of them in a clip; each has a size of its own"),
+        sizes=field(3, "sprites: 1 = all are large, 2 = large or medium, 3 = any size"),
+        turning=field(True, "sprites: half of them turn; False = all stand upright"),
         num_clips=field(4096, "sprites and mqar: clips in the training split"),
         workers=field(0, "decoding processes; 0 decodes in threads of the main process"),
         threads=field(2, "decoding threads per process"),

@@ -29,7 +29,7 @@ FORM = {
     "data": {
         **{"name": str, "path?": str, "frames": int, "size": int, "fps?": float, "stride": int},
         **{"batch_size": int, "flip": bool, "crop": str, "difficulty?": float, "num_clips?": int},
-        "max_sprites?": int,
+        **{"max_sprites?": int, "sizes?": int, "turning?": bool},
         **{"workers": int, "threads": int, "text_tokens": int, "text_width": int},
         **{"vocabulary?": int, "pairs?": [int], schema.OPEN: None},
     },
@@ -113,6 +113,8 @@ def as_now(tree: dict) -> dict:
     if isinstance(task, dict) and isinstance(share := task.get("clean_prefix"), float):
         del task["clean_prefix"]
         task["layout"] = f"clean_prefix={share:g},diffusion_forcing={1 - share:g}"
+    if isinstance(task, dict) and task.get("name") == "ar_diffusion" and "frames" in task:
+        task.setdefault("train_frames", task["frames"])
     return tree
 
 

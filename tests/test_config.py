@@ -164,7 +164,7 @@ def test_config_help(entry, tmp_path):
     assert table["data.text_tokens"].endswith("; 0 = no text")  # the preset sets 20
     assert table["task.frames"].endswith("same as data.frames")
     assert table["task.condition.tokens"].endswith("same as data.text_tokens")
-    assert table["task.model.mixer.window"].endswith("(follows data.frames)")
+    assert rows(f"{FILE}:size=s")["task.train_frames"].endswith("same as data.frames")
     mine = tmp_path / "mine.py"
     mine.write_text("import ml_collections as m\ndef get_config(): return m.ConfigDict({'a': 1})")
     assert rows(str(mine)) == {"a": "a      int   1"}
@@ -215,9 +215,11 @@ def test_fields_of_one_value_and_fields_that_follow():
     config.data.size, config.data.text_tokens, config.data.frames = 64, 7, 9
     assert config.task.size == 64
     assert config.task.condition.tokens == 7
-    assert config.task.frames == config.task.model.mixer.window == 9
+    assert config.task.frames == 9
+    config.task.train_frames = 5
+    assert config.task.model.mixer.window == 5
     config.task.model.mixer.window = 3
-    assert config.task.frames == config.data.frames == 9
+    assert (config.task.frames, config.task.train_frames, config.data.frames) == (9, 5, 9)
     config.task.frames = 5
     assert (config.data.frames, config.task.model.mixer.window) == (5, 3)
 

@@ -209,7 +209,7 @@ def test_steady_sprites_are_counted_in_samples_and_in_the_data(run):
             is_even = jnp.arange(cond["num"]) % 2 == 0
             return jnp.where(is_even[:, None, None, None, None], normalize(cond["video"]), 0)
 
-    data = {**get_config().data, "size": 32, "max_sprites": 1}
+    data = {**get_config().data, "max_sprites": 1, "sizes": 1}
     run = run._replace(task=Copies(), config=ConfigDict({**run.config.to_dict(), "data": data}))
     with jax.set_mesh(run.mesh):
         assert sprites.steady(run) == {"clips": 64, "samples": 0.5, "data": 1.0}

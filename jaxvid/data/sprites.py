@@ -101,25 +101,37 @@ class Scene:
         return Description(caption(sprites), sprites)
 
 
-def scene(index: int, split: str = "train", most: int = len(SIZES)) -> Scene:
-    """The scene of clip `index` of a split: one to `most` sprites.
+def scene(
+    index: int, split: str = "train", most: int = 3, sizes: int = 3, turning: bool = True
+) -> Scene:
+    """The scene of clip `index` of a split: one to `most` sprites of the first `sizes` SIZES.
 
-    Each split has a random stream of its own.
+    No two have the same size. If `turning`, half of them turn; else all stand upright. Each split
+    has a random stream of its own.
     """
     rng = np.random.default_rng((source.SPLITS.index(split), index))
     count = int(rng.integers(1, most + 1))
-    sizes = [list(SIZES)[i] for i in sorted(rng.permutation(len(SIZES))[:count])]
+    names = [list(SIZES)[i] for i in sorted(rng.permutation(sizes)[:count])]
     colours = rng.permutation(len(COLOURS))[:count]
     shapes = rng.integers(0, len(SHAPES), count)
     sprites = tuple(
-        _sprite(rng, size, list(COLOURS)[colour], SHAPES[shape])
-        for size, colour, shape in zip(sizes, colours, shapes)
+        _sprite(rng, size, list(COLOURS)[colour], SHAPES[shape], turning)
+        for size, colour, shape in zip(names, colours, shapes)
     )
     painting = tuple(int(i) for i in rng.permutation(count))
     return Scene(sprites, painting, float(rng.uniform(0.05, 0.95)), _waves(rng))
 
 
-def _sprite(rng, size, colour, shape):
+def kind(config) -> dict:
+    """The options of `scene` in a data section; runs of earlier versions have none of them."""
+    return {
+        "most": config.get("max_sprites", 3),
+        "sizes": config.get("sizes", 3),
+        "turning": config.get("turning", True),
+    }
+
+
+def _sprite(rng, size, colour, shape, turning):
     direction = list(DIRECTIONS)[rng.integers(len(DIRECTIONS))]
     radius = rng.uniform(*SIZES[size])
     reach = REACH[shape] * radius
@@ -134,7 +146,7 @@ def _sprite(rng, size, colour, shape):
     across = rng.uniform(0.0, span)
     start = np.where(heading < 0, reach + run + along, reach + along)
     start = np.where(heading == 0, reach + across, start)
-    turns = rng.random() < 0.5
+    turns = rng.random() < 0.5 and turning
     angle = rng.uniform(0.0, 2 * np.pi) if turns else 0.0
     spin = rng.choice((-1.0, 1.0)) * rng.uniform(0.05, 0.15) if turns else 0.0
     attributes = Attributes(size, colour, shape, direction)
@@ -235,8 +247,11 @@ class Source(source.Source):
         self._split = split
         self._window = transforms.Window.of(config)
         self._difficulty = float(config.difficulty)
-        self._most = config.get("max_sprites", len(SIZES))
-        checks.between("max_sprites", self._most, 1, len(SIZES))
+        self._kind = kind(config)
+        checks.between("sizes", self._kind["sizes"], 1, len(SIZES))
+        remedy = f"each has a size of its own; use 1 to sizes={self._kind['sizes']}"
+        is_possible = 1 <= self._kind["most"] <= self._kind["sizes"]
+        checks.require(is_possible, "max_sprites", self._kind["most"], remedy)
         self._count = config.num_clips if split == "train" else VALIDATION_CLIPS
 
     def __len__(self):
@@ -248,7 +263,7 @@ class Source(source.Source):
     def read(self, index, rng=None):
         """Clip `index`, always the same: the rng is not used."""
         del rng
-        view, window = scene(index, self._split, self._most), self._window
+        view, window = scene(index, self._split, **self._kind), self._window
         video_THWC = render(
             view, window.frames, window.size, stride=window.stride, difficulty=self._difficulty
         )

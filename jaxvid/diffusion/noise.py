@@ -13,7 +13,7 @@ import numpy as np
 from jaxvid import checks
 
 PREDICTIONS = ("x0", "eps", "v")
-WEIGHTS = ("uniform", "x0", "ramp", "min_snr", "fused_snr")
+WEIGHTS = ("uniform", "x0", "v", "ramp", "min_snr", "fused_snr")
 MAX_STEPS = 10**6  # noise levels
 FUSED_SNR_DECAY = 0.96  # per frame, of the SNR that earlier frames add
 
@@ -105,8 +105,9 @@ class NoiseSchedule:
     def weight(self, t_BT, kind: str, prediction: str, snr_clip: float = 5.0) -> jax.Array:
         """Loss weight of each frame, float32, shape of t_BT: frames on the last axis.
 
-        uniform: 1. x0: the loss becomes the squared error of x0, for every prediction. ramp: this
-        times 0.1 + 0.9 alpha_t (Dreamer 4, Hafner et al. 2025, with noise 1 - alpha_t). min_snr:
+        uniform: 1. x0 and v: the loss becomes the squared error of x0 or v, for every prediction;
+        where the SNR exceeds snr_clip, v weighs the error of x0 as at snr_clip. ramp: x0 times
+        0.1 + 0.9 alpha_t (Dreamer 4, Hafner et al. 2025, with noise 1 - alpha_t). min_snr:
         min(SNR, snr_clip) times the squared error of x0 (Hang et al. 2023, who clip at 5).
         fused_snr: min_snr with the SNR of a frame and of the frames before it (Diffusion Forcing,
         Chen et al. 2024); frame f depends on frames <= f only. Raises UserError for an unknown
@@ -121,7 +122,9 @@ class NoiseSchedule:
             return of_x0[prediction] * (0.1 + 0.9 * alpha if kind == "ramp" else 1.0)
         snr = jnp.exp(self.log_snr(t_BT)) / snr_clip
         clipped = jnp.minimum(snr, 1.0)
-        if kind == "fused_snr":
+        if kind == "v":
+            clipped = self._inverse_variance(snr_clip * clipped) / snr_clip
+        elif kind == "fused_snr":
             known = FUSED_SNR_DECAY * _past_snr(clipped)
             snr, clipped = known + (1 - known) * snr, known + (1 - known) * clipped
         if prediction == "x0":
@@ -129,9 +132,7 @@ class NoiseSchedule:
         if prediction == "eps":
             return clipped / snr
         # |v error|^2 = |x0 error|^2 / sigma^2, for both definitions of v.
-        root = jnp.sqrt(snr_clip * snr)
-        inverse_sigma = 1 + root if self.is_flow else jnp.sqrt(1 + root**2)
-        return snr_clip * clipped / inverse_sigma**2
+        return snr_clip * clipped / self._inverse_variance(snr_clip * snr)
 
     def log_snr(self, t) -> jax.Array:
         """log(alpha_t^2 / sigma_t^2), float32; infinite without noise or without signal."""
@@ -152,6 +153,10 @@ class NoiseSchedule:
         else:
             grid = np.append(np.arange(sample_steps)[::-1] * self.num_steps // sample_steps + 1, 0)
         return grid.astype(np.int32)
+
+    def _inverse_variance(self, snr):
+        """1 / sigma^2."""
+        return jnp.square(1 + jnp.sqrt(snr)) if self.is_flow else 1 + snr
 
 
 def make_noise_schedule(

@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 from jaxvid import data
 from jaxvid.data.sprite_oracle import describe, steady_sprites
-from jaxvid.data.sprites import SIZES, scene
+from jaxvid.data.sprites import kind, scene
 from jaxvid.data.transforms import to_uint8
 from jaxvid.evaluators.held_out import HeldOut, open_held_out, samples
 from jaxvid.tasks.base import Run
@@ -40,7 +40,6 @@ def continuations(run: Run, held_out: HeldOut, batches: int) -> dict[str, np.nda
     (`*_copy_last`) and of the real clip (`*_real`), which shows the errors of the reader.
     """
     given, rows = run.task.given, []
-    most = run.config.data.get("max_sprites", len(SIZES))
     for rng, batch, new in held_out.batches(batches):
         real = np.asarray(batch["video"])
         later = real[:, given:]
@@ -51,7 +50,7 @@ def continuations(run: Run, held_out: HeldOut, batches: int) -> dict[str, np.nda
         }
         for row in new:
             clip = int(batch["id"][row])
-            truth = scene(clip, "validation", most).description.sprites
+            truth = scene(clip, "validation", **kind(run.config.data)).description.sprites
             rows.append(
                 {
                     name + suffix: value

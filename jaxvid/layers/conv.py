@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from jaxvid.layers import pairs
 
+MAX_CONV = 256  # frames of a CausalConv, each of which is a product in the program
+
 
 class CausalConv(nn.Module):
     """Convolution over frames, each channel and location alone: y_t = sum_i kernel_i x_{t-i}.

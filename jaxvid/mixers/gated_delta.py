@@ -9,12 +9,11 @@ import jax.numpy as jnp
 from jaxvid.checks import at_least
 from jaxvid.kernels.gated_delta import gated_delta
 from jaxvid.layers import pairs
-from jaxvid.layers.conv import CausalConv
+from jaxvid.layers.conv import MAX_CONV, CausalConv
 from jaxvid.layers.linear import Linear
 from jaxvid.mixers.recurrent import Recurrent, unit_length
 from jaxvid.parallel.sharding import shard
 
-MAX_CONV = 256  # frames, each of which is a product in the program
 _FASTEST, _SLOWEST = 1.6, 1e-3  # -log of the decay per frame at initialisation, over all heads
 
 

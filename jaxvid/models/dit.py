@@ -11,6 +11,7 @@ from flax.core import FrozenDict
 from jaxvid.checks import at_least, choose, require
 from jaxvid.errors import within
 from jaxvid.layers import pairs
+from jaxvid.layers.conv import MAX_CONV, CausalConv
 from jaxvid.layers.embed import grid_sincos, sinusoid
 from jaxvid.layers.linear import Linear
 from jaxvid.mixers import MAX_RATIO, cache, check_depth, check_heads, check_options, make_mixer
@@ -171,7 +172,9 @@ class DiT(nn.Module):
     mixer per location). mixer: the name in `mixers.MIXERS` and the options of that mixer.
     input_skip: adds the input to the output, by a learned share per channel that depends on the
     timestep (after Karras et al. 2022, who use a formula). Layers normalise and so lose the norm of
-    a token, which matters little for latents of unit norm and much for pixels. step_sizes: how many
+    a token, which matters little for latents of unit norm and much for pixels. conv: frames that a
+    convolution over the embedded tokens of a location spans, so that the first layer already sees
+    the frames before; 1 = none. step_sizes: how many
     sizes of a step the model tells apart; 0 = it does not know the size. remat: recomputes each
     layer in the backward pass. scan: compiles one layer for all and stacks their parameters along a
     leading depth axis. Without it each layer has a subtree of its own; this compiles more slowly
@@ -188,12 +191,14 @@ class DiT(nn.Module):
     qk_norm: bool = True
     input_skip: bool = False
     step_sizes: int = 0
+    conv: int = 1
     dtype: Any = jnp.float32
     remat: bool = False
     scan: bool = True
 
     def __post_init__(self):
         check_depth("depth", self.depth)
+        at_least("conv", self.conv, 1, at_most=MAX_CONV)
         check_heads(self.width, self.heads)
         at_least("mlp_ratio", self.mlp_ratio, 0, at_most=MAX_RATIO)
         message = f"leaves width={self.width} no hidden unit; use 4"
@@ -211,7 +216,11 @@ class DiT(nn.Module):
             x_BTNC = pairs.join(clean_BTNC, x_BTNC)
             t_BT, size_BT = (pairs.join(jnp.zeros_like(x), x) for x in (t_BT, size_BT))
         dense = dict(dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
+        past, state = (None, None) if state is None else state
         x_BTND = Linear(self.width, name="embed", **dense)(x_BTNC)
+        if self.conv > 1:
+            y_BTND, past = CausalConv(self.conv, self.dtype, name="conv")(x_BTND, past, paired)
+            x_BTND = x_BTND + y_BTND
         x_BTND = shard(x_BTND + grid_sincos(self.grid, self.width).astype(self.dtype), "BTND")
         c_BTD = Linear(self.width, name="time_in", **dense)(sinusoid(t_BT, TIME_FEATURES))
         c_BTD = Linear(self.width, name="time_out", **dense)(nn.silu(c_BTD))
@@ -259,4 +268,4 @@ class DiT(nn.Module):
         if self.input_skip:
             share_BTC = Linear(C, name="input_skip", **zero)(nn.silu(c_BTD))
             y_BTNC += share_BTC[:, :, None] * x_BTNC
-        return y_BTNC, state
+        return y_BTNC, (past, state)

@@ -52,6 +52,8 @@ class Task(Generator):
     (`diffusion.timesteps`) where noisy frames read each other; frames that are teacher-forced do
     not, and draw theirs independently. layout: which frames of a clip are noisy and what they read
     (`diffusion.layouts`). A clip draws its layout, but a whole batch is teacher-forced or not.
+    train_frames: most frames of a clip that a step trains on; of a longer clip it takes as many
+    from a random frame on, but a `tokenizer` needs whole clips.
     condition: kind, tokens, width, num_classes (`models.conditioning`), and drop, the probability
     of the null condition. sampler: steps, schedule, s, block
     (`diffusion.frame_schedules.make_frame_schedule`), guidance, eta, end (`diffusion.samplers`) and
@@ -82,12 +84,16 @@ class Task(Generator):
         sampler: Mapping,
         given: int,
         shortcut: Mapping = FrozenDict(),
+        train_frames: int | None = None,
         tokenizer: VideoTokenizer | None = None,
     ):
         choose("timesteps", timesteps, TIMESTEPS)
         positive("snr_clip", snr_clip)
         at_least("frames", frames, 2)
         between("given", given, 1, frames - 1)
+        # Runs of earlier versions have no field `train_frames`.
+        self.train_frames = frames if train_frames is None else min(train_frames, frames)
+        at_least("train_frames", self.train_frames, 1)
         self.size, self.frames, self.given = size, frames, given
         self.prediction, self.weight, self.snr_clip = prediction, weight, snr_clip
         self.draw_timesteps, self.layout = TIMESTEPS[timesteps], parse_layout(layout)
@@ -112,6 +118,9 @@ class Task(Generator):
         self.grid = self._in_latents("size", self.tokenizer.grid, size)
         for name, value in (("frames", frames), ("given", given)):
             self._in_latents(name, self._latents, value)
+        is_possible = self.train_frames == frames or isinstance(tokenizer, PixelTokenizer)
+        remedy = f"a tokenizer encodes whole clips; use {frames}"
+        require(is_possible, "train_frames", self.train_frames, remedy)
         self.model = self._make_model(model)
         remedy = "this mixer sees later frames, so no frame has a past of its own; use clean_prefix"
         streams = self.temporal_mixer.streams
@@ -216,8 +225,8 @@ class Task(Generator):
             require(kind != "text" or source.captions, "kind", kind, remedy)
 
     def split_frames(self, frames):
-        """Latent frames of a clip; see `tasks.base.Task`."""
-        return self._latents(frames)
+        """Latent frames of a clip in training; see `tasks.base.Task`."""
+        return min(self._latents(frames), self._latents(self.train_frames))
 
     def init(self, rng, batch):
         """(params, {}) for a batch of arrays or of their shapes; see `tasks.base.Task`."""
@@ -261,6 +270,9 @@ class Task(Generator):
         average: averaged weights, by which half steps are taken; those of `params` if None.
         """
         z_BTNC = self._clean(frozen, batch)
+        if self.train_frames < self.frames:
+            rng, rng_part = jax.random.split(rng)
+            z_BTNC = _random_part(rng_part, z_BTNC, self.train_frames)
         B, T = z_BTNC.shape[:2]
         rng_t, rng_prefix, rng_eps, rng_drop = jax.random.split(rng, 4)
         t_BT = self.draw_timesteps(rng_t, B, T, self.noise.num_steps)
@@ -507,6 +519,15 @@ class Task(Generator):
         t_BT = jnp.zeros((batch * copies, 0), jnp.int32)
         _, state = self._apply(params, x_BTNC, t_BT, context_BME)
         return self._predict(params, window, context_BME), state, given_BPNC
+
+
+def _random_part(rng, x_BTNC, frames):
+    """`frames` successive frames of each clip, from a frame drawn for each."""
+    B, T = x_BTNC.shape[:2]
+    first_B = jax.random.randint(rng, (B,), 0, T - frames + 1)
+    return jax.vmap(lambda x, first: jax.lax.dynamic_slice_in_dim(x, first, frames))(
+        x_BTNC, first_B
+    )
 
 
 def _conditions(conditioner, batch, size):

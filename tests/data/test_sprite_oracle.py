@@ -75,14 +75,17 @@ def drawn(*balls, frames=16, size=32):
     return sprites.render(view, frames, size)
 
 
-def test_real_clips_are_read_as_drawn():
-    """At the size of the default preset and above, of up to two sprites as there."""
-    for size in (32, 64):
-        views = [sprites.scene(index, "validation", 2) for index in range(150)]
-        found = [sprite_oracle.steady_sprites(sprites.render(view, 16, size)) for view in views]
-        truth = [{(a.colour, a.shape) for a in view.description.sprites} for view in views]
-        assert np.mean([bool(pairs) for pairs in found]) >= 0.95
-        assert np.mean([set(p) == t for p, t in zip(found, truth) if p]) >= 0.97
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [(24, dict(most=1, sizes=1, turning=False)), (32, dict(most=2)), (64, dict(most=2))],
+)
+def test_real_clips_are_read_as_drawn(size, options):
+    """Those of the default preset, and harder ones."""
+    views = [sprites.scene(index, "validation", **options) for index in range(150)]
+    found = [sprite_oracle.steady_sprites(sprites.render(view, 16, size)) for view in views]
+    truth = [{(a.colour, a.shape) for a in view.description.sprites} for view in views]
+    assert np.mean([bool(pairs) for pairs in found]) >= 0.95
+    assert np.mean([set(p) == t for p, t in zip(found, truth) if p]) >= 0.97
 
 
 @pytest.mark.parametrize("shape", sprites.SHAPES)

@@ -3,8 +3,11 @@
 import itertools
 
 import numpy as np
+import pytest
 
+from configs.common import get_config
 from jaxvid.data import sprites
+from jaxvid.errors import UserError
 
 
 def test_clips_are_repeatable_distinct_and_split():
@@ -66,3 +69,29 @@ def test_caption_and_label():
     every = itertools.product(sprites.SHAPES, sprites.COLOURS)
     labels = [sprites.label(sprites.Attributes("", c, s, "up")) for s, c in every]
     assert sorted(labels) == list(range(sprites.NUM_CLASSES))
+
+
+def test_scenes_can_be_made_simpler():
+    """Fewer sprites, fewer sizes, and none that turns."""
+    for most, sizes in ((1, 1), (2, 2), (1, 3)):
+        views = [sprites.scene(i, "train", most, sizes, turning=False) for i in range(40)]
+        balls = [ball for view in views for ball in view.sprites]
+        assert {len(view.sprites) for view in views} == set(range(1, most + 1))
+        assert {ball.attributes.size for ball in balls} == set(list(sprites.SIZES)[:sizes])
+        assert all(ball.angle == ball.spin == 0 for ball in balls)
+    assert any(ball.spin for i in range(9) for ball in sprites.scene(i).sprites)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"sizes": 4}, "sizes=4: "),
+        ({"sizes": 1, "max_sprites": 2}, "max_sprites=2: .*use 1 to sizes=1"),
+        ({"max_sprites": 0}, "max_sprites=0: "),
+    ],
+)
+def test_sprites_that_cannot_be_are_refused(fields, words):
+    config = get_config().data
+    config.update(fields)
+    with pytest.raises(UserError, match=f"^{words}"):
+        sprites.Source(config, "train")

@@ -224,7 +224,10 @@ def test_fused_weight_is_the_loop_over_frames():
 
 
 def test_weights_are_of_the_x0_error_for_every_prediction():
-    """weight * |prediction error|^2 = 1 or min(SNR, 5) * |x0 error|^2, the error through split."""
+    """weight * |prediction error|^2 = factor * |x0 error|^2, the error through split.
+
+    The factor is 1 for x0, min(SNR, 5) for min_snr, and 1 / sigma^2 at that SNR for v.
+    """
     t_BT = some_t(900, first=1)
     x0, eps = clip(10)
     for name, prediction in ALL:
@@ -233,7 +236,8 @@ def test_weights_are_of_the_x0_error_for_every_prediction():
         wrong = schedule.target(x0, eps, t_BT, prediction) + 0.1
         x0_error = (schedule.split(wrong, x_t, t_BT, prediction)[0] - x0)[..., 0, 0]
         clipped = jnp.minimum(jnp.exp(schedule.log_snr(t_BT)), 5)
-        for kind, factor in (("x0", 1), ("min_snr", clipped)):
+        per_v = (1 + jnp.sqrt(clipped)) ** 2 if schedule.is_flow else 1 + clipped
+        for kind, factor in (("x0", 1), ("v", per_v), ("min_snr", clipped)):
             got = schedule.weight(t_BT, kind, prediction) * 0.1**2
             message = f"{name} {prediction} {kind}"
             np.testing.assert_allclose(got, factor * x0_error**2, rtol=1e-2, err_msg=message)

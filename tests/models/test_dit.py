@@ -38,10 +38,10 @@ def build(frames=FRAMES, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 def test_obeys_the_laws(arrangement):
-    """Two layers with a window of 3 see at least 4 frames back."""
-    _, layer, x = build(arrangement=arrangement, depth=2, mixer=MIXERS[0])
+    """Two layers with a window of 3 and a convolution over 2 frames see at least 5 frames back."""
+    _, layer, x = build(arrangement=arrangement, depth=2, conv=2, mixer=MIXERS[0])
     laws.streaming(layer, x, [[1, 2, 4], [0, 1, 6]])
-    laws.causality(layer, x, reach=5)
+    laws.causality(layer, x, reach=6)
     laws.gradients(layer, x)
 
 
@@ -49,7 +49,7 @@ def test_obeys_the_laws(arrangement):
 @pytest.mark.parametrize("mixer", MIXERS, ids=lambda mixer: mixer["name"])
 def test_streams_with_every_kind_of_state(arrangement, mixer):
     """The state keeps its shapes, even through a call of no frame."""
-    _, layer, x = build(arrangement=arrangement, depth=1, mixer=mixer, scan=False)
+    _, layer, x = build(arrangement=arrangement, depth=1, conv=3, mixer=mixer, scan=False)
 
     @jax.jit
     def both(layer, x):
@@ -149,6 +149,7 @@ def test_options_that_cannot_work_are_refused_in_one_line():
     for field, value, words in (
         ("width", 0, "must be at least 1"),
         ("depth", 0, "must be at least 1"),
+        ("conv", 0, "must be at least 1"),
         ("heads", -2, "must be at least 1"),
         ("heads", 3, "does not divide width=16 into even heads; use a divisor of 8"),
         ("mlp_ratio", 0.01, "leaves width=16 no hidden unit; use 4"),

@@ -84,7 +84,7 @@ def trained(options, sizes, devices):
     config = get_config(f"mixer=gla,{options}")
     changes = {"data.size": 8, "data.frames": 8, "data.batch_size": 4, "task.patch": 4}
     changes |= {"task.model.width": 16, "task.model.depth": 1, "task.model.heads": 2}
-    changes |= {"optim.warmup": 1}
+    changes |= {"task.model.arrangement": "factorised", "task.train_frames": 8, "optim.warmup": 1}
     config.update_from_flattened_dict(changes)
     config = config.copy_and_resolve_references()
     task, mesh = make_task(config.task), make_mesh(sizes, devices)
@@ -159,10 +159,9 @@ def test_a_network_computes_the_same_with_split_frames(mesh, name, arrangement):
 def test_a_sample_is_the_same_with_split_frames(mesh):
     """A step of a sampler has any number of frames, as its schedule says, or none."""
     config = get_config("mixer=gla")
-    config.update_from_flattened_dict(
-        {"data.size": 8, "data.frames": 8, "task.patch": 4, "task.sampler.steps": 3}
-    )
-    config.task.model.update(width=16, depth=1, heads=2)
+    changes = {"data.size": 8, "data.frames": 8, "task.patch": 4}
+    config.update_from_flattened_dict(changes | {"task.sampler.steps": 3, "task.sampler.s": 1})
+    config.task.model.update(width=16, depth=1, heads=2, arrangement="factorised")
     task = make_task(config.copy_and_resolve_references().task)
     batch = {"video": np.zeros((2, 8, 8, 8, 3), np.uint8), "id": np.arange(2)}
     params = disturbed(jax.jit(task.init)(jax.random.key(0), batch)[0])

@@ -191,6 +191,26 @@ def test_larger_steps_learn_where_two_half_steps_of_the_averaged_weights_end(lay
     np.testing.assert_allclose(mse(zero, 7), jnp.square(target_BTNC).mean(), rtol=1e-4)
 
 
+def test_a_step_trains_on_successive_frames_from_a_random_one():
+    """Frames of their own brightness, so the loss of zeros says which of them it averages."""
+    options = dict(clean_prefix=0.0, prediction="x0", weight="uniform", train_frames=3)
+    task = Task(**fields(**options))
+    data = batch(1)
+    data["video"][:] = 20 * np.arange(1, 7, dtype=np.uint8)[:, None, None, None]
+    power_T = np.square(normalize(data["video"])).mean((0, 2, 3, 4))
+    means = np.array([power_T[first : first + 3].mean() for first in range(4)])
+    params, _ = jax.jit(task.init)(jax.random.key(0), data)
+
+    def loss(rng):
+        return task.loss(params, data, rng, step=0, frozen={}, extra={})
+
+    values, (_, _, weights) = jax.jit(jax.vmap(loss))(jax.random.split(jax.random.key(0), 32))
+    first = np.abs(np.asarray(values)[:, None] - means).argmin(axis=1)
+    np.testing.assert_allclose(values, means[first], rtol=1e-5)
+    assert set(first) == {0, 1, 2, 3}
+    np.testing.assert_array_equal(weights, 3)
+
+
 class Spy(Task):
     """Records which conditions training drops."""
 

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 def diffusion_config(workdir, options="", **changes):
     """A model of the latents of the tokenizer in `workdir`."""
     config = ar_diffusion.get_config(options)
-    model = {"model.width": 16, "model.depth": 1, "model.heads": 2, "given": 3}
+    model = {"model.width": 16, "model.depth": 1, "model.heads": 2, "given": 3, "train_frames": 5}
     sampler = {"sampler.steps": 2, "sampler.s": 2, "tokenizer": str(workdir)}
     config.update_from_flattened_dict(
         FAST
