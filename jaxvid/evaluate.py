@@ -13,6 +13,10 @@ clips above the model's output.
 streams in pieces, so device memory does not grow with the length. Prints the quality by length;
 evaluate.json has it by frame.
 
+--frames=16,64,256,1024 of a model that generates measures its drift: one stream continues --clips
+held-out clips to the last length, and the last frames up to each length are scored beside the real
+clips. Prints a table with the meaning of its columns, and writes evaluate_drift.png.
+
 --i3d=FILE, the weights of I3D as .npz or .safetensors, adds FVD between real clips and the model's
 output, with its protocol, and the same distance between halves of the real clips, which shows its
 bias. --lpips=FILE adds LPIPS of reconstructions, with this file instead of the one of the training.
@@ -27,9 +31,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from jaxvid import checks, cli, files, weights
+from jaxvid import checks, cli, data, files, weights
 from jaxvid.errors import UserError
-from jaxvid.evaluators import codec, fvd, report, sprites
+from jaxvid.evaluators import codec, drift, fvd, report, sprites
 from jaxvid.evaluators.held_out import mean, open_held_out, strongest
 from jaxvid.metrics import i3d
 from jaxvid.runs import open_run
@@ -43,19 +47,23 @@ def main():
     """Entry point."""
     run = open_run(FLAGS.workdir)
     path, is_autoencoder = Path(FLAGS.workdir, "evaluate.json"), isinstance(run.task, Autoencoder)
-    i3d_params = None
+    is_generator, i3d_params = isinstance(run.task, Generator), None
     if FLAGS.i3d:
         checks.at_least("data.frames", run.config.data.frames, i3d.MIN_FRAMES)
         i3d_params = i3d.convert(weights.read(FLAGS.i3d, "--i3d"), f"--i3d={FLAGS.i3d}")
-    for name, value in (("lpips", FLAGS.lpips), ("frames", FLAGS.frames)):
-        if value and not is_autoencoder:
+    for name, suits, whom in (
+        ("lpips", is_autoencoder, "tokenizers"),
+        ("frames", is_autoencoder or is_generator, "tokenizers and models that generate"),
+    ):
+        if getattr(FLAGS, name) and not suits:
             raise UserError(
-                f"--{name}: is for tokenizers, and this is a run of task {run.config.task.name}; "
+                f"--{name}: is for {whom}, and this is a run of task {run.config.task.name}; "
                 "leave it out"
             )
     if FLAGS.lpips:
         run = codec.with_lpips(run, FLAGS.lpips)
-    videos = codec.long_videos(run, FLAGS.frames)
+    videos = codec.long_videos(run, FLAGS.frames) if is_autoencoder else {}
+    lengths = drift.check(run, FLAGS.frames, FLAGS.clips) if is_generator else []
     batches = FLAGS.batches or run.config.evaluate.batches
     with jax.set_mesh(run.mesh), open_held_out(run) as clips:
         print("scoring the held-out clips", file=sys.stderr)
@@ -65,7 +73,7 @@ def main():
         if is_autoencoder:
             scores["tokens_per_frame"] = codec.tokens_per_frame(run)
         print(f"{path.parent}, step {run.step}, {count} held-out clips of {run.config.data.name}\n")
-        has_sprites = isinstance(run.task, Generator) and run.config.data.name == "sprites"
+        has_sprites = is_generator and run.config.data.name == "sprites"
         if has_sprites:
             print("looking for the objects in continuations", file=sys.stderr)
             of_objects = sprites.continuations(run, clips, batches)
@@ -93,6 +101,12 @@ def main():
             document["video_distance"] = found
             print(json.dumps(found, indent=2) + "\n")
             _write(path, document)
+        if lengths:
+            print(f"continuing clips to {lengths[-1]} frames", file=sys.stderr)
+            document["drift"] = found = drift.measure(run, lengths, FLAGS.clips)
+            print(drift.table(found) + "\n")
+            _write(path, document)
+            drift.write_picture(found, path.with_name("evaluate_drift.png"))
         report.write_pictures(run, path.parent)
 
 
@@ -140,5 +154,12 @@ if __name__ == "__main__":
     )
     cli.define_path("i3d", "Weights of I3D, for FVD: .npz or .safetensors.")
     cli.define_path("lpips", "Weights of LPIPS (VGG-16), for tokenizers: likewise.")
-    flags.DEFINE_list("frames", [], "Lengths of videos that a tokenizer reconstructs as streams.")
+    flags.DEFINE_list("frames", [], "Lengths of videos to reconstruct or to continue as streams.")
+    flags.DEFINE_integer(
+        "clips",
+        8,
+        "Clips that a model which generates continues to --frames.",
+        lower_bound=1,
+        upper_bound=data.MAX_CLIPS,
+    )
     cli.run(main)

@@ -23,11 +23,12 @@ from absl import flags
 
 from jaxvid import cli, data, memory
 from jaxvid.data import text, video
-from jaxvid.data.transforms import MAX_FRAMES, to_uint8
+from jaxvid.data.transforms import MAX_FRAMES
 from jaxvid.errors import UserError, within
 from jaxvid.parallel.devices import peak_bytes
 from jaxvid.runs import open_run, weights_digest
 from jaxvid.tasks.base import Generator
+from jaxvid.tasks.streaming import Decoded
 from jaxvid.training.recorder import STATE, Recorder
 from jaxvid.training.writer import FPS
 
@@ -66,10 +67,10 @@ def main():
         compiling = time.perf_counter()
         print("compiling", file=sys.stderr)
         with within("task"):
-            first = Decoded(run, cond, frames)
+            first = Decoded(run, cond, frames, jax.random.key(FLAGS.seed))
             for _ in itertools.islice(first, 2 if given else 1):
                 pass  # the figures below exclude it
-            pieces = Decoded(run, cond, frames)
+            pieces = Decoded(run, cond, frames, jax.random.key(FLAGS.seed))
         compiling = time.perf_counter() - compiling
         if FLAGS.resume:
             pieces.restore(recorder.restored(first.state()))
@@ -137,42 +138,6 @@ def conditions(run, num):
         )
         cond["first_frames"] = np.repeat(clip_THWC[None], num, axis=0)
     return cond, fps or FPS
-
-
-class Decoded:
-    """Iterates over (uint8 video of the next frames, seconds for latents, seconds for decoding)."""
-
-    def __init__(self, run, cond, frames):
-        self._run, self._decoding = run, None
-        self._open = lambda carry: run.task.stream(
-            run.params,
-            jax.random.key(FLAGS.seed),
-            cond,
-            frozen=run.frozen,
-            frames=frames,
-            carry=carry,
-        )
-        self._latents = self._open(None)
-
-    def state(self):
-        """What the stream and its decoding go on from, a tree of arrays; None if they cannot."""
-        return (self._latents.carry, self._decoding) if self._latents.is_whole else None
-
-    def restore(self, state):
-        """Go on from a state."""
-        carry, self._decoding = state
-        self._latents = self._open(carry)
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        begin = time.perf_counter()
-        z_BTNC = jax.block_until_ready(next(self._latents))
-        ready = time.perf_counter()
-        clip, self._decoding = self._run.task.decode(self._run.frozen, z_BTNC, self._decoding)
-        clip = to_uint8(np.asarray(clip))
-        return clip, ready - begin, time.perf_counter() - ready
 
 
 def record(pieces, recorder, frames, given):

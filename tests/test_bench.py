@@ -12,8 +12,13 @@ import numpy as np
 import pytest
 
 from jaxvid import config as config_lib
+from jaxvid.bench import __main__ as main
 from jaxvid.bench import kernels, mixers, runs, timing
+from jaxvid.diffusion import samplers
+from jaxvid.diffusion.frame_schedules import block_causal
+from jaxvid.diffusion.noise import make_noise_schedule
 from jaxvid.errors import UserError
+from jaxvid.tasks import ar_diffusion, streaming
 
 FILE = str(Path(__file__).parents[1] / "configs" / "ar_diffusion.py")
 
@@ -100,11 +105,97 @@ def test_step(settings):
 
 
 @pytest.mark.slow
-def test_sample(settings):
+def test_sample(settings, monkeypatch):
+    """Steps that the network knows alone; a stream compiles nothing once it has begun."""
+    monkeypatch.setattr(runs, "SAMPLE_STREAMS", (6, 20))
+    few = config_lib.read(f"{FILE}:steps=few").copy_and_resolve_references().task
+    for name in ("noise", "shortcut", "weight", "prediction"):
+        settings.task[name] = few[name]
+    settings.task.sampler.s = 1
+    settings.task.shortcut.finest = 4
+    evaluated = count_evaluations(monkeypatch)
     figures = runs.sample(settings, runs.Latents(tokens=6, channels=4))
     assert figures["cached_evaluations"] == 4 * 4 + 4
-    assert figures["uncached_evaluations"] == (4 + 3 * 2) * 4
+    assert figures["uncached_evaluations"] == (4 + 3 * 1) * 4
     assert figures["cached_share"] == pytest.approx(figures["cached_s"] / figures["uncached_s"])
+    for steps in (50, 10):
+        assert f"task.sampler.steps={steps}: the network knows 4" in figures[f"left_out_{steps}"]
+    rows = figures["by_steps"]
+    assert list(rows) == [4, 2, 1] and figures["schedule"] == "ad"
+    for steps, row in rows.items():
+        stream = streamed(evaluated, settings, steps=steps, s=1)
+        assert row["evaluations"] == stream >= 4 * steps + 4
+        assert row["s"] == 1 and row["first_call_s"] > row["first_frame_s"] > 0
+        assert row["frames_per_s_without_decoding"] > row["frames_per_s"] > 0
+    assert rows[1]["evaluations"] == 4 * 1 + 4  # one frame after another: nothing to spare
+    assert figures["compilations_of_first_pieces"] > 0
+    short, long = figures["by_length"].values()
+    assert list(figures["by_length"]) == [6, 20]
+    assert short["compilations"] == long["compilations"] == 0
+    assert short["ms_per_frame"] == pytest.approx(short["ms_per_frame_at_end"])
+    assert 0 < short["peak_mib"] <= long["peak_mib"]
+    text = main.lines(figures)
+    assert ["steps", *rows[4]] in [line.split() for line in text]
+    assert ["length", *long] in [line.split() for line in text]
+    assert any(line.split()[:2] == ["schedule", "ad"] for line in text)
+
+
+def count_evaluations(monkeypatch):
+    """A list that gets the number of frames of every call of the network of AR-Diffusion."""
+    evaluated, apply = [], ar_diffusion.Task._apply
+
+    def counted(self, params, x_BTNC, *arguments, **options):
+        jax.debug.callback(lambda: evaluated.append(x_BTNC.shape[1]))
+        return apply(self, params, x_BTNC, *arguments, **options)
+
+    monkeypatch.setattr(ar_diffusion.Task, "_apply", counted)
+    return evaluated
+
+
+def streamed(evaluated, config, **sampler):
+    """Evaluations of a stream of config.data.frames frames."""
+    run = runs._sampling(config, runs.Latents(tokens=6, channels=4), **sampler)
+    jax.effects_barrier()
+    evaluated.clear()
+    frames = sum(clip.shape[1] for clip, *_ in runs._decoded(run, config.data.frames))
+    jax.effects_barrier()
+    assert frames == config.data.frames
+    return sum(evaluated)
+
+
+@pytest.mark.parametrize("block, s", [(1, 1), (1, 2), (1, 3), (2, 4)])
+def test_evaluations_of_a_stream_are_counted_from_its_pieces(block, s, monkeypatch):
+    """Against a network that counts its frames."""
+    evaluated = []
+
+    def predict(x_BTNC, t_BT, state):
+        jax.debug.callback(lambda: evaluated.append(x_BTNC.shape[1]))
+        return 0.5 * x_BTNC, state
+
+    schedule = block_causal(7, 4, block=block, s=s)
+    plan = samplers.stream_plan(schedule)
+    solver = samplers.Solver(make_noise_schedule("flow", 1000), "x0")
+
+    @jax.jit
+    def step(x_BWNC, state, piece):
+        rng, options = jax.random.key(0), dict(solver=solver, plan=plan)
+        return streaming.advance(predict, x_BWNC, state, piece, 0, rng, **options)
+
+    carry = streaming.Carry(jnp.ones((1, plan.slots, 1, 2)), jnp.zeros(()), samplers.BEGINNING)
+    parts = list(streaming.Stream(step, carry, schedule, 7, None))
+    jax.effects_barrier()
+    assert sum(part.shape[1] for part in parts) == 7
+    assert runs._evaluations(schedule) == sum(evaluated) >= schedule.evaluations
+
+
+@pytest.mark.parametrize(
+    "schedule, steps, s, wanted",
+    [("ad", 10, 1, [5, 1, 1, 1, 1]), ("ad", 50, 5, [5, 1, 1, 1, 1]), ("pyramid", 4, 0.5, None)],
+)
+def test_s_keeps_its_proportion_to_the_steps(schedule, steps, s, wanted):
+    sampler = SimpleNamespace(schedule=schedule, steps=steps, s=s)
+    found = [runs._s_of(sampler, n) for n in runs.SAMPLE_STEPS]
+    assert found == (wanted or [6.25, 1.25, 0.5, 0.25, 0.125])
 
 
 @pytest.mark.slow

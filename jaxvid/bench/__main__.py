@@ -20,6 +20,7 @@ from absl import flags
 
 from jaxvid import cli, files
 from jaxvid.bench import kernels, mixers, runs, timing
+from jaxvid.evaluators import report
 
 RUNS = {
     "step": runs.step,
@@ -43,12 +44,30 @@ def main(command):
         timing.plot(figures, Path(workdir, f"bench_{command}.png"))
     facts = timing.circumstances()
     print(f"bench {command} on {facts['devices']} x {facts['device']}, {facts['date']}")
-    for name, value in figures.items():
-        print(f"  {name:<42}{value:>12,.5g}")
+    print("\n".join(lines(figures)))
     path = Path(workdir, f"bench_{command}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write(path, json.dumps({**facts, "figures": figures}, indent=2) + "\n")
     print(f"written to {path}")
+
+
+def lines(figures: dict) -> list[str]:
+    """Lines of the figures of a benchmark: numbers and texts, then the tables."""
+    tables = {name: rows for name, rows in figures.items() if isinstance(rows, dict)}
+    found = []
+    for name, value in figures.items():
+        if name not in tables:
+            text = value if isinstance(value, str) else _cell(value)
+            found.append(f"  {name:<42}{text:>12}")
+    for name, rows in tables.items():
+        head = (name.removeprefix("by_"), *next(iter(rows.values()), ()))
+        cells = [(str(row), *map(_cell, columns.values())) for row, columns in rows.items()]
+        found += ["", *(f"  {line}" for line in report.table(head, cells).splitlines())]
+    return found
+
+
+def _cell(value):
+    return f"{value:,.5g}"
 
 
 def run_flags():

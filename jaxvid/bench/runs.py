@@ -1,9 +1,14 @@
-"""Benchmarks of a config: functions of (config, tokenizer or None) -> {figure: number}."""
+"""Benchmarks of a config: functions of (config, tokenizer or None) -> figures.
+
+{name: a number, a text, or a table as {row: {column: number}}}.
+"""
 
 import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
+import math
 import re
 import statistics
 import time
@@ -17,6 +22,7 @@ from jaxvid import config as config_lib
 from jaxvid import data
 from jaxvid.bench import timing
 from jaxvid.data.transforms import normalize
+from jaxvid.diffusion import samplers
 from jaxvid.errors import UserError, within
 from jaxvid.models.tokenizer import VideoTokenizer
 from jaxvid.parallel.devices import peak_bytes
@@ -24,6 +30,8 @@ from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.multihost import to_global
 from jaxvid.parallel.sharding import batch_sharding
 from jaxvid.runs import make_task
+from jaxvid.tasks.base import Run
+from jaxvid.tasks.streaming import Decoded
 from jaxvid.training import flops
 from jaxvid.training.optim import make_optimizer
 from jaxvid.training.state import make_init
@@ -31,6 +39,9 @@ from jaxvid.training.step import make_step
 
 SHORT_RUN = 40  # steps
 STREAMS, STREAM_PIECE = (64, 1000), 16  # frames of long clips, and about that many at once
+SAMPLE_STEPS = (50, 10, 4, 2, 1)  # denoising steps per frame
+SAMPLE_STREAMS = (200, 2000)  # latent frames
+COMPILATION = "/jax/core/compile/backend_compile_duration"  # an event of jax.monitoring
 
 
 def step(config, tokenizer):
@@ -79,36 +90,159 @@ def step(config, tokenizer):
 
 
 def sample(config, tokenizer):
-    """Sampling of one clip with the exact cache and without: every frame in every iteration."""
+    """Sampling of one clip by random weights, which are as fast as trained ones.
+
+    by_length: streams of SAMPLE_STREAMS latent frames, decoded, after their first pieces; these
+    compile `compilations_of_first_pieces` programs, and a stream of any length should add none.
+    at_end: of the last frames, as many as the shortest stream has. peak: of the process so far, in
+    which nothing else has run. by_steps: clips as long as in training, as streams, for SAMPLE_STEPS
+    per frame. `s` of the schedule keeps its proportion to the steps. evaluations: frames that the
+    network evaluates or reads. first_frame: the latency, decoding included. No time but
+    `first_call` has compilation in it. cached, uncached: whole clips by the same schedule as the
+    config, with the exact cache and with every frame in every iteration.
+    """
     if "sampler" not in config.task:
         raise UserError(f"task.name={config.task.name}: use --config=configs/ar_diffusion.py")
-    frames, figures = config.data.frames, {}
-    cond = {**random_batch(config, 1), "num": 1}
-    for memory in ("cache", "none"):
-        fields = ConfigDict(config.task.to_dict())
-        fields.sampler.memory = memory
-        task = _task(fields, tokenizer)
-        with within("task"):
-            frozen = task.frozen()
-            params, _ = jax.jit(task.init)(jax.random.key(0), random_batch(config, 1))
+    figures = {"schedule": config.task.sampler.schedule, "frames": config.data.frames}
+    figures |= _long_samples(_sampling(config, tokenizer))
+    rows = {}
+    for steps in SAMPLE_STEPS:
+        try:
+            run = _sampling(config, tokenizer, steps=steps, s=_s_of(config.task.sampler, steps))
+            rows[steps] = _short_samples(run)
+        except UserError as error:
+            figures[f"left_out_{steps}"] = str(error)
+    return figures | {"by_steps": rows} | _cached_and_uncached(config, tokenizer)
 
-        def clip(task=task, params=params, frozen=frozen):
-            return task.sample(params, jax.random.key(1), cond, frozen=frozen, frames=frames)
+
+def _sampling(config, tokenizer, **sampler) -> Run:
+    """A run with random weights and these fields of config.task.sampler; it can stream."""
+    fields = ConfigDict(config.task.to_dict())
+    with fields.ignore_type():  # s may be whole or not
+        fields.sampler.update({"memory": "cache", **sampler})
+    task = _task(fields, tokenizer)
+    with within("task"):
+        frozen = task.frozen()
+        params, _ = jax.jit(task.init)(jax.random.key(0), random_batch(config, 1))
+    return Run(config, task, params, frozen, 0, make_mesh(config.mesh))
+
+
+def _s_of(sampler, steps):
+    """The s of `steps` steps per frame that leaves as many frames noisy at once, or fewer."""
+    s = sampler.s * steps / sampler.steps
+    return s if sampler.schedule == "pyramid" else math.ceil(s)
+
+
+def _decoded(run, frames):
+    """A stream of one clip without given frames."""
+    cond = {**random_batch(run.config, 1), "num": 1}
+    with within("task"):
+        return Decoded(run, cond, frames, jax.random.key(1))
+
+
+def _long_samples(run):
+    """Time per frame, compilations and peak memory of streams of SAMPLE_STREAMS latent frames."""
+    lengths = [run.task.tokenizer.frames_for_latents(latents) for latents in SAMPLE_STREAMS]
+    with _compilations() as compiled:
+        for frames in lengths:
+            for _ in itertools.islice(_decoded(run, frames), 2):
+                pass
+        before, rows = len(compiled), {}
+        for frames in lengths:
+            stream, first = _decoded(run, frames), len(compiled)
+            pieces = [(clip.shape[1], latent + decode) for clip, latent, decode in stream]
+            count_S, seconds_S = map(np.array, zip(*pieces))
+            late_S = frames - count_S.cumsum() < lengths[0]
+            rows[frames] = {
+                "ms_per_frame": 1e3 * seconds_S.sum() / frames,
+                "ms_per_frame_at_end": 1e3 * seconds_S[late_S].sum() / count_S[late_S].sum(),
+                "compilations": len(compiled) - first,
+                "peak_mib": peak_bytes(jax.devices()[0]) / 2**20,
+            }
+    return {"compilations_of_first_pieces": before, "by_length": rows}
+
+
+@contextlib.contextmanager
+def _compilations():
+    """A list that gets an item with every program that is compiled meanwhile."""
+    found = []
+
+    def listen(event, seconds, **_):
+        if event == COMPILATION:
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def _short_samples(run):
+    """Evaluations, latency and speed of a stream as long as a training clip."""
+    frames = run.config.data.frames
+    schedule = run.task.schedule(run.task.split_frames(frames))
+    times = []  # until the first frame, in all without decoding, in all
+
+    def clip():
+        begin, first, decoding = time.perf_counter(), None, 0.0
+        for _, _, decode in _decoded(run, frames):
+            first = first or time.perf_counter() - begin
+            decoding += decode
+        whole = time.perf_counter() - begin
+        times.append((first, whole - decoding, whole))
+
+    timing.take_turns(clip)
+    (*_, first_call), *later = times
+    first, latents, whole = (statistics.median(column) for column in zip(*later))
+    return {
+        "s": schedule.s,
+        "evaluations": _evaluations(schedule),
+        "first_call_s": first_call,
+        "first_frame_s": first,
+        "frames_per_s": frames / whole,
+        "frames_per_s_without_decoding": frames / latents,
+    }
+
+
+def _evaluations(schedule):
+    """Frames that the network evaluates or reads in a stream of schedule.frames frames.
+
+    At its ends a stream evaluates more frames than `schedule.evaluations`, that of a clip: it knows
+    few sizes of its pieces and does not know its last frame.
+    """
+    plan, total = samplers.stream_plan(schedule), 0
+    for piece, position in samplers.pieces(schedule, plan, endless=True):
+        total += sum(plan.widths[u] for u in piece.width_U) + plan.commits[piece.commit]
+        if position.finished >= schedule.frames:
+            return total
+
+
+def _cached_and_uncached(config, tokenizer):
+    """One clip with the exact cache and without: every frame in every iteration."""
+    frames, figures, clips = config.data.frames, {}, {}
+    cond = {**random_batch(config, 1), "num": 1}
+    for name, memory in (("cached", "cache"), ("uncached", "none")):
+        run = _sampling(config, tokenizer, memory=memory)
+
+        def clip(run=run):
+            options = dict(frozen=run.frozen, frames=frames)
+            return run.task.sample(run.params, jax.random.key(1), cond, **options)
 
         begin = time.perf_counter()
         jax.block_until_ready(clip())
-        compile_s = time.perf_counter() - begin
-        (times,) = timing.take_turns(clip)
-        name = "cached" if memory == "cache" else "uncached"
+        figures[f"{name}_first_call_s"] = time.perf_counter() - begin
+        clips[name] = clip
+    for name, times in zip(clips, timing.take_turns(*clips.values())):
         figures[f"{name}_s"] = statistics.median(times)
-        figures[f"{name}_first_call_s"] = compile_s
-    schedule = task.schedule(frames)
+    latents = run.task.split_frames(frames)
+    schedule = run.task.schedule(latents)
     return {
         **figures,
         "cached_share": figures["cached_s"] / figures["uncached_s"],
         "cached_frames_per_s": frames / figures["cached_s"],
         "cached_evaluations": schedule.evaluations,
-        "uncached_evaluations": schedule.iterations * frames,
+        "uncached_evaluations": schedule.iterations * latents,
     }
 
 

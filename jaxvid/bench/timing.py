@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import importlib.metadata
-import io
 import platform
 import re
 import shlex
@@ -13,8 +12,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from jaxvid import files
 from jaxvid.errors import UserError
+from jaxvid.evaluators import report
 from jaxvid.parallel.devices import device_name
 
 SECONDS = 15.0  # of measuring, start-up and compilation aside
@@ -86,21 +85,18 @@ def circumstances():
 
 def plot(figures, path):
     """Milliseconds over tokens, one line for each contender; nothing without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no plot: matplotlib is not installed; pip install 'jaxvid[plot]'")
-        return
     lines = {}
     for name, value in figures.items():
         if match := re.fullmatch(r"(.+)_(\d+)_(forward|both)_ms", name):
             lines.setdefault(f"{match[1]}, {match[3]}", []).append((int(match[2]), value))
-    figure = Figure(layout="constrained")
-    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds")
-    for name, points in lines.items():
-        axes.plot(*zip(*points), "o--" if name.endswith("forward") else "o-", label=name)
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=150)
-    files.write(path, picture.getvalue())
+
+    def draw(figure):
+        axes = figure.add_subplot(
+            xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds"
+        )
+        for name, points in lines.items():
+            style = "o--" if name.endswith("forward") else "o-"
+            axes.plot(*zip(*points), style, label=name)
+        axes.legend()
+
+    report.write_plot(path, draw)

@@ -97,11 +97,11 @@ def make_iterator(
     )
 
 
-def row(source, config) -> dict:
-    """A row of the batches of a source, as `make_iterator` yields them: that of its first clip."""
+def row(source, config, index: int = 0) -> dict:
+    """The row of a clip in the validation batches of a source, as `make_iterator` yields them."""
     from jaxvid.data import pipeline  # here for the reason above
 
-    return pipeline.Load(source, config)(0)
+    return pipeline.Load(source, config)(index)
 
 
 def batch_shapes(config, size: int) -> dict:

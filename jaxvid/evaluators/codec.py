@@ -12,13 +12,12 @@ from jaxvid import checks, data, weights
 from jaxvid.data.source import Source
 from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError, within
-from jaxvid.evaluators.held_out import HeldOut
+from jaxvid.evaluators.held_out import HeldOut, frames_of
 from jaxvid.metrics import lpips, quality
 from jaxvid.parallel.devices import device_name
 from jaxvid.parallel.sharding import replicated
 from jaxvid.tasks.base import Run
 
-MAX_FRAMES = 10**6  # of a video, whose pixels are held in host memory
 REPEATS = 5  # of encoding and decoding; their speed is of the median
 
 
@@ -79,21 +78,16 @@ def long_videos(run: Run, lengths: list[str]) -> dict[int, Source]:
     Raises UserError for a length that is no number, does not suit the tokenizer, or has no clips.
     """
     found = {}
-    for text in lengths:
-        if not text.isdecimal() or len(text) > 9 or not 0 < int(text) <= MAX_FRAMES:
-            raise UserError(
-                f"--frames={text[:20]}: write numbers of frames, such as 17,65,257, up to "
-                f"{MAX_FRAMES}"
-            )
+    for frames in frames_of(lengths):
         fields = ConfigDict(run.config.data.to_dict())
-        fields.frames = int(text)
+        fields.frames = frames
         try:
-            run.task.tokenizer.latents_for_frames(fields.frames)
+            run.task.tokenizer.latents_for_frames(frames)
             with within("data"):
-                found[fields.frames] = data.make_source(fields, "validation")
+                found[frames] = data.make_source(fields, "validation")
         except UserError as error:
             raise UserError(
-                f"--frames={text}: no held-out clips of this length: {error}"
+                f"--frames={frames}: no held-out clips of this length: {error}"
             ) from error
     return found
 

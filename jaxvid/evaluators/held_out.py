@@ -10,12 +10,25 @@ import numpy as np
 
 from jaxvid import data
 from jaxvid.data.transforms import to_uint8
-from jaxvid.errors import within
+from jaxvid.errors import UserError, within
 from jaxvid.parallel.multihost import to_global, to_host
 from jaxvid.parallel.sharding import batch_sharding, replicated
 from jaxvid.tasks.base import Run
 from jaxvid.training import memory
 from jaxvid.training.state import EVALUATE, SAMPLE, step_rng
+
+MAX_FRAMES = 10**6  # of a video, whose pixels are held in host memory
+
+
+def frames_of(lengths: Sequence[str]) -> list[int]:
+    """Lengths of videos from the command line; UserError for what is no such number."""
+    for text in lengths:
+        if not text.isdecimal() or len(text) > 9 or not 0 < int(text) <= MAX_FRAMES:
+            raise UserError(
+                f"--frames={text[:20]}: write numbers of frames, such as 17,65,257, up to "
+                f"{MAX_FRAMES}"
+            )
+    return [int(text) for text in lengths]
 
 
 class HeldOut:

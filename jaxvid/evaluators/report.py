@@ -1,6 +1,7 @@
 """Figures as tables, and held-out clips as pictures."""
 
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,20 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in (head, *rows)
     )
+
+
+def write_plot(path: Path, draw: Callable) -> None:
+    """A matplotlib Figure as draw(figure) leaves it; a line instead without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: matplotlib is not installed; pip install 'jaxvid[plot]'")
+        return
+    figure, picture = Figure(layout="constrained"), io.BytesIO()
+    draw(figure)
+    figure.savefig(picture, format="png", dpi=150)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write(path, picture.getvalue())
 
 
 def write_pictures(run: Run, folder: Path) -> None:

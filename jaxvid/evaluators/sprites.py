@@ -61,6 +61,22 @@ def continuations(run: Run, held_out: HeldOut, batches: int) -> dict[str, np.nda
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
+def kept(run: Run, video_BTHWC: np.ndarray) -> dict[str, float]:
+    """Shares of windows of the first held-out clips, real or continued by a run on sprites.
+
+    steady: of those that show one to three sprites which keep colour and shape. same: of those that
+    show so just the sprites of the clip, none of them changed, gone or new.
+    """
+    most = run.config.data.get("max_sprites", len(SIZES))
+    found = [set(steady_sprites(video_THWC)) for video_THWC in video_BTHWC]
+    truth = [
+        {(sprite.colour, sprite.shape) for sprite in view.description.sprites}
+        for view in (scene(index, "validation", most) for index in range(len(found)))
+    ]
+    same = [seen == drawn for seen, drawn in zip(found, truth)]
+    return {"steady": float(np.mean([bool(seen) for seen in found])), "same": float(np.mean(same))}
+
+
 def _compare(truth, video_THWC):
     """The figures of one clip; sprites of a clip have different colours."""
     found = {sprite.colour: sprite for sprite in describe(video_THWC).sprites}

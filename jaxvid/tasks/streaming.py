@@ -5,14 +5,18 @@ Whoever owns one (a task) makes `predict` of its weights, condition and guidance
 has read the condition.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxvid.data.transforms import to_uint8
 from jaxvid.diffusion import samplers
 from jaxvid.diffusion.frame_schedules import FrameSchedule
+from jaxvid.tasks.base import Run
 
 
 def sample_clip(
@@ -126,3 +130,34 @@ class Stream(Iterator):
             if position.finished > done:
                 return finished[:, : min(position.finished, self._frames) - done]
         raise StopIteration
+
+
+class Decoded(Iterator):
+    """Iterates over (uint8 video of the next frames, seconds for latents, seconds for decoding).
+
+    A video of `frames` frames by a run whose task is a `Generator`, under the conditions `cond` of
+    `Task.sample`. Of all frames so far it holds the states of stream and decoder alone.
+    """
+
+    def __init__(self, run: Run, cond: dict, frames: int, rng: jax.Array):
+        self._run, self._decoding = run, None
+        options = dict(frozen=run.frozen, frames=frames)
+        self._open = lambda carry: run.task.stream(run.params, rng, cond, carry=carry, **options)
+        self._latents = self._open(None)
+
+    def state(self):
+        """What the stream and its decoding go on from, a tree of arrays; None if they cannot."""
+        return (self._latents.carry, self._decoding) if self._latents.is_whole else None
+
+    def restore(self, state):
+        """Go on from a state."""
+        carry, self._decoding = state
+        self._latents = self._open(carry)
+
+    def __next__(self) -> tuple[np.ndarray, float, float]:
+        begin = time.perf_counter()
+        z_BTNC = jax.block_until_ready(next(self._latents))
+        ready = time.perf_counter()
+        clip, self._decoding = self._run.task.decode(self._run.frozen, z_BTNC, self._decoding)
+        clip = to_uint8(np.asarray(clip))
+        return clip, ready - begin, time.perf_counter() - ready
