@@ -23,8 +23,8 @@ from absl import flags
 
 from jaxvid import cli, data, memory
 from jaxvid.data import text, video
-from jaxvid.data.transforms import MAX_FRAMES
 from jaxvid.errors import UserError, within
+from jaxvid.layers import masks
 from jaxvid.parallel.devices import peak_bytes
 from jaxvid.runs import open_run, weights_digest
 from jaxvid.tasks.base import Generator
@@ -180,7 +180,7 @@ if __name__ == "__main__":
         None,
         "Frames of a clip. Default: as trained.",
         lower_bound=1,
-        upper_bound=MAX_FRAMES,
+        upper_bound=masks.NOISY - 1,
     )
     flags.DEFINE_integer("num", 4, "Clips.", lower_bound=1, upper_bound=data.MAX_CLIPS)
     flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**32 - 1)
