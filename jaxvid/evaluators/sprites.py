@@ -67,11 +67,11 @@ def kept(run: Run, video_BTHWC: np.ndarray) -> dict[str, float]:
     steady: of those that show one to three sprites which keep colour and shape. same: of those that
     show so just the sprites of the clip, none of them changed, gone or new.
     """
-    most = run.config.data.get("max_sprites", len(SIZES))
+    options = kind(run.config.data)
     found = [set(steady_sprites(video_THWC)) for video_THWC in video_BTHWC]
     truth = [
         {(sprite.colour, sprite.shape) for sprite in view.description.sprites}
-        for view in (scene(index, "validation", most) for index in range(len(found)))
+        for view in (scene(index, "validation", **options) for index in range(len(found)))
     ]
     same = [seen == drawn for seen, drawn in zip(found, truth)]
     return {"steady": float(np.mean([bool(seen) for seen in found])), "same": float(np.mean(same))}
