@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -10,13 +11,18 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.common import get_config
+from jaxvid import config as config_lib
 from jaxvid import data
-from jaxvid.data.transforms import normalize
+from jaxvid.bench.runs import random_batch
+from jaxvid.data.transforms import normalize, to_uint8
 from jaxvid.errors import UserError
 from jaxvid.evaluators import drift
 from jaxvid.parallel.mesh import make_mesh
+from jaxvid.runs import make_task
 from jaxvid.tasks import base
+from jaxvid.training.state import EVALUATE, step_rng
 
+FILE = str(Path(__file__).parents[1] / "configs" / "ar_diffusion.py")
 CLIPS, GIVEN, BREAK = 4, 4, 40
 NAMES = ("frozen", "faded", "replaced")
 
@@ -205,3 +211,32 @@ def test_lengths_that_cannot_be_done_are_refused_in_one_line(run, lengths, words
     with pytest.raises(UserError, match=words) as error:
         drift.check(run, lengths, CLIPS)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_stream_of_ar_diffusion_is_scored_as_its_sample():
+    config = config_lib.read(FILE)
+    config.data.update(frames=6, size=16)
+    config.task.model.update(width=16, depth=1, heads=2)
+    config.task.sampler.update(steps=2, s=1)
+    config.task.update(patch=8, given=2)
+    task, mesh = make_task(config.task), make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
+    params, _ = jax.jit(task.init)(jax.random.key(0), random_batch(config, 2))
+    run = base.Run(config, task, params, task.frozen(), 0, mesh)
+    with jax.set_mesh(mesh):
+        lengths = drift.check(run, ["6", "30"], 2)
+        assert task._begin._cache_size() == 0  # nothing has run
+        found = drift.measure(run, lengths, 2)
+        first = np.stack([source_of(run, 30).read(index)["video"][:2] for index in range(2)])
+        cond, rng = {"num": 2, "first_frames": first}, step_rng(config.seed, EVALUATE)
+        video = to_uint8(np.asarray(task.sample(params, rng, cond, frozen={}, frames=30))) / 255
+    for frames, begin in ((6, 2), (30, 14)):
+        window, row = video[:, begin:frames], found["by_length"][str(frames)]
+        assert row["mean"] == pytest.approx(window.mean(), abs=1e-3)
+        assert row["std"] == pytest.approx(window.std((2, 3, 4)).mean(), abs=1e-3)
+        assert row["motion"] == pytest.approx(np.abs(np.diff(window, axis=1)).mean(), abs=1e-3)
+        assert 0 < row["psnr"] < row["psnr_guess"] < 100
+    tight = ConfigDict(config.task.to_dict())
+    tight.sampler.memory = "none"
+    with pytest.raises(UserError, match=r"^--frames=30: cannot .*task\.sampler\.memory='none'"):
+        drift.check(run._replace(task=make_task(tight)), ["30"], 2)

@@ -104,27 +104,35 @@ def sample(config, tokenizer):
     if "sampler" not in config.task:
         raise UserError(f"task.name={config.task.name}: use --config=configs/ar_diffusion.py")
     figures = {"schedule": config.task.sampler.schedule, "frames": config.data.frames}
-    figures |= _long_samples(_sampling(config, tokenizer))
-    rows = {}
+    sampler, rows = config.task.sampler, {}
+    run = _sampling(config, tokenizer)
+    figures |= _long_samples(run)
     for steps in SAMPLE_STEPS:
         try:
-            run = _sampling(config, tokenizer, steps=steps, s=_s_of(config.task.sampler, steps))
-            rows[steps] = _short_samples(run)
+            options = dict(memory="cache", steps=steps, s=_s_of(sampler, steps))
+            rows[steps] = _short_samples(run._replace(task=_resampled(config, tokenizer, options)))
         except UserError as error:
             figures[f"left_out_{steps}"] = str(error)
-    return figures | {"by_steps": rows} | _cached_and_uncached(config, tokenizer)
+    figures["by_steps"] = rows
+    uncached = run._replace(task=_resampled(config, tokenizer, {"memory": "none"}))
+    return figures | _cached_and_uncached(run, uncached)
 
 
-def _sampling(config, tokenizer, **sampler) -> Run:
-    """A run with random weights and these fields of config.task.sampler; it can stream."""
-    fields = ConfigDict(config.task.to_dict())
-    with fields.ignore_type():  # s may be whole or not
-        fields.sampler.update({"memory": "cache", **sampler})
-    task = _task(fields, tokenizer)
+def _sampling(config, tokenizer) -> Run:
+    """A run with random weights that can stream."""
+    task = _resampled(config, tokenizer, {"memory": "cache"})
     with within("task"):
         frozen = task.frozen()
         params, _ = jax.jit(task.init)(jax.random.key(0), random_batch(config, 1))
     return Run(config, task, params, frozen, 0, make_mesh(config.mesh))
+
+
+def _resampled(config, tokenizer, sampler):
+    """The task with these values in the place of those of config.task.sampler."""
+    fields = ConfigDict(config.task.to_dict())
+    with fields.ignore_type():  # s may be whole or not
+        fields.sampler.update(sampler)
+    return _task(fields, tokenizer)
 
 
 def _s_of(sampler, steps):
@@ -218,12 +226,11 @@ def _evaluations(schedule):
             return total
 
 
-def _cached_and_uncached(config, tokenizer):
+def _cached_and_uncached(cached, uncached):
     """One clip with the exact cache and without: every frame in every iteration."""
-    frames, figures, clips = config.data.frames, {}, {}
-    cond = {**random_batch(config, 1), "num": 1}
-    for name, memory in (("cached", "cache"), ("uncached", "none")):
-        run = _sampling(config, tokenizer, memory=memory)
+    frames, figures, clips = cached.config.data.frames, {}, {}
+    cond = {**random_batch(cached.config, 1), "num": 1}
+    for name, run in (("cached", cached), ("uncached", uncached)):
 
         def clip(run=run):
             options = dict(frozen=run.frozen, frames=frames)
@@ -235,8 +242,8 @@ def _cached_and_uncached(config, tokenizer):
         clips[name] = clip
     for name, times in zip(clips, timing.take_turns(*clips.values())):
         figures[f"{name}_s"] = statistics.median(times)
-    latents = run.task.split_frames(frames)
-    schedule = run.task.schedule(latents)
+    latents = cached.task.split_frames(frames)
+    schedule = cached.task.schedule(latents)
     return {
         **figures,
         "cached_share": figures["cached_s"] / figures["uncached_s"],
