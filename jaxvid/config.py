@@ -111,6 +111,9 @@ def as_now(tree: dict) -> dict:
         mixer.setdefault("positions", "absolute")
     if task.get("name") == "ar_diffusion":
         task.setdefault("shortcut", {"finest": 0, "share": 0.25, "after": 0})
+        task.setdefault("history_dropout", 0.0)
+        none = {"guidance": 1.0, "level": 0.0, "window": 0}
+        section(task, "sampler").setdefault("history", none)
     if "data" in tree:
         section(tree, "data").setdefault("max_sprites", 3)
     return tree
