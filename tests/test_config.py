@@ -280,7 +280,8 @@ def test_a_config_of_an_earlier_version_says_the_same_today(tmp_path):
     now = config_lib.read("configs/ar_diffusion.py")
     before = json.loads(now.to_json())
     del before["task"]["layout"], before["task"]["model"]["mixer"]["positions"]
-    del before["task"]["shortcut"]
+    del before["task"]["shortcut"], before["task"]["history_dropout"]
+    del before["task"]["sampler"]["history"]
     del before["data"]["max_sprites"]
     before["task"]["clean_prefix"] = 0.7
     (tmp_path / "config.json").write_text(json.dumps(before))
