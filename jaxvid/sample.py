@@ -104,6 +104,7 @@ def _folder(run) -> Path:
 def made_with(run, cond) -> dict:
     """What the frames of a stream are a function of, as JSON; the names are those of flags."""
     fields = run.config.task.sampler
+    history = fields.history if fields.history.guidance != 1 else {}
     arrays = {name: value for name, value in cond.items() if name != "num"}
     return {
         "checkpoint": run.step,
@@ -112,7 +113,7 @@ def made_with(run, cond) -> dict:
         "num": FLAGS.num,
         "condition": weights_digest({}, arrays),
         **{name: fields[name] for name in OVERRIDES if name in fields},
-        **{f"history_{name}": value for name, value in fields.get("history", {}).items()},
+        **{f"history_{name}": value for name, value in history.items()},
     }
 
 
