@@ -111,5 +111,5 @@ def test_the_state_of_another_stream_is_refused(tmp_path):
 
 def test_a_stream_is_not_resumed_without_what_it_was_made_with(tmp_path):
     record(recorder_of(tmp_path, {"seed": 0, "history_guidance": 1.5}), 5)
-    with pytest.raises(UserError, match="was made with history_guidance=1.5, not None"):
+    with pytest.raises(UserError, match=r"was made with history_guidance=1\.5, not None"):
         recorder_of(tmp_path).resume()
