@@ -76,6 +76,9 @@ def get_config(options=""):
             "what noisy frames read: diffusion_forcing, clean_prefix or teacher_forced, or shares",
         ),
         train_frames=train_frames,
+        history_dropout=field(
+            0.0, "probability that training drops the past, and the order of noise levels, of clips"
+        ),
         given=field(4, "clean frames before the continuation that evaluate scores"),
     )
     config.task.model = dict(
@@ -123,6 +126,11 @@ def get_config(options=""):
         eta=field(0.0, "0 = deterministic DDIM, 1 = ancestral sampling"),
         end=field("clean", "last step: clean (predicted x0) or noisy (as released, at timestep 0)"),
         memory=field("cache", "cache (exact), none, or window (recompute within a moving window)"),
+    )
+    config.task.sampler.history = dict(
+        guidance=field(1.0, "scale of history guidance, needs task.history_dropout; 1 = none"),
+        level=field(0.0, "share of the noise levels that the guiding past is noised to; 0 = clean"),
+        window=field(0, "frames that the guiding past has, its reader included; 0 = all of them"),
     )
     return config
 

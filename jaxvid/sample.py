@@ -3,6 +3,7 @@
     [--first_frames=clip.mp4]                    continue a clip, at the rate of the run's data
     [--prompt="a red square moves left"] [--label=3]   what a conditional model should show
     [--schedule=ad --s=5 --steps=50 --guidance=1]      the frame schedule
+    [--history_guidance=1.5]                     follow the frames so far more closely
     [--resume]                                   go on with a stream that was stopped, or prolong it
 
 Frames come out as a stream, each as soon as it is finished, from the averaged weights of the newest
@@ -34,6 +35,7 @@ from jaxvid.training.writer import FPS
 
 FLAGS = flags.FLAGS
 OVERRIDES = ("schedule", "s", "steps", "guidance")
+HISTORY = ("guidance", "level", "window")
 SAVE_EVERY = 256  # frames
 SECONDS = 10  # between lines of progress
 
@@ -41,6 +43,10 @@ SECONDS = 10  # between lines of progress
 def main():
     """Entry point."""
     overrides = {name: FLAGS[name].value for name in OVERRIDES if FLAGS[name].present}
+    history = {name: FLAGS[f"history_{name}"] for name in HISTORY}
+    history = {name: flag.value for name, flag in history.items() if flag.present}
+    if history:
+        overrides["history"] = history
     run = open_run(FLAGS.workdir, sampler=overrides)
     if not isinstance(run.task, Generator):
         raise UserError(
@@ -99,6 +105,7 @@ def _folder(run) -> Path:
 def made_with(run, cond) -> dict:
     """What the frames of a stream are a function of, as JSON; the names are those of flags."""
     fields = run.config.task.sampler
+    history = fields.history if fields.history.guidance != 1 else {}
     arrays = {name: value for name, value in cond.items() if name != "num"}
     return {
         "checkpoint": run.step,
@@ -107,6 +114,7 @@ def made_with(run, cond) -> dict:
         "num": FLAGS.num,
         "condition": weights_digest({}, arrays),
         **{name: fields[name] for name in OVERRIDES if name in fields},
+        **{f"history_{name}": value for name, value in history.items()},
     }
 
 
@@ -194,6 +202,9 @@ if __name__ == "__main__":
     flags.DEFINE_float("s", None, "Overrides task.sampler.s.")
     flags.DEFINE_integer("steps", None, "Overrides task.sampler.steps.", lower_bound=1)
     flags.DEFINE_float("guidance", None, "Overrides task.sampler.guidance.")
+    flags.DEFINE_float("history_guidance", None, "Overrides task.sampler.history.guidance.")
+    flags.DEFINE_float("history_level", None, "Overrides task.sampler.history.level.")
+    flags.DEFINE_integer("history_window", None, "Overrides task.sampler.history.window.")
     cli.define_path("out", "Folder of the clips. Default: a new one in samples/ of the run.")
     flags.DEFINE_bool("resume", False, "Go on with the stream in --out, or the newest of the run.")
     cli.run(main)

@@ -107,3 +107,9 @@ def test_the_state_of_another_stream_is_refused(tmp_path):
     recorder.resume()
     with pytest.raises(UserError, match="is that of another stream"):
         recorder.restored([jnp.zeros(3)])
+
+
+def test_a_stream_is_not_resumed_without_what_it_was_made_with(tmp_path):
+    record(recorder_of(tmp_path, {"seed": 0, "history_guidance": 1.5}), 5)
+    with pytest.raises(UserError, match=r"was made with history_guidance=1\.5, not None"):
+        recorder_of(tmp_path).resume()

@@ -25,6 +25,7 @@ SMALL = (
     "--config.task.model.heads=2",
     "--config.task.sampler.steps=2",
     "--config.task.sampler.s=2",
+    "--config.task.history_dropout=0.5",
     "--config.optim.warmup=1",
     "--config.evaluate.batches=1",
     "--config.sample.num=2",
@@ -70,6 +71,7 @@ def test_train_resume_evaluate_and_sample(tmp_path):
     assert scores["steady_sprites"]["clips"] == 64
     assert (tmp_path / "run" / "evaluate.mp4").stat().st_size > 0
 
-    out = run("sample", workdir, "--frames=6", "--num=1", f"--out={tmp_path / 'clips'}")
+    flags = ("--frames=6", "--num=1", "--history_guidance=1.5", "--history_level=0.4")
+    out = run("sample", workdir, *flags, f"--out={tmp_path / 'clips'}")
     assert "1 clips of 6 frames" in out
     assert list((tmp_path / "clips").glob("*.mp4"))

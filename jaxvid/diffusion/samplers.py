@@ -2,7 +2,8 @@
 
 A network is `predict(x_BTNC, t_BT, state) -> (prediction_BTNC, state)`. Denoising keeps the
 prediction and drops the new state; committing keeps the new state and drops the prediction. Only
-finished frames are committed, once, at the timestep of clean data, and never evaluated again.
+finished frames are committed, once, at the timestep of clean data, and never evaluated again. A
+network that has a method `commit(x_BTNC, state) -> state` commits by that.
 """
 
 import itertools
@@ -195,7 +196,7 @@ def advance(
     already. noise(frame, count): the noise of the frames that enter the slots, [B, count, N, C].
     """
     levels = jnp.asarray(solver.noise.levels(plan.sample_steps))
-    B, W = x_BWNC.shape[:2]
+    W = x_BWNC.shape[1]
 
     def denoise(width, x_BWNC, row):
         if width == 0:
@@ -211,18 +212,22 @@ def advance(
         width, row = row
         return _switch(width, denoise, plan.widths, x_BWNC, row), None
 
-    def commit(count, x_BWNC, state):
-        if count == 0:
-            return state
-        t_BT = jnp.full((B, count), levels[-1])
-        return _same_size(state, predict(x_BWNC[:, :count], t_BT, state)[1])
+    def read(count, x_BWNC, state):
+        return _same_size(state, commit(predict, x_BWNC[:, :count], state)) if count else state
 
     x_BWNC, _ = jax.lax.scan(iteration, x_BWNC, (piece.width_U, jnp.arange(plan.rows)))
-    state = _switch(piece.commit, commit, plan.commits, x_BWNC, state)
+    state = _switch(piece.commit, read, plan.commits, x_BWNC, state)
     most, finished = max(plan.commits), jnp.asarray(plan.commits)[piece.commit]
     longer = jnp.concatenate([x_BWNC, noise(piece.first + W, most)], axis=1)
     entered = jax.lax.dynamic_slice_in_dim(longer, finished, W, axis=1)
     return entered, state, x_BWNC[:, :most]
+
+
+def commit(predict: Callable, x_BTNC: jax.Array, state: Any) -> Any:
+    """The state after the finished frames x_BTNC."""
+    if hasattr(predict, "commit"):
+        return predict.commit(x_BTNC, state)
+    return predict(x_BTNC, jnp.zeros(x_BTNC.shape[:2], jnp.int32), state)[1]
 
 
 def _same_size(state, new):

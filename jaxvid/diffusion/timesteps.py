@@ -51,19 +51,21 @@ def full_sequence(rng: jax.Array, batch: int, frames: int, num_steps: int) -> ja
 
 
 def clean_prefix(
-    rng: jax.Array, t_BT: jax.Array, probability: float
+    rng: jax.Array, t_BT: jax.Array, probability: float, frames: int | jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Make the first prefix_B frames clean (t = 0), for image to video and continuation.
 
-    With `probability` the length is uniform in 1..T-1, else 0. A clip of one frame has no prefix.
-    Returns (t_BT, prefix_B int32).
+    With `probability` the length is uniform in 1..frames-1, else 0. frames: of the clip, if fewer
+    than T. A clip of one frame has no prefix. Returns (t_BT, prefix_B int32).
     """
-    batch, frames = t_BT.shape
+    batch, T = t_BT.shape
+    frames = T if frames is None else frames
     rng_whether, rng_length = jax.random.split(rng)
-    length_B = 1 + jax.random.randint(rng_length, (batch,), 0, max(frames - 1, 1), jnp.int32)
+    lengths = jnp.maximum(frames - 1, 1)
+    length_B = 1 + jax.random.randint(rng_length, (batch,), 0, lengths, jnp.int32)
     has_prefix_B = jax.random.bernoulli(rng_whether, probability, (batch,)) & (frames > 1)
     prefix_B = jnp.where(has_prefix_B, length_B, 0)
-    return jnp.where(jnp.arange(frames) < prefix_B[:, None], 0, t_BT), prefix_B
+    return jnp.where(jnp.arange(T) < prefix_B[:, None], 0, t_BT), prefix_B
 
 
 def _sequence(place_BT):

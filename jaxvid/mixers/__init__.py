@@ -16,6 +16,9 @@ clean frames before it and writes nothing:
 It equals the loop over frames f of `y_noisy[f], _ = mixer(noisy[f], state)` and then
 `y_clean[f], state = mixer(clean[f], state)`, which is what sampling does: denoise, then commit.
 
+A part of a state that counts frames has a method `skip(frames)`, which moves the count on, so that
+later frames stand where they do although earlier ones left nothing to read (`skip`).
+
 Facts that every mixer states:
 
     window            frames that a query sees, including its own; None = all of the past
@@ -32,6 +35,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 
 from jaxvid import schema
 from jaxvid.checks import at_least, choose, require
@@ -74,6 +78,15 @@ def make_mixer(options: Mapping[str, Any], **shared) -> nn.Module:
         remedy = "choose a mixer behind the colon of --config, as in mixer"
         require(option in known, option, value, f"{name} has no such option; {remedy}={name}")
     return schema.build(MIXERS[name], own, **shared)
+
+
+def skip(state, frames):
+    """A state of any layers, moved on by `frames` that it does not read; int or int32."""
+
+    def counts(part):
+        return hasattr(part, "skip")
+
+    return jax.tree.map(lambda x: x.skip(frames) if counts(x) else x, state, is_leaf=counts)
 
 
 def check_options(options: Mapping[str, Any], heads: int) -> None:

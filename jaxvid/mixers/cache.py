@@ -25,6 +25,10 @@ class KVCache(NamedTuple):
     frame_S: Any
     length: Any
 
+    def skip(self, frames):
+        """The cache after as many frames of which it keeps nothing."""
+        return self._replace(length=self.length + frames)
+
 
 def start(context_k_BMAK, context_v_BMAK, tokens: int) -> KVCache:
     """The cache after the context and before the first frame, of `tokens` tokens per frame."""

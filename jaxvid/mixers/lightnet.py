@@ -31,6 +31,10 @@ class State(NamedTuple):
     tpe_BNDE: Any
     frames: Any
 
+    def skip(self, frames):
+        """The state after as many frames of which it keeps nothing."""
+        return self._replace(frames=self.frames + frames)
+
 
 class LightNet(Recurrent):
     """Linear attention with an additive recurrence (Qin et al. 2024, LightNet, 2405.21022).

@@ -18,8 +18,10 @@ from jaxvid.diffusion.layouts import parse_layout
 from jaxvid.diffusion.noise import make_noise_schedule
 from jaxvid.diffusion.shortcut import Shortcut
 from jaxvid.errors import UserError, within
+from jaxvid.layers import masks
 from jaxvid.metrics import baselines, quality
-from jaxvid.mixers import make_mixer
+from jaxvid.mixers import make_mixer, skip
+from jaxvid.mixers.recurrent import Recurrent
 from jaxvid.models.conditioning import Conditioner
 from jaxvid.models.dit import DiT
 from jaxvid.models.pixels import PixelTokenizer
@@ -40,7 +42,9 @@ NOISE_BINS = 10
 SAMPLER = {
     **{"steps": int, "schedule": str, "s": float, "block": int},
     **{"guidance": float, "eta": float, "end": str, "memory": str},
+    "history": {"guidance": float, "level": float, "window": int},
 }
+NO_HISTORY_GUIDANCE = FrozenDict(guidance=1.0, level=0.0, window=0)
 
 
 class Task(Generator):
@@ -55,14 +59,19 @@ class Task(Generator):
     train_frames: most frames of a clip that a step trains on; of a longer clip it takes as many
     from a random frame on, but a `tokenizer` needs whole clips.
     condition: kind, tokens, width, num_classes (`models.conditioning`), and drop, the probability
-    of the null condition. sampler: steps, schedule, s, block
-    (`diffusion.frame_schedules.make_frame_schedule`), guidance, eta, end (`diffusion.samplers`) and
-    memory ("cache", "none" or "window"). given: clean frames before the continuation that
-    `evaluate` scores. shortcut: finest, share, after (`diffusion.shortcut.Shortcut`). patch: pixels
-    on a side of a token; without effect if there is a `tokenizer`.
+    of the null condition. history_dropout: the probability that a batch begins at a random frame of
+    its clips, which keeps its position and has no past, and that a clip has independent noise
+    levels, so that frames read noisier ones; history guidance needs both. sampler: steps, schedule,
+    s, block (`diffusion.frame_schedules.make_frame_schedule`), guidance, eta, end
+    (`diffusion.samplers`), memory ("cache", "none" or "window") and history: guidance, the scale
+    (`diffusion.guidance.history_terms`) of a past that is noised to the share `level` of the noise
+    levels and seen through a `window`, 0 for that of the mixer. The condition is dropped together
+    with that past. given: clean frames before the continuation that `evaluate` scores. shortcut:
+    finest, share, after (`diffusion.shortcut.Shortcut`). patch: pixels on a side of a token;
+    without effect if there is a `tokenizer`.
 
-    All fields count video frames, the window of `model.mixer` too. Only its sinks and the schedules
-    of `sampler` count latent frames.
+    All fields count video frames, the window of `model.mixer` too. Only its sinks and the fields of
+    `sampler` count latent frames.
     """
 
     baselines = (*baselines.NAMES, baselines.BLEND)
@@ -85,6 +94,7 @@ class Task(Generator):
         given: int,
         shortcut: Mapping = FrozenDict(),
         train_frames: int | None = None,
+        history_dropout: float = 0.0,
         tokenizer: VideoTokenizer | None = None,
     ):
         choose("timesteps", timesteps, TIMESTEPS)
@@ -97,8 +107,10 @@ class Task(Generator):
         self.size, self.frames, self.given = size, frames, given
         self.prediction, self.weight, self.snr_clip = prediction, weight, snr_clip
         self.draw_timesteps, self.layout = TIMESTEPS[timesteps], parse_layout(layout)
-        # Runs of earlier versions have no field `end`.
-        self.condition, self.sampler = dict(condition), {"end": "clean", **sampler}
+        between("history_dropout", history_dropout, 0, 1)
+        self.history_dropout, self.condition = history_dropout, dict(condition)
+        # Runs of earlier versions have no fields `end` and `history`.
+        self.sampler = {"end": "clean", "history": NO_HISTORY_GUIDANCE, **sampler}
         schema.check("sampler", self.sampler, SAMPLER)
         schema.check("condition", {"drop": self.condition.pop("drop", None)}, {"drop": float})
         self.drop = condition["drop"]
@@ -125,7 +137,10 @@ class Task(Generator):
         remedy = "this mixer sees later frames, so no frame has a past of its own; use clean_prefix"
         streams = self.temporal_mixer.streams
         require(streams or not self.layout.teacher_forced, "layout", layout, remedy)
+        remedy = "this mixer sees later frames, so no frame has a history; use 0"
+        require(streams or not history_dropout, "history_dropout", history_dropout, remedy)
         self._check_sampler()
+        self.terms = self._history_terms()
         options = (self.sampler[name] for name in ("eta", "end"))
         self.solver = samplers.Solver(self.noise, prediction, *options)
         self.schedule(self._latents(frames))
@@ -175,6 +190,32 @@ class Task(Generator):
                 "this mixer sees later frames and cannot stream; use none",
             )
 
+    def _history_terms(self):
+        """The terms of history guidance, {} without; UserError unless training knows them."""
+        options = self.sampler["history"]
+        scale, level, window = (options[name] for name in ("guidance", "level", "window"))
+        with within("sampler.history"):
+            at_least("guidance", scale, 0)
+            between("level", level, 0, 1)
+            require(window != 1, "window", window, "a frame would see itself alone; use 2 or more")
+            at_least("window", window, 0, at_most=masks.MAX_WINDOW)
+            if scale == 1:
+                return {}
+            remedy = "training never dropped the history; use 1, or train with "
+            remedy += "task.history_dropout=0.1"
+            require(self.history_dropout, "guidance", scale, remedy)
+            remedy = "reads what is committed; use sampler.memory=cache"
+            require(self.sampler["memory"] == "cache", "guidance", scale, remedy)
+            remedy = "teacher-forced frames read clean ones alone; use 0"
+            require(not level or self.layout.teacher_forced < 1, "level", level, remedy)
+            mixer = self.temporal_mixer
+            remedy = "this mixer sums all of the past and cannot take frames out; use 0"
+            require(not window or not isinstance(mixer, Recurrent), "window", window, remedy)
+            remedy = f"the mixer itself has a window of {mixer.window}; use fewer, or 0"
+            require(window < (mixer.window or masks.MAX_WINDOW), "window", window, remedy)
+        past = guidance.Past(window or None, round(level * (self.noise.num_steps - 1)))
+        return guidance.history_terms(scale, self.sampler["guidance"], past)
+
     def _latents(self, frames: int) -> int:
         return self.tokenizer.latents_for_frames(frames)
 
@@ -187,8 +228,9 @@ class Task(Generator):
 
     @property
     def window(self) -> int:
-        """Latent frames that may be noisy at once: the attention window, else a training clip."""
-        return self.temporal_mixer.window or self._latents(self.frames)
+        """Latent frames that may be noisy at once: the least window, else a training clip."""
+        own = self.temporal_mixer.window or self._latents(self.frames)
+        return min([own, *(past.frames for past in self.terms if past.frames)])
 
     def schedule(self, frames: int) -> FrameSchedule:
         """The frame schedule for this many latent frames; UserError if there is none."""
@@ -264,6 +306,34 @@ class Task(Generator):
         model = model or self.model
         return model.apply({"params": params["model"]}, x_BTNC, t_BT, context_BME, state, **options)
 
+    def _apply_from(self, begin, params, x_BTNC, t_BT, context_BME, **options):
+        """The predictions of frames begin, begin + 1, .. that have no past."""
+
+        def first():
+            return self._apply(params, x_BTNC, t_BT, context_BME, **options)[0]
+
+        def later():
+            # Without a window the state has no slots yet, which all frames would read in vain.
+            start = dict(model=self._with_window(None))
+            _, state = self._apply(params, x_BTNC[:, :0], t_BT[:, :0], context_BME, **start)
+            return self._apply(params, x_BTNC, t_BT, state=skip(state, begin), **options)[0]
+
+        return jax.lax.cond(begin > 0, later, first) if self.history_dropout else first()
+
+    def _drop_history(self, rng, z_BTNC, t_BT):
+        """(begin, z_BTNC, t_BT) at the rate of `history_dropout`.
+
+        The frames from `begin` on come first, and the dropped ones last, where none of them reads
+        them. begin is that of the batch, int32 below T, mostly 0.
+        """
+        B, T = t_BT.shape
+        rng_whether, rng_begin, rng_clip, rng_t = jax.random.split(rng, 4)
+        is_iid_B1 = jax.random.bernoulli(rng_clip, self.history_dropout, (B, 1))
+        iid_BT = timesteps.iid(rng_t, B, T, self.noise.num_steps)
+        dropped = jax.random.bernoulli(rng_whether, self.history_dropout) & (T > 1)
+        begin = jnp.where(dropped, jax.random.randint(rng_begin, (), 1, max(T, 2), jnp.int32), 0)
+        return begin, jnp.roll(z_BTNC, -begin, axis=1), jnp.where(is_iid_B1, iid_BT, t_BT)
+
     def loss(self, params, batch, rng, *, step, frozen, extra, average=None):
         """Weighted squared error of the prediction, averaged over the frames that are targets.
 
@@ -276,12 +346,17 @@ class Task(Generator):
         B, T = z_BTNC.shape[:2]
         rng_t, rng_prefix, rng_eps, rng_drop = jax.random.split(rng, 4)
         t_BT = self.draw_timesteps(rng_t, B, T, self.noise.num_steps)
-        t_BT, prefix_B = timesteps.clean_prefix(rng_prefix, t_BT, self.layout.prefix)
+        begin, frames = 0, T
+        if self.history_dropout:
+            begin, z_BTNC, t_BT = self._drop_history(jax.random.fold_in(rng, 6), z_BTNC, t_BT)
+            frames = T - begin
+        t_BT, prefix_B = timesteps.clean_prefix(rng_prefix, t_BT, self.layout.prefix, frames)
         is_target_BT = jnp.arange(T) >= prefix_B[:, None]
         forced = jax.random.bernoulli(jax.random.fold_in(rng, 4), self.layout.teacher_forced)
         if self.layout.teacher_forced:
             iid_BT = timesteps.iid(rng_t, B, T, self.noise.num_steps)
             t_BT, is_target_BT = jnp.where(forced, iid_BT, t_BT), forced | is_target_BT
+        is_target_BT &= jnp.arange(T) < frames
 
         size_BT, rows = jnp.zeros_like(t_BT), self.shortcut.rows(B)
         if self.shortcut.finest:
@@ -306,7 +381,7 @@ class Task(Generator):
 
         def predict(clean_BTNC):
             options = dict(clean_BTNC=clean_BTNC, size_BT=size_BT)
-            return self._apply(params, x_BTNC, t_BT, context_BME, **options)[0]
+            return self._apply_from(begin, params, x_BTNC, t_BT, context_BME, **options)
 
         def two_half_steps(clean_BTNC):
             own, z, context, clean = jax.tree.map(
@@ -318,7 +393,7 @@ class Task(Generator):
                 x_BTNC = jnp.where(own[:, :, None, None], x_BTNC, z)
                 t_BT, size_BT = jnp.where(own, t_BT, 0), jnp.where(own, size_BT, 0)
                 options = dict(clean_BTNC=clean, size_BT=size_BT)
-                return self._apply(weights, x_BTNC, t_BT, context, **options)[0]
+                return self._apply_from(begin, weights, x_BTNC, t_BT, context, **options)
 
             inputs = (x_BTNC[rows], larger_t, larger_size)
             return shortcut.target(half_step, *inputs, noise=self.noise, finest=finest)
@@ -413,7 +488,7 @@ class Task(Generator):
 
     @functools.partial(jax.jit, static_argnames=("self", "batch", "total"))
     def _sample(self, params, rng, cond, frozen, *, batch, total):
-        opened = self._open(params, cond, frozen, batch, self._window_of(total))
+        opened = self._open(params, rng, cond, frozen, batch, self._window_of(total))
         predict, state, given_BPNC = opened
         z_BTNC = streaming.sample_clip(
             predict,
@@ -463,9 +538,9 @@ class Task(Generator):
     @functools.partial(jax.jit, static_argnames=("self", "batch", "window", "slots"))
     def _begin(self, params, rng, cond, frozen, *, batch, window, slots):
         """(given latents, noise of the first slots, state that has read condition and given)."""
-        predict, state, given_BPNC = self._open(params, cond, frozen, batch, window)
+        predict, state, given_BPNC = self._open(params, rng, cond, frozen, batch, window)
         x_BWNC = streaming.initial_noise(rng, given_BPNC, slots, solver=self.solver)
-        return given_BPNC, x_BWNC, streaming.read(predict, state, given_BPNC)
+        return given_BPNC, x_BWNC, samplers.commit(predict, given_BPNC, state)
 
     @functools.partial(
         jax.jit,
@@ -473,7 +548,7 @@ class Task(Generator):
         donate_argnames=("x_BWNC", "state"),
     )
     def _advance(self, params, rng, x_BWNC, state, piece, given, *, plan, window):
-        predict = self._predict(params, window)
+        predict = self._predict(params, rng, window)
         options = dict(solver=self.solver, plan=plan)
         return streaming.advance(predict, x_BWNC, state, piece, given, rng, **options)
 
@@ -484,14 +559,26 @@ class Task(Generator):
         """
         return None if self.temporal_mixer.constant_state else total
 
-    def _predict(self, params, window, context_BME=None):
-        """The network with this window (see `_window_of`) and guidance, as samplers call it."""
+    def _with_window(self, window, sinks=None) -> DiT:
+        """The network with another window, and other sinks, if its mixer has them."""
         mixer = dict(self.model.mixer)
-        if window is not None:
+        if "window" in mixer:
             mixer["window"] = window
-        options = dict(model=self.model.clone(mixer=mixer))
+        if sinks is not None:
+            mixer["sinks"] = sinks
+        return self.model.clone(mixer=mixer)
 
-        def predict(x_BTNC, t_BT, state):
+    def _seeing(self, past, window):
+        """The network as it sees a `guidance.Past` in a stream of this window (`_window_of`)."""
+        if past.frames:
+            return self._with_window(past.frames, sinks=0)
+        return self.model if window is None else self._with_window(window)
+
+    def _predict(self, params, rng, window, context_BME=None):
+        """The network with this window (see `_window_of`) and guidance, as samplers call it."""
+
+        def predict(model, x_BTNC, t_BT, state):
+            options = dict(model=model)
             if self.shortcut.finest:  # frames without noise are read and take no step
                 size = self.shortcut.size_of(self.sampler["steps"])
                 options["size_BT"] = jnp.where(t_BT > 0, size, 0)
@@ -500,25 +587,39 @@ class Task(Generator):
             # A mixer that sees the future cannot continue: every call reads everything.
             return self._apply(params, x_BTNC, t_BT, context_BME, **options)[0], state
 
+        if self.terms:
+            models = [self._seeing(past, window) for past in self.terms]
+            predicts = [functools.partial(predict, model) for model in models]
+            return guidance.HistoryGuided(self.terms, predicts, skip, self.noise, rng)
+        predict = functools.partial(predict, self._seeing(guidance.Past(), window))
         scale = self.sampler["guidance"]
         return predict if scale == 1 else guidance.classifier_free(predict, scale)
 
-    def _open(self, params, cond, frozen, batch, window):
+    def _open(self, params, rng, cond, frozen, batch, window):
         """(predict, state that has read the context alone, clean latents of `first_frames`)."""
         drop_B = jnp.zeros(batch, bool)
         context_BME = self._context(params, drop_B, cond)
-        copies = 1
-        if self.sampler["guidance"] != 1:
-            copies = 2
-            context_BME = jnp.concatenate([context_BME, self._context(params, ~drop_B, cond)])
+        null_BME = self._context(params, ~drop_B, cond)
         empty_BTNC = jnp.zeros((batch, 0, self.grid[0] * self.grid[1], self.tokenizer.channels))
         given_BPNC = empty_BTNC
         if "first_frames" in cond:
             given_BPNC = self._encode(frozen, cond["first_frames"])
-        x_BTNC = jnp.concatenate([empty_BTNC] * copies)
-        t_BT = jnp.zeros((batch * copies, 0), jnp.int32)
-        _, state = self._apply(params, x_BTNC, t_BT, context_BME)
-        return self._predict(params, window, context_BME), state, given_BPNC
+
+        def start(context_BME, model):
+            copies = 1 if context_BME is None else len(context_BME) // batch
+            x_BTNC = jnp.concatenate([empty_BTNC] * copies)
+            t_BT = jnp.zeros(x_BTNC.shape[:2], jnp.int32)
+            return self._apply(params, x_BTNC, t_BT, context_BME, model=model)[1]
+
+        if self.terms:
+            contexts = [context_BME if past.conditional else null_BME for past in self.terms]
+            models = [self._seeing(past, window) for past in self.terms]
+            state = guidance.Histories(tuple(map(start, contexts, models)), jnp.int32(0))
+        else:
+            if self.sampler["guidance"] != 1:
+                context_BME = jnp.concatenate([context_BME, null_BME])
+            state = start(context_BME, self.model)
+        return self._predict(params, rng, window, context_BME), state, given_BPNC
 
 
 def _random_part(rng, x_BTNC, frames):

@@ -40,7 +40,7 @@ def sample_clip(
         x_BFNC, _ = samplers.sample_cached(
             predict,
             x_BFNC,
-            read(predict, state, given_BPNC),
+            samplers.commit(predict, given_BPNC, state),
             rng,
             solver=solver,
             schedule=schedule,
@@ -58,12 +58,6 @@ def sample_clip(
             window=window if memory == "window" else None,
         )
     return jnp.concatenate([given_BPNC, x_BFNC], axis=1)
-
-
-def read(predict: Callable, state, given_BPNC: jax.Array):
-    """The state after the clean given frames."""
-    B, P = given_BPNC.shape[:2]
-    return predict(given_BPNC, jnp.zeros((B, P), jnp.int32), state)[1]
 
 
 def initial_noise(rng, given_BPNC: jax.Array, frames: int, *, solver) -> jax.Array:

@@ -42,13 +42,14 @@ class Recorder:
             kept = serialization.msgpack_restore(path.read_bytes())
             made_with, self._leaves = json.loads(kept["made_with"]), [*kept["state"].values()]
             self.frames, self._parts = int(kept["frames"]), int(kept["parts"])
-            differing = [name for name, x in self._made_with.items() if made_with.get(name) != x]
+            now = self._made_with
+            differing = [name for name in made_with | now if made_with.get(name) != now.get(name)]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"resume: {path} is damaged; sample into another --out") from error
         for name in differing:
             raise UserError(
                 f"resume: the stream in {self.folder} was made with {name}={made_with.get(name)}, "
-                f"not {self._made_with[name]}; give the same, or another --out"
+                f"not {now.get(name)}; give the same, or another --out"
             )
         if not self._leaves:
             raise UserError(

@@ -13,7 +13,7 @@ from jaxvid.errors import UserError
 from jaxvid.kernels.attention import attention
 from jaxvid.layers import masks
 from jaxvid.layers.embed import rotary_angles, rotate
-from jaxvid.mixers import MIXERS, cache, check_heads, check_options, make_mixer
+from jaxvid.mixers import MIXERS, cache, check_heads, check_options, make_mixer, skip
 from jaxvid.mixers.linear_attention import decay_slopes
 from tests import laws
 
@@ -86,6 +86,26 @@ def test_teacher_forcing_is_denoising_and_committing_frame_by_frame(name, option
 
     reach = REACH.get(name, mixer.window or laws.FRAMES)
     laws.teacher_forcing(layer, Partial(forced, *layer.args), x[:, :5], x[:, 5:10], reach)
+
+
+@pytest.mark.parametrize(
+    "name, options", [row for row in ROWS if row[0] in ("softmax", "alibi", "lightnet")]
+)
+def test_frames_that_are_skipped_leave_nothing_but_their_positions(name, options):
+    """It is as if all that was read of them had been erased."""
+    mixer, params, x = build(name, **options)
+    apply = jax.jit(mixer.apply)
+    _, state = apply(params, x[:, :0], started(mixer, params, x))
+    y, read = apply(params, x[:, :4], state)
+    if isinstance(state, cache.KVCache):
+        erased = read._replace(frame_S=jnp.full_like(read.frame_S, masks.EMPTY))
+    else:
+        erased = state._replace(frames=read.frames)
+    skipped, _ = skip(skip((state, x), 1), 3)
+    y_skipped, _ = apply(params, x[:, :4], skipped)
+    np.testing.assert_allclose(y_skipped, apply(params, x[:, :4], erased)[0], atol=1e-5)
+    if name == "softmax":  # the context lies further back
+        assert np.abs(y_skipped - y).max() > 1e-3
 
 
 def test_a_matrix_state_is_one_float32_array():
