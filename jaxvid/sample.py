@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from jaxvid import cli, data, memory
+from jaxvid import cli, data, files
 from jaxvid.data import text, video
 from jaxvid.errors import UserError, within
 from jaxvid.layers import masks
@@ -30,6 +30,7 @@ from jaxvid.parallel.devices import peak_bytes
 from jaxvid.runs import open_run, weights_digest
 from jaxvid.tasks.base import Generator
 from jaxvid.tasks.streaming import Decoded
+from jaxvid.training.lock import locked
 from jaxvid.training.recorder import STATE, Recorder
 from jaxvid.training.writer import FPS
 
@@ -55,8 +56,6 @@ def main():
         )
     out = _folder(run)
     frames = FLAGS.frames or run.config.data.frames
-    clip = 3 * frames * run.config.data.size**2
-    memory.require(f"num={FLAGS.num}, frames={frames}", "clips", FLAGS.num * clip)
     cond, fps = conditions(run, FLAGS.num)
     given = cond["first_frames"].shape[1] if "first_frames" in cond else 0
     if given >= frames:
@@ -64,11 +63,26 @@ def main():
             f"frames={frames}: --first_frames already has {given}; ask for more than that"
         )
     run.task.split_frames(frames)  # raises for lengths that do not suit the tokenizer
-    recorder = Recorder(out, fps, made_with(run, cond))
+    files.require_writable("out", out)
+    with locked(out, "out"):
+        _sample(run, cond, frames, given, Recorder(out, fps, made_with(run, cond)))
+    print(f"{FLAGS.num} clips of {frames} frames at {fps:g} fps: {out}")
+
+
+def _sample(run, cond, frames, given, recorder):
+    """Sample into the recorder's folder and print the figures of the stream."""
     if FLAGS.resume:
         recorder.resume()
-        if recorder.frames >= frames:
-            raise UserError(f"frames={frames}: {out} has {recorder.frames} already; ask for more")
+        if recorder.frames > frames:
+            has = f"{recorder.folder} has {recorder.frames} already"
+            raise UserError(f"frames={frames}: {has}; ask for more")
+        if recorder.frames == frames:  # all that a stop prevented
+            recorder.finish(FLAGS.num)
+            return
+    elif (recorder.folder / STATE).exists():
+        raise UserError(
+            f"out={recorder.folder}: holds a stream; go on with --resume, or name another folder"
+        )
     with jax.set_mesh(run.mesh):
         compiling = time.perf_counter()
         print("compiling", file=sys.stderr)
@@ -83,7 +97,6 @@ def main():
         times = record(pieces, recorder, frames, given)
     recorder.finish(FLAGS.num)
     print(report(times, compiling, FLAGS.num))
-    print(f"{FLAGS.num} clips of {recorder.frames} frames at {fps:g} fps: {out}")
 
 
 def _folder(run) -> Path:
@@ -106,13 +119,15 @@ def made_with(run, cond) -> dict:
     """What the frames of a stream are a function of, as JSON; the names are those of flags."""
     fields = run.config.task.sampler
     history = fields.history if fields.history.guidance != 1 else {}
-    arrays = {name: value for name, value in cond.items() if name != "num"}
+    first = {name: cond[name] for name in ("first_frames",) if name in cond}
     return {
         "checkpoint": run.step,
         "weights": weights_digest({}, run.params),
         "seed": FLAGS.seed,
         "num": FLAGS.num,
-        "condition": weights_digest({}, arrays),
+        "label": FLAGS.label,
+        "prompt": FLAGS.prompt,
+        "first_frames": weights_digest({}, first) if first else "",
         **{name: fields[name] for name in OVERRIDES if name in fields},
         **{f"history_{name}": value for name, value in history.items()},
     }
@@ -139,6 +154,10 @@ def conditions(run, num):
     if fields.kind == "text":
         embedded_ME = text.embed(FLAGS.prompt, fields.tokens, fields.width)
         cond["text"] = np.repeat(embedded_ME[None], num, axis=0)
+    if FLAGS.num_first_frames and not FLAGS.first_frames:
+        raise UserError(
+            f"num_first_frames={FLAGS.num_first_frames}: of which clip? Give --first_frames too"
+        )
     if FLAGS.first_frames:
         frames = FLAGS.num_first_frames or run.config.task.given
         clip_THWC, fps = video.read_clip(

@@ -11,7 +11,6 @@ give --coordinator=HOST:PORT --num_processes=N --process_id=I.
 
 import contextlib
 import os
-import tempfile
 from pathlib import Path
 
 import jax
@@ -186,24 +185,12 @@ def _begin(init, task, config):
 
 def _prepare(workdir, config):
     """Make the work folder, test that it can be written, and set the compile cache beside it."""
-    _require_writable("workdir", workdir)
+    files.require_writable("workdir", workdir)
     cache = config.compile_cache or str(Path(workdir).resolve().parent / "jax_cache")
     if config.compile_cache:
         checks.local_path("compile_cache", cache)
-        _require_writable("compile_cache", cache)
+        files.require_writable("compile_cache", cache)
     jax.config.update("jax_compilation_cache_dir", cache)
-
-
-def _require_writable(field, folder):
-    """Make a folder; UserError, naming the field, unless a file can be written to it."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"room to write")
-    except OSError as error:
-        raise UserError(
-            f"{field}={folder}: cannot be written ({error.strerror}); choose another folder"
-        ) from error
 
 
 def _remove_if_empty(folders):

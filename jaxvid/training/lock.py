@@ -18,20 +18,22 @@ NAME = "lock"
 
 
 @contextlib.contextmanager
-def locked(workdir) -> Iterator[None]:
-    """A context in which no other run may use the work folder. Raises UserError, on all processes.
+def locked(folder, field: str = "workdir") -> Iterator[None]:
+    """A context in which no other run may use the folder that `field` names.
+
+    Raises UserError, on all processes.
 
     The lock is one of the system on the file `lock`, which ends with its process, so a file that a
     killed run left locks nothing. Process 0 holds it and writes its host and process id into it.
     File systems that cannot lock, or lock within a host alone, protect no more than that.
     """
-    path = Path(workdir, NAME)
+    path = Path(folder, NAME)
     file = _take(path) if jax.process_index() == 0 else None
     (is_free,) = multihost.agreed(file is not None)
     if not is_free:
         raise UserError(
-            f"workdir={workdir}: is in use by {_owner(path)}; wait for it, stop it, or choose "
-            "another --workdir"
+            f"{field}={folder}: is in use by {_owner(path)}; wait for it, stop it, or choose "
+            f"another --{field}"
         )
     try:
         yield

@@ -26,8 +26,8 @@ def check_step(task, config, state, frozen, batch, mesh) -> None:
     parts = "parameters, gradients, optimiser state and average"
     memory.require(fields, parts, held, there, "lower them, or split with mesh.fsdp")
 
-    kept = kept_for_backward(task, state, frozen, _part(batch, config))
-    needed = held + int(SURE * kept / mesh.size)
+    kept, largest = of_gradient(task, state, frozen, _part(batch, config))
+    needed = held + max(int(SURE * kept), largest) // mesh.size
     sizes = (f"data.{name}={config.data[name]}" for name in ("batch_size", "frames", "size"))
     fields = ", ".join(sizes)
     remedy = "lower them, raise optim.accumulate, or use more devices"
@@ -57,8 +57,11 @@ def _products(jaxpr):
             yield from _products(body)
 
 
-def kept_for_backward(task, state, frozen, batch) -> int:
-    """Bytes of what the gradient of the loss keeps until its backward pass, beside parameters."""
+def of_gradient(task, state, frozen, batch) -> tuple[int, int]:
+    """Bytes that the gradient of the loss needs, beside parameters, from shapes alone.
+
+    (what it keeps until its backward pass, the largest product of its forward pass).
+    """
 
     def keep(params, extra, frozen, batch):
         def loss(params):
@@ -68,9 +71,11 @@ def kept_for_backward(task, state, frozen, batch) -> int:
         _, backward, _ = jax.vjp(loss, params, has_aux=True)
         return backward
 
-    kept = jax.eval_shape(keep, state.params, state.extra, frozen, batch)
+    arguments = (state.params, state.extra, frozen, batch)
+    program, kept = jax.make_jaxpr(keep, return_shape=True)(*arguments)
     total, params = (sum(map(_bytes, jax.tree.leaves(tree))) for tree in (kept, state.params))
-    return max(total - params, 0)
+    largest = max((_bytes(product) for product in _products(program.jaxpr)), default=0)
+    return max(total - params, 0), largest
 
 
 def _part(batch, config):

@@ -1,5 +1,6 @@
 """The files of a sampled stream, written while it runs, from which it can go on."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from jaxvid.data import mp4, video
 from jaxvid.errors import UserError
 
 SHOWN = 64  # first frames in the GIFs and the contact sheet
-STATE = "stream.msgpack"
+STATE = "stream.msgpack"  # after the SHA-256 of its content
+DIGEST = 32  # bytes
 
 
 class Recorder:
@@ -27,38 +29,45 @@ class Recorder:
 
     def __init__(self, folder: Path, fps: float, made_with: dict):
         self.folder, self.frames = Path(folder), 0
-        self._fps, self._made_with, self._parts = fps, made_with, 0
+        self._fps, self._made_with, self._parts = fps, made_with, {}
         self._encoders, self._first, self._leaves = [], [], []
 
     def resume(self):
         """Go on after what `save` kept last.
 
-        Raises UserError if the folder holds no stream, or one that was made with something else.
+        Raises UserError if the folder holds no stream, one that was made with something else, or
+        one that the disk has changed.
         """
         path = self.folder / STATE
         if not path.exists():
             raise UserError(f"resume: {self.folder} holds no stream ({STATE}); leave --resume out")
-        try:
-            kept = serialization.msgpack_restore(path.read_bytes())
-            made_with, self._leaves = json.loads(kept["made_with"]), [*kept["state"].values()]
-            self.frames, self._parts = int(kept["frames"]), int(kept["parts"])
-            now = self._made_with
-            differing = [name for name in made_with | now if made_with.get(name) != now.get(name)]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"resume: {path} is damaged; sample into another --out") from error
-        for name in differing:
-            raise UserError(
-                f"resume: the stream in {self.folder} was made with {name}={made_with.get(name)}, "
-                f"not {now.get(name)}; give the same, or another --out"
-            )
+        digest, content = path.read_bytes()[:DIGEST], path.read_bytes()[DIGEST:]
+        if hashlib.sha256(content).digest() != digest:
+            raise UserError(f"resume: {path} is damaged; sample into another --out")
+        kept = serialization.msgpack_restore(content)
+        made_with = json.loads(kept["made_with"])
+        self.frames, self._parts = kept["frames"], json.loads(kept["parts"])
+        self._leaves = [*kept["state"].values()]
+        for name, value in self._made_with.items():
+            if made_with.get(name) != value:
+                raise UserError(
+                    f"resume: the stream in {self.folder} was made with {name}="
+                    f"{made_with.get(name)}, not {value}; give the same, or another --out"
+                )
+        for name, digest in self._parts.items():
+            part = self.folder / "parts" / name
+            if not part.exists() or hashlib.sha256(part.read_bytes()).hexdigest() != digest:
+                raise UserError(
+                    f"resume: {part} is missing or damaged; sample into another --out"
+                )
+
+    def restored(self, template):
+        """The state that `resume` found, in the form and on the devices of `template`."""
         if not self._leaves:
             raise UserError(
                 f"resume: the stream in {self.folder} ended within a block of its frame schedule; "
                 "sample into another --out"
             )
-
-    def restored(self, template):
-        """The state that `resume` found, in the form and on the devices of `template`."""
         wanted, tree = jax.tree.flatten(template)
         forms = [
             [(np.shape(x), np.asarray(x).dtype) for x in part] for part in (wanted, self._leaves)
@@ -96,28 +105,28 @@ class Recorder:
         if self._first:
             self._show(np.concatenate(self._first, axis=1)[:, :SHOWN])
             self._first = []
+        number = len(self._parts) // max(len(self._encoders), 1)
         for clip, encoder in enumerate(self._encoders):
-            self._part(clip, self._parts).parent.mkdir(exist_ok=True)
-            files.write(self._part(clip, self._parts), encoder.finish())
-        self._parts += bool(self._encoders)
+            name, content = f"{clip}-{number:06d}.mp4", encoder.finish()
+            (self.folder / "parts").mkdir(exist_ok=True)
+            files.write(self.folder / "parts" / name, content)
+            self._parts[name] = hashlib.sha256(content).hexdigest()
         self._encoders = []
         leaves = jax.tree.leaves(jax.device_get(state))
         kept = {
             "made_with": json.dumps(self._made_with),
             "frames": self.frames,
-            "parts": self._parts,
+            "parts": json.dumps(self._parts),
             "state": {f"{index:06d}": np.asarray(leaf) for index, leaf in enumerate(leaves)},
         }
-        files.write(self.folder / STATE, serialization.msgpack_serialize(kept))
+        content = serialization.msgpack_serialize(kept)
+        files.write(self.folder / STATE, hashlib.sha256(content).digest() + content)
 
     def finish(self, clips: int):
         """Join the parts that were saved to one mp4 per clip."""
         for clip in range(clips):
-            parts = [self._part(clip, part) for part in range(self._parts)]
-            mp4.join(self.folder / f"{clip}.mp4", parts)
-
-    def _part(self, clip, part):
-        return self.folder / "parts" / f"{clip}-{part:06d}.mp4"
+            names = sorted(name for name in self._parts if name.startswith(f"{clip}-"))
+            mp4.join(self.folder / f"{clip}.mp4", [self.folder / "parts" / name for name in names])
 
     def _show(self, video_BTHWC):
         for clip, video_THWC in enumerate(video_BTHWC):

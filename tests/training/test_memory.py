@@ -38,7 +38,7 @@ def test_the_estimate_is_what_the_compiler_takes():
         rng = jax.random.key(0)
         return task.loss(params, batch, rng, step=0, frozen={}, extra=state.extra)[0]
 
-    kept = of_training.kept_for_backward(task, state, {}, batch)
+    kept, _ = of_training.of_gradient(task, state, {}, batch)
     compiled = jax.jit(jax.grad(loss)).lower(state.params, batch).compile()
     taken = compiled.memory_analysis().temp_size_in_bytes
     assert of_training.SURE * kept < taken < 2 * kept
