@@ -23,9 +23,11 @@ def make(options="", scale=1.0, level=0.0, window=0, **changes):
 @pytest.mark.parametrize("layout", ["teacher_forced", "clean_prefix"])
 def test_a_batch_without_its_history_trains_a_stream_that_skipped_frames(layout):
     """The loss is the mean error of its frames, one after another, at their own positions."""
-    options = dict(prediction="x0", weight="uniform", model__mixer__sinks=2, history_dropout=1.0)
-    task = make(f"cond=class,layout={layout}", **options)
-    params, data, rng = opened(task), batch(), jax.random.key(1)
+    options = dict(prediction="x0", weight="uniform", history_dropout=1.0)
+    # The distance to the context counts where the mixer reads it.
+    task = make(f"cond=class,layout={layout}", model__arrangement="joint", **options)
+    params = jax.tree.map(lambda leaf: 3 * leaf, opened(task))
+    data, rng = batch(), jax.random.key(1)
     z_BTNC = task._encode({}, data["video"])
     rng_t, rng_prefix, rng_eps, rng_drop = jax.random.split(rng, 4)
     no_t = jnp.zeros((2, 6), jnp.int32)
