@@ -245,6 +245,15 @@ class Task(Generator):
                 window=self.window,
             )
 
+    def _stream_schedule(self, frames: int) -> FrameSchedule:
+        """The schedule of a stream, the same for every number of frames that it can have.
+
+        A schedule that denoises all frames together is of these frames alone.
+        """
+        schedule, name, s = self.schedule(frames), self.sampler["schedule"], self.sampler["s"]
+        together = name == "synchronous" or (name != "autoregressive" and s == 0)
+        return schedule if together else self.schedule(max(frames, self.window))
+
     def binding(self):
         """The digest of a trained tokenizer."""
         return {"tokenizer_digest": self.tokenizer.digest}
@@ -516,7 +525,7 @@ class Task(Generator):
         total = self._latents(frames or self.frames)
         given = cond["first_frames"].shape[1] if "first_frames" in cond else 0
         P = self._latents(given) if given else 0
-        schedule, window = self.schedule(total - P), self._window_of(total)
+        schedule, window = self._stream_schedule(total - P), self._window_of(total)
         plan = samplers.stream_plan(schedule)
         options = dict(batch=cond["num"], window=window, slots=plan.slots)
         given_BPNC, x_BWNC, state = self._begin(params, rng, arrays, frozen, **options)

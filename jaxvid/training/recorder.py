@@ -48,18 +48,17 @@ class Recorder:
         made_with = json.loads(kept["made_with"])
         self.frames, self._parts = kept["frames"], json.loads(kept["parts"])
         self._leaves = [*kept["state"].values()]
-        for name, value in self._made_with.items():
-            if made_with.get(name) != value:
+        for name in made_with | self._made_with:
+            before, now = made_with.get(name), self._made_with.get(name)
+            if before != now:
                 raise UserError(
-                    f"resume: the stream in {self.folder} was made with {name}="
-                    f"{made_with.get(name)}, not {value}; give the same, or another --out"
+                    f"resume: the stream in {self.folder} was made with {name}={before}, not "
+                    f"{now}; give the same, or another --out"
                 )
         for name, digest in self._parts.items():
             part = self.folder / "parts" / name
             if not part.exists() or hashlib.sha256(part.read_bytes()).hexdigest() != digest:
-                raise UserError(
-                    f"resume: {part} is missing or damaged; sample into another --out"
-                )
+                raise UserError(f"resume: {part} is missing or damaged; sample into another --out")
 
     def restored(self, template):
         """The state that `resume` found, in the form and on the devices of `template`."""
