@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
@@ -109,6 +110,15 @@ def _main(main, commands, argv):
     except KeyboardInterrupt:
         _report("interrupted")
         return 130  # the status of shells for SIGINT
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        wanted = re.search(r"allocating (\d+)", str(error))
+        wanted = f" ({int(wanted[1]) / 2**30:.3g} GiB at once)" if wanted else ""
+        return _report(
+            f"the device has too little memory{wanted}; lower data.batch_size, data.frames, "
+            "data.size or the width of the model, or raise optim.accumulate"
+        )
     except OSError as error:
         if error.errno not in files.DISK_ERRORS:
             raise

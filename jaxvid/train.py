@@ -108,7 +108,8 @@ def _train(config, workdir, mesh, stack):
     )
     guard = Guard(config.optim.skip_nonfinite, source, skipped=int(state.skipped))
     work = flops.of_step(task, state, frozen, shapes)
-    frames = config.data.batch_size * config.data.frames
+    trained = config.task.get("train_frames", config.data.frames)
+    frames = config.data.batch_size * min(trained, config.data.frames)
     progress = Progress(config.steps, frames, work, flops.machine(mesh.devices.flatten()))
     log = Log(config, writer, progress, guard)
     sampling = f"sampling {config.sample.num} clips"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from absl import app
 from absl.testing import flagsaver
@@ -119,6 +120,12 @@ def test_errors_of_main(entry):
         (OSError(errno.EFBIG, "File too large", "/file"), 2, "/file: File too large"),
         (OSError(errno.ENAMETOOLONG, "Too long", "x" * 300), 2, f"{'x' * 200}...: Too long"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: allocating 155189014976 bytes."),
+            2,
+            "the device has too little memory (145 GiB at once); lower data.batch_size, "
+            "data.frames, data.size or the width of the model, or raise optim.accumulate",
+        ),
     ):
         assert entry(functools.partial(failing, error)) == (status, "", f"error: {message}\n")
     for error in (ValueError("a bug"), FileNotFoundError(2, "a bug")):

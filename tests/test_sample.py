@@ -83,12 +83,21 @@ def test_a_stream_that_was_killed_ends_as_if_it_had_not_been(tmp_path):
             assert (video.probe(file).fps, video.probe(file).frames) == (8, 40)
 
 
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     "damage, words",
     [
         (lambda path: path.unlink(), "holds no stream .* leave --resume out"),
         (lambda path: path.write_bytes(path.read_bytes()[:-9]), "is damaged; sample into another"),
         (lambda path: path.write_bytes(b"\x93\x01"), "is damaged; sample into another"),
+        (lambda path: flip_a_bit(path), "is damaged; sample into another"),
+        (lambda path: flip_a_bit(next(path.parent.glob("parts/1-*"))), "1-.*is missing or damaged"),
+        (lambda path: next(path.parent.glob("parts/0-*")).unlink(), "0-.* is missing or damaged"),
         (None, "was made with seed=0, not 1; give the same, or another --out"),
     ],
 )
@@ -113,3 +122,16 @@ def test_a_stream_is_not_resumed_without_what_it_was_made_with(tmp_path):
     record(recorder_of(tmp_path, {"seed": 0, "history_guidance": 1.5}), 5)
     with pytest.raises(UserError, match=r"was made with history_guidance=1\.5, not None"):
         recorder_of(tmp_path).resume()
+
+
+def test_a_stream_is_never_overwritten_and_what_a_stop_prevented_is_made_up(tmp_path, monkeypatch):
+    record(recorder_of(tmp_path), 5)
+    monkeypatch.setattr(sample, "FLAGS", Flags(num=2))
+    with pytest.raises(UserError, match="holds a stream; go on with --resume, or name another"):
+        sample._sample(None, None, 5, 0, recorder_of(tmp_path))
+    monkeypatch.setattr(sample, "FLAGS", Flags(num=2, resume=True))
+    sample._sample(None, None, 5, 0, recorder_of(tmp_path))  # all frames are there, but no 0.mp4
+    with open(tmp_path / "1.mp4", "rb") as file:
+        assert video.probe(file).frames == 5
+    with pytest.raises(UserError, match=r"^frames=4: .* has 5 already; ask for more"):
+        sample._sample(None, None, 4, 0, recorder_of(tmp_path))
