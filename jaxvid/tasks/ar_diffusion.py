@@ -523,6 +523,16 @@ class Task(Generator):
             require(memory == "cache", "memory", memory, remedy)
         arrays = {name: value for name, value in cond.items() if name in CONDITIONS}
         total = self._latents(frames or self.frames)
+        trained, seen = self._latents(self.train_frames), self.temporal_mixer.window
+        if total > trained and seen is not None and seen >= trained:
+            logging.log_first_n(
+                logging.WARNING,
+                "task.model.mixer.window=%d: in training every frame saw the first of its clip, so "
+                "streams of over %d frames may drift; train with a window of fewer frames",
+                1,
+                seen,
+                trained,
+            )
         given = cond["first_frames"].shape[1] if "first_frames" in cond else 0
         P = self._latents(given) if given else 0
         schedule, window = self._stream_schedule(total - P), self._window_of(total)
