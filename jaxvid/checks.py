@@ -8,6 +8,8 @@ import math
 import os
 import re
 import sys
+import tempfile
+from pathlib import Path
 
 from jaxvid.errors import UserError, shown
 
@@ -77,3 +79,15 @@ def whole_numbers(field, values, low=1):
     for value in values:
         is_whole = type(value) is int and value >= low
         require(is_whole, field, values, f"{value!r} is not a whole number of at least {low}")
+
+
+def writable(field: str, folder: str | Path):
+    """Make a folder; UserError, naming the field, unless a file can be written to it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"room to write")
+    except OSError as error:
+        raise UserError(
+            f"{field}={folder}: cannot be written ({error.strerror}); choose another folder"
+        ) from error

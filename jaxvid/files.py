@@ -4,10 +4,7 @@ import errno
 import json
 import math
 import os
-import tempfile
 from pathlib import Path
-
-from jaxvid.errors import UserError
 
 # Errors that the user can correct outside the program.
 DISK_ERRORS = (
@@ -76,15 +73,3 @@ def write(path: str | Path, content: str | bytes):
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def require_writable(field: str, folder: str | Path):
-    """Make a folder; UserError, naming the field, unless a file can be written to it."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"room to write")
-    except OSError as error:
-        raise UserError(
-            f"{field}={folder}: cannot be written ({error.strerror}); choose another folder"
-        ) from error

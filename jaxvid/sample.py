@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from jaxvid import cli, data, files
+from jaxvid import checks, cli, data
 from jaxvid.data import text, video
 from jaxvid.errors import UserError, within
 from jaxvid.layers import masks
@@ -63,7 +63,7 @@ def main():
             f"frames={frames}: --first_frames already has {given}; ask for more than that"
         )
     run.task.split_frames(frames)  # raises for lengths that do not suit the tokenizer
-    files.require_writable("out", out)
+    checks.writable("out", out)
     with locked(out, "out"):
         _sample(run, cond, frames, given, Recorder(out, fps, made_with(run, cond)))
     print(f"{FLAGS.num} clips of {frames} frames at {fps:g} fps: {out}")

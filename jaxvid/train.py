@@ -186,11 +186,11 @@ def _begin(init, task, config):
 
 def _prepare(workdir, config):
     """Make the work folder, test that it can be written, and set the compile cache beside it."""
-    files.require_writable("workdir", workdir)
+    checks.writable("workdir", workdir)
     cache = config.compile_cache or str(Path(workdir).resolve().parent / "jax_cache")
     if config.compile_cache:
         checks.local_path("compile_cache", cache)
-        files.require_writable("compile_cache", cache)
+        checks.writable("compile_cache", cache)
     jax.config.update("jax_compilation_cache_dir", cache)
 
 

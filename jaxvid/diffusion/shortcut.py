@@ -67,7 +67,7 @@ class Shortcut(NamedTuple):
         with within("shortcut"):
             checks.between("share", self.share, 0, 1)
             checks.positive("share", self.share)
-            checks.at_least("after", self.after, 0)
+            checks.between("after", self.after, 0, 2**31 - 1)
         if not finest:
             return
         remedy = "steps have a size on the flow schedule alone; use noise.name=flow, noise.shift=1"

@@ -152,7 +152,7 @@ class ARVAE(nn.Module):
         checks.at_least("tokens", self.tokens, 1, at_most=MAX_TOKENS)
         check_depth("depth", self.depth)
         if self.window is not None:
-            checks.at_least("window", self.window, 1)
+            masks.check_window(self.window)
         super().__post_init__()
 
     def setup(self):

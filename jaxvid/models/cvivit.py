@@ -9,6 +9,7 @@ from flax.core import FrozenDict
 
 from jaxvid import checks, mixers
 from jaxvid.errors import within
+from jaxvid.layers import masks
 from jaxvid.layers.bias import ContinuousBias
 from jaxvid.layers.linear import Linear
 from jaxvid.models import blocks, stem
@@ -62,7 +63,7 @@ class CViViT(nn.Module):
         blocks.check_layers(self.width, self.heads, self.mlp_ratio)
         blocks.check_blocks("encode_blocks", self.encode_blocks)
         blocks.check_blocks("decode_blocks", self.decode_blocks)
-        checks.at_least("window", self.window, 1)
+        masks.check_window(self.window)
         mixers.check_depth("temporal_depth", self.temporal_depth)
         checks.choose("position", self.position, POSITIONS)
         with within("mixer"):

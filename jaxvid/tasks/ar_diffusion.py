@@ -11,7 +11,7 @@ from flax.core import FrozenDict
 
 from jaxvid import schema
 from jaxvid.checks import at_least, between, choose, divides, positive, require
-from jaxvid.data.transforms import normalize
+from jaxvid.data.transforms import MAX_FRAMES, normalize
 from jaxvid.diffusion import guidance, samplers, shortcut, timesteps
 from jaxvid.diffusion.frame_schedules import FrameSchedule, make_frame_schedule
 from jaxvid.diffusion.layouts import parse_layout
@@ -103,7 +103,7 @@ class Task(Generator):
         between("given", given, 1, frames - 1)
         # Runs of earlier versions have no field `train_frames`.
         self.train_frames = frames if train_frames is None else min(train_frames, frames)
-        at_least("train_frames", self.train_frames, 1)
+        between("train_frames", frames if train_frames is None else train_frames, 1, MAX_FRAMES)
         self.size, self.frames, self.given = size, frames, given
         self.prediction, self.weight, self.snr_clip = prediction, weight, snr_clip
         self.draw_timesteps, self.layout = TIMESTEPS[timesteps], parse_layout(layout)

@@ -192,7 +192,7 @@ def test_larger_steps_learn_where_two_half_steps_of_the_averaged_weights_end(lay
 
 def test_a_step_trains_on_successive_frames_from_a_random_one():
     """Frames of their own brightness, so the loss of zeros says which of them it averages."""
-    options = dict(clean_prefix=0.0, prediction="x0", weight="uniform", train_frames=3)
+    options = dict(layout="diffusion_forcing", prediction="x0", weight="uniform", train_frames=3)
     task = Task(**fields(**options))
     data = batch(1)
     data["video"][:] = 20 * np.arange(1, 7, dtype=np.uint8)[:, None, None, None]
@@ -367,7 +367,7 @@ def test_evaluate_scores_the_continuation_beside_the_copy():
 
 def test_a_layer_is_traced_once_for_all_that_call_it_alike(monkeypatch):
     """Layers of one network, widths of the sampler, and evaluation beside sampling."""
-    task = Task(**fields(size=12, model__depth=3))
+    task = Task(**fields(size=12, model__depth=3, model__arrangement="factorised"))
     data, traced = batch(size=12), collections.Counter()
     params, _ = jax.eval_shape(lambda: task.init(jax.random.key(0), data))
     attend = dit.attend_in_frames

@@ -176,7 +176,7 @@ def rename_task(workdir):
             rename_task,
             "holds a run of task 'ar_diffusion'; name the folder of a run of 'tokenizer'",
         ),
-        (lambda workdir: (workdir / "config.json").write_text("{}"), "holds a run of task None"),
+        (lambda workdir: (workdir / "config.json").write_text("{}"), "config: has no section task"),
         (lambda workdir: shutil.rmtree(workdir / "ckpt"), "there is no checkpoint yet"),
     ],
 )

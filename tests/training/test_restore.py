@@ -130,7 +130,7 @@ def test_a_checkpoint_without_digests_is_read_with_a_note(finished, tmp_path, ca
 
 
 def test_a_schedule_without_s_refuses_one(tmp_path):
-    config_lib.save(ar_diffusion.get_config(), tmp_path / "config.json")
+    config_lib.save(ar_diffusion.get_config("size=s"), tmp_path / "config.json")
     with pytest.raises(UserError, match=r"^s=2: schedule=synchronous has no s; leave --s out"):
         open_run(str(tmp_path), sampler={"schedule": "synchronous", "s": 2.0})
     with pytest.raises(UserError, match="no checkpoint yet"):

@@ -87,6 +87,8 @@ def test_microbatches_deal_rows_out_in_turn():
 
 def test_each_microbatch_draws_its_own_noise():
     class Noise:
+        reads_average = False
+
         def loss(self, params, batch, rng, *, step, frozen, extra):
             draw = jax.random.normal(rng)
             return params * draw, ({"square": draw**2}, extra, 4)
@@ -103,6 +105,8 @@ def test_parts_weigh_as_many_targets_as_they_have():
     """The mean over the targets of the whole batch, in any number of parts."""
 
     class Mean:
+        reads_average = False
+
         def loss(self, params, batch, rng, *, step, frozen, extra):
             value_B, is_target_B = batch["value"], batch["is_target"]
             targets = is_target_B.sum()
