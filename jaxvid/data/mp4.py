@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+from jaxvid import files
 from jaxvid.data import video
 
 
@@ -42,6 +43,13 @@ class Encoder:
         self._container.mux(self._stream.encode(None))
         self._container.close()
         return self._buffer.getvalue()
+
+
+def write(path: Path, video_THWC: np.ndarray, fps: float):
+    """uint8 [T, H, W, 3] -> an mp4 file."""
+    encoder = Encoder(fps, *video_THWC.shape[1:3])
+    encoder.write(video_THWC)
+    files.write(path, encoder.finish())
 
 
 def join(path: Path, parts: list[Path]):

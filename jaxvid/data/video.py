@@ -534,24 +534,6 @@ def _chunk_frames(codec, data):
         yield from codec.decode(packet)
 
 
-def write_mp4(path, video_THWC: np.ndarray, fps: float) -> None:
-    """uint8 [T, H, W, 3] -> an H.264 mp4 that every browser plays; odd sides get one more pixel."""
-    H, W = video_THWC.shape[1:3]
-    even_THWC = np.pad(video_THWC, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), mode="edge")
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        rate = Fraction(fps).limit_denominator(1001)
-        options = {"crf": "18", "threads": "1"}
-        stream = container.add_stream("libx264", rate=rate, options=options)
-        stream.width, stream.height, stream.pix_fmt = W + W % 2, H + H % 2, "yuv420p"
-        reformat = Reformatter()
-        for picture_HWC in np.ascontiguousarray(even_THWC):
-            frame = av.VideoFrame.from_ndarray(picture_HWC, format="rgb24")
-            container.mux(stream.encode(reformat(frame, stream.pix_fmt)))
-        container.mux(stream.encode(None))
-    files.write(path, buffer.getvalue())
-
-
 def gif_bytes(video_THWC: np.ndarray, fps: float) -> bytes:
     """uint8 [T, H, W, 3] -> an endlessly looping GIF."""
     first, *rest = [Image.fromarray(picture_HWC) for picture_HWC in video_THWC]

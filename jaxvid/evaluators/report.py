@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxvid import files
-from jaxvid.data import clip_rate, video
+from jaxvid.data import clip_rate, mp4, video
 from jaxvid.data.transforms import to_uint8
 from jaxvid.evaluators.held_out import mean, open_held_out, samples, strongest
 from jaxvid.tasks.base import Run
@@ -91,7 +91,7 @@ def write_pictures(run: Run, folder: Path) -> None:
     files.write(folder / "evaluate.png", video.contact_sheet(rows))
     _, B, T, H, W, C = pairs.shape
     tiled_THWC = pairs.transpose(2, 0, 3, 1, 4, 5).reshape(T, 2 * H, B * W, C)
-    video.write_mp4(folder / "evaluate.mp4", tiled_THWC, clip_rate(run.config.data) or FPS)
+    mp4.write(folder / "evaluate.mp4", tiled_THWC, clip_rate(run.config.data) or FPS)
     print(f"pictures: {folder / 'evaluate.png'}, {folder / 'evaluate.mp4'}")
 
 

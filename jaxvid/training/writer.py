@@ -11,7 +11,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from jaxvid import files
-from jaxvid.data import video
+from jaxvid.data import mp4, video
 
 SHEET = "sheet.png"
 FPS = 8.0  # of sampled clips of a run on data without a rate
@@ -126,7 +126,7 @@ def write_clips(folder, video_BTHWC, fps=0.0):
     video_BTHWC = video.enlarge(video_BTHWC)
     folder.mkdir(parents=True, exist_ok=True)
     for index, video_THWC in enumerate(video_BTHWC):
-        video.write_mp4(folder / f"{index}.mp4", video_THWC, fps or FPS)
+        mp4.write(folder / f"{index}.mp4", video_THWC, fps or FPS)
         video.write_gif(folder / f"{index}.gif", video_THWC, fps or FPS)
     files.write(
         folder / SHEET, video.contact_sheet(video_BTHWC)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxvid.data import video
+from jaxvid.data import mp4, video
 from jaxvid.errors import UserError
 from tests.videos import frame_numbers, moving_bars, write_clip, write_hostile
 
@@ -43,7 +43,7 @@ def test_before_a_window_frames_that_none_needs_are_left_out(tmp_path):
     """B-frames between the keyframe of a seek and its aim."""
     truth = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     truth_THWC = np.stack([np.roll(truth, n, 1) for n in range(40)]).repeat(8, 1).repeat(8, 2)
-    video.write_mp4(tmp_path / "moving.mp4", truth_THWC, 8)
+    mp4.write(tmp_path / "moving.mp4", truth_THWC, 8)
     with open(tmp_path / "moving.mp4", "rb") as file:
         info = video.probe(file)
         with video._opened(file) as (container, stream):
@@ -312,7 +312,7 @@ def test_broken_chunks_are_errors():
 def test_written_mp4_reads_back_and_odd_sides_grow(tmp_path):
     truth = np.repeat(np.linspace(20, 230, 6).astype(np.uint8), 31 * 45 * 3)
     truth = truth.reshape(6, 31, 45, 3)
-    video.write_mp4(tmp_path / "grey.mp4", truth, 8)
+    mp4.write(tmp_path / "grey.mp4", truth, 8)
     back = read(tmp_path / "grey.mp4", range(6), size=32)
     assert back.shape == (6, 32, 46, 3)
     assert np.abs(back[:, :31, :45].astype(float) - truth).max() < 8
@@ -350,7 +350,7 @@ def test_flat_colours_keep_their_value(tmp_path, size):
         source = np.full((4, 48, 48, 3), colour, np.uint8)
         decoded_THWC = video.decode_chunk(video.encode_chunk(source), range(4), size)
         assert np.abs(decoded_THWC.astype(int) - colour).max() <= 2
-        video.write_mp4(tmp_path / "flat.mp4", source, 8)
+        mp4.write(tmp_path / "flat.mp4", source, 8)
         assert np.abs(read(tmp_path / "flat.mp4", range(4), size).astype(int) - colour).max() <= 2
     # Exactly one grey: Y 126, U and V 128.
     grey = av.VideoFrame(64, 48, "yuv420p")
