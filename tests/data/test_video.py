@@ -41,9 +41,7 @@ def test_a_seek_shows_what_a_scan_shows(tmp_path):
 
 def test_before_a_window_frames_that_none_needs_are_left_out(tmp_path):
     """B-frames between the keyframe of a seek and its aim."""
-    truth = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    truth_THWC = np.stack([np.roll(truth, n, 1) for n in range(40)]).repeat(8, 1).repeat(8, 2)
-    mp4.write(tmp_path / "moving.mp4", truth_THWC, 8)
+    write_clip(tmp_path / "moving.mp4", 40, gop=40, options={"bf": "2", "x264-params": "b-adapt=0"})
     with open(tmp_path / "moving.mp4", "rb") as file:
         info = video.probe(file)
         with video._opened(file) as (container, stream):
