@@ -24,7 +24,7 @@ class Encoder:
         self._container = av.open(self._buffer, "w", format="mp4")
         rate = Fraction(fps).limit_denominator(1001)
         # Without B-frames a file starts at time 0 in decoding order too, so `join` can append it.
-        options = {"crf": "18", "threads": "1", "bf": "0"}
+        options = {"crf": "18", "threads": "1", "bf": "0", **video.REPEATABLE}
         self._stream = self._container.add_stream("libx264", rate=rate, options=options)
         self._stream.height, self._stream.width = height + height % 2, width + width % 2
         self._stream.pix_fmt = "yuv420p"

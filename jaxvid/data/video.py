@@ -40,6 +40,8 @@ VISIBLE = 128  # pixels a side that are enough for eyes
 STILL = 2.0  # seconds for which one picture may be shown within a clip, or four frames if longer
 # Without these two flags swscale is up to 3 of 255 wrong in a flat colour, differently by size.
 EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+# With its macroblock tree x264 reads memory that it did not write, and gives other bytes each time.
+REPEATABLE = {"x264-params": "mbtree=0"}
 
 # PyAV before 19 raises UnicodeDecodeError for tags that are not UTF-8 without this option.
 _TOLERANT = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
@@ -490,7 +492,7 @@ class ChunkWriter:
         codec.pix_fmt = "rgb24" if lossless else "yuv420p"
         codec.time_base, codec.framerate = Fraction(1, 25), Fraction(25)  # not stored
         # fastdecode: no deblocking filter and no arithmetic coding halve the time to read a chunk.
-        quality = {"qp": "0"} if lossless else {"crf": "18", "tune": "fastdecode"}
+        quality = {"qp": "0"} if lossless else {"crf": "18", "tune": "fastdecode", **REPEATABLE}
         codec.options = {"g": str(frames), "threads": "1", **quality}
         self._codec, self._packets, self._number = codec, [], 0
         self._reformat = Reformatter()

@@ -50,6 +50,25 @@ def test_before_a_window_frames_that_none_needs_are_left_out(tmp_path):
     assert [n for n in numbers if n >= 20] == list(range(20, 40))
 
 
+@pytest.mark.parametrize("encode", [video.encode_chunk, lambda clip: encoded(mp4.Encoder, clip)])
+def test_the_same_pictures_give_the_same_bytes(encode):
+    """Whatever lies in the memory that the encoder gets."""
+    rng = np.random.default_rng(0)
+    video_THWC = rng.integers(0, 256, (16, 6, 6, 3), np.uint8).repeat(16, 1).repeat(16, 2)
+    found = set()
+    for _ in range(12):
+        memory = [rng.bytes(int(size)) for size in rng.integers(10**3, 2 * 10**5, 20)]
+        found.add(encode(video_THWC))
+        del memory
+    assert len(found) == 1
+
+
+def encoded(encoder, video_THWC):
+    encoder = encoder(8.0, *video_THWC.shape[1:3])
+    encoder.write(video_THWC)
+    return encoder.finish()
+
+
 def test_small_frames_are_enlarged_for_eyes_in_whole_factors():
     small = np.random.default_rng(0).integers(0, 256, (2, 3, 24, 20, 3), dtype=np.uint8)
     large = video.enlarge(small)
