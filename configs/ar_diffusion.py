@@ -116,11 +116,12 @@ def get_config(options=""):
     config.task.sampler = dict(
         steps=field(4 if few else 20 if tiny else 50, "denoising steps per frame"),
         schedule=field(
-            "autoregressive" if chosen.layout == "teacher_forced" else "ad",
+            "autoregressive" if few or chosen.layout == "teacher_forced" else "ad",
             "ad, synchronous, autoregressive, pyramid or block_causal",
         ),
         s=field(
-            20 if tiny else 5, "iterations between the starts of frames (block_causal: of blocks)"
+            20.0 if tiny else 5.0,
+            "iterations between the starts of frames (block_causal: of blocks; pyramid: or parts)",
         ),
         block=field(1, "block_causal: frames per block"),
         guidance=field(1.0, "scale of classifier-free guidance; 1 = none"),

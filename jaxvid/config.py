@@ -261,7 +261,12 @@ def suggest(name: str, spelling: dict[str, str]) -> str:
     spelling: {name: how to write it in the message}.
     """
     last = {other.rpartition(".")[2]: other for other in spelling}
-    near = difflib.get_close_matches(name, spelling, n=1) or [
-        last[word] for word in difflib.get_close_matches(name.rpartition(".")[2], last, n=1)
-    ]
+    section, dot, word = name.rpartition(".")
+    initials = section + dot + "".join(part[:1] for part in word.split("_"))
+    near = [initials] if initials in spelling else []
+    near = (
+        near
+        or difflib.get_close_matches(name, spelling, n=1)
+        or [last[word] for word in difflib.get_close_matches(name.rpartition(".")[2], last, n=1)]
+    )
     return f"; did you mean {spelling[near[0]]}?" if near else ""

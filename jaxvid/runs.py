@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -66,6 +67,15 @@ def make_task(fields: ConfigDict) -> Task:
     A work folder in the field `tokenizer` is opened. Its weights must be those that
     `tokenizer_digest` names, unless that is empty. Raises UserError.
     """
+    try:
+        return _make_task(fields)
+    except UserError as error:
+        # These two follow the data, where the user sets them.
+        follows = re.sub(r"^task\.(size|frames)=", r"data.\1=", str(error))
+        raise UserError(follows) from error
+
+
+def _make_task(fields):
     options = {name: value for name, value in fields.items() if name != "name"}
     with within("task"):
         make = modules.find("jaxvid.tasks", fields.get("name"), Task)

@@ -77,6 +77,7 @@ MISTAKES = [
     ([f"--config={FILE}:size=huge"], "size=huge: choose one of tiny, s, b, l, xl"),
     ([f"--config={FILE}:sizes=b"], "no option 'sizes'; the options are size, data, cond"),
     ([f"--config={FILE}", "--config.optim.lrr=1"], "did you mean --config.optim.lr?"),
+    ([f"--config={FILE}", "--config.optim.learning_rate=1"], "did you mean --config.optim.lr?"),
     ([f"--config={FILE}", "--config.bacth_size=1"], "did you mean --config.data.batch_size?"),
     ([f"--config={FILE}", "--steps=1"], "did you mean --config.steps?"),
     ([f"--config={FILE}", "--config.data=1"], "--config.data: a section"),

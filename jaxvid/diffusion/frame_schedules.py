@@ -207,4 +207,5 @@ def _check_sizes(frames, sample_steps, window):
 
 def _check_difference(s, sample_steps):
     remedy = f"use 0 (all frames together) to {sample_steps}, the steps (one frame after another)"
-    checks.require(0 <= s <= sample_steps, "s", s, remedy)
+    written = int(s) if math.isfinite(s) and s == int(s) else s  # as the user writes it
+    checks.require(0 <= s <= sample_steps, "s", written, remedy)

@@ -10,7 +10,7 @@ from absl import logging
 from flax.core import FrozenDict
 
 from jaxvid import schema
-from jaxvid.checks import at_least, between, choose, divides, positive, require
+from jaxvid.checks import at_least, between, choose, positive, require
 from jaxvid.data.transforms import MAX_FRAMES, normalize
 from jaxvid.diffusion import guidance, samplers, shortcut, timesteps
 from jaxvid.diffusion.frame_schedules import FrameSchedule, make_frame_schedule
@@ -124,7 +124,9 @@ class Task(Generator):
         self.reads_average = bool(self.shortcut.finest)
         self.shortcut.check(self.noise, prediction, self.sampler["steps"])
         if tokenizer is None:
-            divides("patch", patch, size, "size")
+            at_least("patch", patch, 1)
+            remedy = f"patch={patch} does not divide it; use a multiple of that, or another patch"
+            require(size % patch == 0, "size", size, remedy)
             tokenizer = PixelTokenizer(patch)
         self.tokenizer = tokenizer
         self.grid = self._in_latents("size", self.tokenizer.grid, size)

@@ -422,7 +422,7 @@ FEW = {
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"patch": 3}, "^patch=3: does not divide size=8"),
+        ({"patch": 3}, "^size=8: patch=3 does not divide it; use a multiple"),
         ({"patch": 0}, "^patch=0: "),
         ({"model__depth": 0}, "^model.depth=0: must be at least 1"),
         ({"model__heads": 3}, "^model.heads=3: does not divide width=16"),
@@ -471,6 +471,11 @@ def test_bad_settings_are_refused_in_one_line(changes, words):
     with pytest.raises(UserError, match=words.replace("(", "\\(")) as caught:
         Task(**fields(**changes))
     assert "\n" not in str(caught.value)
+
+
+def test_a_pyramid_starts_frames_at_parts_of_iterations():
+    task = Task(**fields(sampler__schedule="pyramid", sampler__s=1.5))
+    assert [task.schedule(6).start(frame) for frame in range(5)] == [0, 1, 3, 4, 6]
 
 
 def test_too_small_a_step_between_frames_is_refused_when_it_matters():

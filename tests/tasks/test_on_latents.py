@@ -190,8 +190,8 @@ def test_other_folders_are_refused(copied, damage, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"data__size": 14}, "task.size=14: .*patch=4: does not divide frames of 14 x 14"),
-        ({"data__frames": 6}, "task.frames=6: .*use 5 or 7"),
+        ({"data__size": 14}, "data.size=14: .*patch=4: does not divide frames of 14 x 14"),
+        ({"data__frames": 6}, "data.frames=6: .*use 5 or 7"),
         ({"task__model__mixer__window": 4}, "task.model.mixer.window=4: .*use 3 or 5"),
         ({"task__given": 2}, "task.given=2: .*use 1 or 3"),
     ],
