@@ -153,8 +153,13 @@ def flatten(config, prefix: str = "") -> dict:
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[tuple]:
-    """[(dotted field, old value, new value)], with None for a field that one side lacks."""
+    """[(dotted field, old value, new value)], with None for a field that one side lacks.
+
+    A field that earlier versions lack is no difference if its new value says what they did.
+    """
     old, new = _tuples(flatten(old)), _tuples(flatten(new))
+    missing = {name: value for name, value in EARLIER.items() if name in new}
+    old = missing | old
     return [
         (name, old.get(name), new.get(name))
         for name in old | new

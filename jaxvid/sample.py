@@ -118,7 +118,8 @@ def _folder(run) -> Path:
 def made_with(run, cond) -> dict:
     """What the frames of a stream are a function of, as JSON; the names are those of flags."""
     fields = run.config.task.sampler
-    history = fields.history if fields.history.guidance != 1 else {}
+    history = fields.get("history", {})  # runs of earlier versions have none
+    history = history if history.get("guidance", 1) != 1 else {}
     first = {name: cond[name] for name in ("first_frames",) if name in cond}
     return {
         "checkpoint": run.step,

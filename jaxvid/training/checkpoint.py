@@ -150,8 +150,6 @@ class Checkpoints:
                 continue
             if field in PATHS and _is_one_path(old, new):
                 continue
-            if field not in before and config_lib.EARLIER.get(field) == new is not None:
-                continue
             if field == "data.fps" and field not in before and _keeps_rate(self.config.data):
                 continue
             if field in before:

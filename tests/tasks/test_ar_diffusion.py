@@ -436,6 +436,7 @@ FEW = {
         ({**FEW, "prediction": "v"}, "^prediction='v': shortcuts are of predictions of x0; use x0"),
         ({**FEW, "noise__num_steps": 1000}, "^noise.num_steps=1000: .* equal steps; use 1009"),
         ({**FEW, "sampler__steps": 5}, "^sampler.steps=5: the network knows 16 steps, half of"),
+        ({**FEW, "sampler__steps": 0}, "^sampler.steps=0: the network knows 16 steps, half of"),
         ({**FEW, "sampler__steps": 32}, "^sampler.steps=32: the network knows 16 steps, half of"),
         ({**FEW, "shortcut__share": 0.0}, "^shortcut.share=0.0: must be "),
         ({"layout": "forced"}, "^layout='forced': unknown; use one of diffusion_forcing, "),

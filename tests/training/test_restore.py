@@ -1,5 +1,6 @@
 """Weights taken out of a run for evaluation and sampling."""
 
+import json
 import shutil
 
 import jax
@@ -135,6 +136,24 @@ def test_a_schedule_without_s_refuses_one(tmp_path):
         open_run(str(tmp_path), sampler={"schedule": "synchronous", "s": 2.0})
     with pytest.raises(UserError, match="no checkpoint yet"):
         open_run(str(tmp_path), sampler={"schedule": "synchronous"})
+
+
+def test_the_checkpoint_of_an_earlier_version_is_read(tmp_path):
+    """With the config.json of that version, and with the one that a later version has written."""
+    config = ar_diffusion.get_config("size=s")
+    saved = json.loads(config.to_json())
+    del saved["task"]["layout"], saved["task"]["model"]["mixer"]["positions"], saved["data"]["fps"]
+    del saved["task"]["train_frames"], saved["task"]["sampler"]["history"]
+    saved["task"]["clean_prefix"] = 0.5
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "metadata").write_text(json.dumps(saved))
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    for now in (config_lib.load(tmp_path / "config.json"), config.copy_and_resolve_references()):
+        restore._check_config(tmp_path, now, None)
+    now = config.copy_and_resolve_references()
+    now.task.layout = "diffusion_forcing"
+    with pytest.raises(ValueError, match=r"config.json differs in task.layout: 'clean_prefix=0.5,"):
+        restore._check_config(tmp_path, now, None)
 
 
 def test_another_model_is_refused_without_a_mesh_too(finished):
