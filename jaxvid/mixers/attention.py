@@ -1,52 +1,38 @@
 """Softmax attention over a stream of frames, with an exact key-value cache."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvid.checks import at_least, choose, require
+from jaxvid.checks import choose, require
 from jaxvid.kernels.attention import attention
 from jaxvid.layers import masks
 from jaxvid.layers.embed import rotary_angles, rotate
 from jaxvid.layers.linear import Linear
 from jaxvid.mixers import cache as kv
+from jaxvid.mixers.cached import Cached
 from jaxvid.parallel.sharding import shard
 
 MASKS = ("causal", "full")
 POSITIONS = ("absolute", "anchored")
 
 
-class Attention(nn.Module):
+class Attention(Cached):
     """Frame-block causal multi-head attention with rotary positions over (t, h, w).
 
     x_BTND -> y_BTND in `dtype`, N = H * W tokens per frame; softmax and normalisation in float32.
-    State: a `KVCache`. The call that holds a frame writes it; every later call reads it.
-
-    width: D. heads: A, divides D. grid: (H, W) of the tokens of a frame. window: frames that a
-    query sees including its own, None = all of the past. sinks: first frames that stay visible
-    beyond the window. qk_norm: RMS-normalise queries and keys per head (Dehghani et al. 2023).
-    positions: "absolute", or "anchored": once the window has left the sinks, they and
-    the context move along just before it, so no distance exceeds window + sinks - 1 in a stream of
-    any length, as with the sinks of Rolling Forcing and LongLive. mask: "causal", or "full", the
-    non-causal baseline, which cannot stream. Raises UserError for a window below 1, negative sinks,
-    and unknown positions and masks.
+    width, heads, grid, window, sinks and the state are those of `Cached`. qk_norm: RMS-normalise
+    queries and keys per head (Dehghani et al. 2023). positions: "absolute", or "anchored": once the
+    window has left the sinks, they and the context move along just before it, so no distance
+    exceeds window + sinks - 1 in a stream of any length, as with the sinks of Rolling Forcing and
+    LongLive. mask: "causal", or "full", the non-causal baseline, which cannot stream. Raises
+    UserError as `Cached` does, and for unknown positions and masks.
     """
 
-    width: int
-    heads: int
-    grid: tuple[int, int] = (1, 1)
-    window: int | None = None
-    sinks: int = 0
-    qk_norm: bool = True
     positions: str = "absolute"
     mask: str = "causal"
-    dtype: Any = jnp.float32
 
     def __post_init__(self):
-        masks.check_window(self.window)
-        at_least("sinks", self.sinks, 0, at_most=masks.MAX_WINDOW)
         choose("positions", self.positions, POSITIONS)
         choose("mask", self.mask, MASKS)
         super().__post_init__()
@@ -54,10 +40,6 @@ class Attention(nn.Module):
     @property
     def streams(self) -> bool:
         return self.mask == "causal"
-
-    @property
-    def constant_state(self) -> bool:
-        return self.window is not None
 
     @property
     def _anchored(self) -> bool:
@@ -70,12 +52,6 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(dtype=self.dtype)
             self.k_norm = nn.RMSNorm(dtype=self.dtype)
 
-    def _project(self, x):
-        """x [..., D] -> q, k, v [..., A, K], queries and keys normalised but not yet rotated."""
-        heads = (*x.shape[:-1], self.heads, self.width // self.heads)
-        q, k, v = (project(x).reshape(heads) for project in (self.q, self.k, self.v))
-        return (self.q_norm(q), self.k_norm(k), v) if self.qk_norm else (q, k, v)
-
     def prefill(self, context_BMD, tokens: int):
         """Read the context that precedes the first frame -> (y_BMD, state); it sees only itself.
 
@@ -87,37 +63,20 @@ class Attention(nn.Module):
         return self.out(y.reshape(context_BMD.shape)), kv.start(k, v, tokens)
 
     def __call__(self, x_BTND, state=None):
-        state = self._start(x_BTND) if state is None else state
+        continues = state is not None and not kv.is_start(state)
         message = "cannot continue a stream; use causal"
-        require(self.streams or kv.is_start(state), "mask", self.mask, message)
-        frame_T = kv.next_frames(state, x_BTND.shape[1])
-        q_BTNAK, k_BTNAK, v_BTNAK = self._rotated(x_BTND, frame_T)
-        y_BTND = jnp.zeros(x_BTND.shape, self.dtype)
-        if x_BTND.size > 0:
-            allow = masks.causal(self.window, self.sinks) if self.streams else masks.full
-            y_BTND = self._attend(q_BTNAK, k_BTNAK, v_BTNAK, frame_T, state, allow)
-        return y_BTND, kv.append(state, k_BTNAK, v_BTNAK, window=self.window, sinks=self.sinks)
+        require(self.streams or not continues, "mask", self.mask, message)
+        return super().__call__(x_BTND, state)
 
     def teacher_forced(self, clean_BTND, noisy_BTND, state=None):
-        """Teacher forcing (see `jaxvid.mixers`) in one masked call for all frames."""
-        state = self._start(clean_BTND) if state is None else state
+        """Teacher forcing (see `jaxvid.mixers`); UserError with the mask "full"."""
         require(self.streams, "mask", self.mask, "has no past to be forced to; use causal")
-        T = clean_BTND.shape[1]
-        frame_T = kv.next_frames(state, T)
-        parts = zip(self._rotated(clean_BTND, frame_T), self._rotated(noisy_BTND, frame_T))
-        q, k, v = (jnp.concatenate(pair, axis=1) for pair in parts)
-        position_T = (np if kv.is_start(state) else jnp).append(frame_T, frame_T + masks.NOISY)
-        allow = masks.teacher_forced(self.window, self.sinks)
-        y_clean, y_noisy = jnp.split(self._attend(q, k, v, position_T, state, allow), 2, axis=1)
-        state = kv.append(state, k[:, :T], v[:, :T], window=self.window, sinks=self.sinks)
-        return y_clean, y_noisy, state
+        return super().teacher_forced(clean_BTND, noisy_BTND, state)
 
-    def _start(self, x_BTND):
-        """The state before the first frame of a stream without context."""
-        no_context = jnp.zeros((len(x_BTND), 0, self.heads, self.width // self.heads), self.dtype)
-        return kv.start(no_context, no_context, x_BTND.shape[2])
+    def _allow(self):
+        return super()._allow() if self.streams else masks.full
 
-    def _rotated(self, x_BTND, frame_T):
+    def _placed(self, x_BTND, frame_T):
         """Queries and keys turned to their frames, and values [B, T, N, A, K].
 
         With anchored positions queries have two halves, see `_anchored_keys`.
@@ -132,25 +91,21 @@ class Attention(nn.Module):
             turned.append(rotate(q, angle_of_sinks))
         return jnp.concatenate(turned, axis=-1), rotate(k, angle_TNK), v
 
-    def _attend(self, q_BTNAK, k_BTNAK, v_BTNAK, position_T, state, allow):
-        """y_BTND of frames at these positions, which see each other and the cache as allowed."""
-        B, T, N, A, _ = q_BTNAK.shape
-        k_BMAK, v_BMAK, position_M = kv.extend(state, k_BTNAK, v_BTNAK, position_T)
+    def _scored(self, q_BLAK, k_BMAK, v_BMAK, position_L, position_M, allow):
         if self._anchored:
             k_BMAK = self._anchored_keys(k_BMAK, position_M)
-        y_BLAK = attention(
-            shard(q_BTNAK.reshape(B, T * N, A, -1), "BLAK"),
+        return attention(
+            shard(q_BLAK, "BLAK"),
             shard(k_BMAK, "BMAK"),
             shard(v_BMAK, "BMAK"),
-            q_position_L=position_M[-T * N :],
+            q_position_L=position_L,
             k_position_M=position_M,
             allow=allow,
             scale=v_BMAK.shape[-1] ** -0.5,
         )
-        return self.out(y_BLAK.reshape(B, T, N, self.width))
 
     def _anchored_keys(self, k_BMAK, position_M):
-        """Keys of twice the width for the queries of `_rotated`.
+        """Keys of twice the width for the queries of `_placed`.
 
         To query q, sink j stands at j + d, where d = max(0, q - (window + sinks - 1)) does not
         depend on j. Its key, rotated to j, gives the same score with a query rotated to q - d. So a

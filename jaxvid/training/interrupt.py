@@ -62,7 +62,8 @@ def _watch(signals):
             continue
         count += 1
         if count == 1:
-            print("stopping after a save; Ctrl-C again stops at once", flush=True)
+            # One write: the main thread may be printing a line too.
+            print("stopping after a save; Ctrl-C again stops at once\n", end="", flush=True)
             os.kill(os.getpid(), signal.SIGTERM)
         else:
             for process in multiprocessing.active_children():

@@ -202,9 +202,9 @@ def duration(seconds):
 
 
 def say(*text):
-    """Print on process 0."""
+    """Print on process 0, in one write, so that no other thread's line falls into this one."""
     if jax.process_index() == 0:
-        print(*text, flush=True)
+        print(" ".join(map(str, text)) + "\n", end="", flush=True)
 
 
 def parameter_table(params, depth=0):
