@@ -29,7 +29,7 @@ from jaxvid.layers import masks
 from jaxvid.parallel.devices import peak_bytes
 from jaxvid.runs import open_run, weights_digest
 from jaxvid.tasks.base import Generator
-from jaxvid.tasks.streaming import Decoded
+from jaxvid.tasks.streaming import Decoded, shown
 from jaxvid.training.lock import locked
 from jaxvid.training.recorder import STATE, Recorder
 from jaxvid.training.writer import FPS
@@ -38,7 +38,6 @@ FLAGS = flags.FLAGS
 OVERRIDES = ("schedule", "s", "steps", "guidance")
 HISTORY = ("guidance", "level", "window")
 SAVE_EVERY = 256  # frames
-SECONDS = 10  # between lines of progress
 
 
 def main():
@@ -170,17 +169,14 @@ def conditions(run, num):
 
 def record(pieces, recorder, frames, given):
     """Write all pieces of a stream -> [(new frames, latent seconds, decoding seconds)] of each."""
-    times, saved, shown = [], recorder.frames, time.perf_counter()
-    for clip_BTHWC, *seconds in pieces:
+    times, saved = [], recorder.frames
+    for clip_BTHWC, *seconds in shown(pieces, frames, done=saved):
         is_given = recorder.frames < given
         recorder.write(clip_BTHWC)
         times.append((0 if is_given else clip_BTHWC.shape[1], *seconds))
         if recorder.frames - saved >= SAVE_EVERY:
             recorder.save(pieces.state())
             saved = recorder.frames
-        if time.perf_counter() - shown > SECONDS:
-            shown = time.perf_counter()
-            print(f"{recorder.frames} of {frames} frames", file=sys.stderr)
     recorder.save(pieces.state())
     return times
 

@@ -103,7 +103,7 @@ class Piece(NamedTuple):
 
 
 def stream_plan(schedule: FrameSchedule) -> Plan:
-    """The plan of a stream by this schedule, the same for all but very short streams.
+    """The plan of a stream by this schedule.
 
     While a stream begins, fewer frames are noisy than later on. It then evaluates up to twice as
     many: all sizes would be programs of their own to compile.

@@ -1,7 +1,5 @@
 """Drift: held-out clips, continued as long streams and scored near each of several lengths."""
 
-import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
@@ -16,12 +14,11 @@ from jaxvid.evaluators import report, sprites
 from jaxvid.evaluators.held_out import frames_of, strongest
 from jaxvid.metrics import baselines, quality
 from jaxvid.tasks.base import Run
-from jaxvid.tasks.streaming import Decoded
+from jaxvid.tasks.streaming import Decoded, shown
 from jaxvid.training.state import EVALUATE, step_rng
 
 WINDOW = 16  # frames up to a length that are scored there, without the given ones
 CONDITIONS = ("label", "text")
-SECONDS = 10  # between lines of progress
 
 COLUMNS = {
     "psnr": "dB against the real clip, where it is that long",
@@ -86,7 +83,7 @@ def measure(run: Run, lengths: Sequence[int], clips: int) -> dict:
     cond |= {"num": clips, "first_frames": first_BPHWC}
     with within("task"):
         stream = Decoded(run, cond, lengths[-1], step_rng(run.config.seed, EVALUATE))
-        pieces = (video for video, *_ in _shown(stream, lengths[-1]))
+        pieces = (video for video, *_ in shown(stream, lengths[-1]))
         made = windows(pieces, {frames: _span(frames, given) for frames in lengths})
     by_length = {}
     for frames in lengths:
@@ -183,17 +180,6 @@ def _stream(run, frames, clips):
     cond |= {"num": clips, "first_frames": cond["video"][:, : run.task.given]}
     rng = jax.random.key(0)
     return run.task.stream(run.params, rng, cond, frozen=run.frozen, frames=frames)
-
-
-def _shown(stream, frames):
-    """The pieces of a stream, with lines of progress."""
-    done, shown = 0, time.perf_counter()
-    for piece in stream:
-        done += piece[0].shape[1]
-        if time.perf_counter() - shown > SECONDS:
-            shown = time.perf_counter()
-            print(f"{done} of {frames} frames", file=sys.stderr)
-        yield piece
 
 
 def _longest(run, lengths, clips) -> tuple[Source, int]:

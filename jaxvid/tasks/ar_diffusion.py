@@ -395,6 +395,7 @@ class Task(Generator):
             return self._apply_from(begin, params, x_BTNC, t_BT, context_BME, **options)
 
         def two_half_steps(clean_BTNC):
+            """The x0 that larger steps learn, for the clips of `rows`."""
             own, z, context, clean = jax.tree.map(
                 lambda x: x[rows], (is_target_BT, z_BTNC, context_BME, clean_BTNC)
             )

@@ -5,6 +5,7 @@ Whoever owns one (a task) makes `predict` of its weights, condition and guidance
 has read the condition.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from jaxvid.data.transforms import to_uint8
 from jaxvid.diffusion import samplers
 from jaxvid.diffusion.frame_schedules import FrameSchedule
 from jaxvid.tasks.base import Run
+
+SECONDS = 10  # between lines of progress
 
 
 def sample_clip(
@@ -155,3 +158,14 @@ class Decoded(Iterator):
         clip, self._decoding = self._run.task.decode(self._run.frozen, z_BTNC, self._decoding)
         clip = to_uint8(np.asarray(clip))
         return clip, ready - begin, time.perf_counter() - ready
+
+
+def shown(pieces: Decoded, frames: int, done: int = 0) -> Iterator[tuple]:
+    """The pieces of a video of `frames` frames, `done` of them before, with lines of progress."""
+    last = time.perf_counter()
+    for piece in pieces:
+        yield piece
+        done += piece[0].shape[1]
+        if time.perf_counter() - last > SECONDS:
+            last = time.perf_counter()
+            print(f"{done} of {frames} frames", file=sys.stderr)
