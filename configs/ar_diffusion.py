@@ -112,6 +112,11 @@ def get_config(options=""):
         share=field(0.25, "share of the clips of a batch that learn steps of other sizes"),
         after=field(0, "training steps before they do"),
     )
+    config.task.resampling = dict(
+        share=field(0.0, "share of teacher-forced steps that read the network's own frames"),
+        after=field(0, "training steps before they do"),
+        shift=field(0.6, "below 1, these frames are made of weaker noise"),
+    )
     config.task.condition = _condition(config, chosen.cond)
     config.task.sampler = dict(
         steps=field(4 if few else 20 if tiny else 50, "denoising steps per frame"),

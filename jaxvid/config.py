@@ -55,6 +55,9 @@ EARLIER = {
     "task.shortcut.finest": 0,
     "task.shortcut.share": 0.25,
     "task.shortcut.after": 0,
+    "task.resampling.share": 0.0,
+    "task.resampling.after": 0,
+    "task.resampling.shift": 0.6,
 }
 
 # Reading and writing

@@ -12,10 +12,11 @@ from flax.core import FrozenDict
 from jaxvid import schema
 from jaxvid.checks import at_least, between, choose, positive, require
 from jaxvid.data.transforms import MAX_FRAMES, normalize
-from jaxvid.diffusion import guidance, samplers, shortcut, timesteps
+from jaxvid.diffusion import guidance, resampling, samplers, shortcut, timesteps, training_clip
 from jaxvid.diffusion.frame_schedules import FrameSchedule, make_frame_schedule
 from jaxvid.diffusion.layouts import parse_layout
 from jaxvid.diffusion.noise import make_noise_schedule
+from jaxvid.diffusion.resampling import Resampling
 from jaxvid.diffusion.shortcut import Shortcut
 from jaxvid.errors import UserError, within
 from jaxvid.layers import masks
@@ -67,8 +68,9 @@ class Task(Generator):
     (`diffusion.guidance.history_terms`) of a past that is noised to the share `level` of the noise
     levels and seen through a `window`, 0 for that of the mixer. The condition is dropped together
     with that past. given: clean frames before the continuation that `evaluate` scores. shortcut:
-    finest, share, after (`diffusion.shortcut.Shortcut`). patch: pixels on a side of a token;
-    without effect if there is a `tokenizer`.
+    finest, share, after (`diffusion.shortcut.Shortcut`). resampling: share, after, shift
+    (`diffusion.resampling.Resampling`). patch: pixels on a side of a token; without effect if there
+    is a `tokenizer`.
 
     All fields count video frames, the window of `model.mixer` too. Only its sinks and the fields of
     `sampler` count latent frames.
@@ -93,6 +95,7 @@ class Task(Generator):
         sampler: Mapping,
         given: int,
         shortcut: Mapping = FrozenDict(),
+        resampling: Mapping = FrozenDict(),
         train_frames: int | None = None,
         history_dropout: float = 0.0,
         tokenizer: VideoTokenizer | None = None,
@@ -123,6 +126,9 @@ class Task(Generator):
         self.shortcut = schema.build(Shortcut, shortcut)
         self.reads_average = bool(self.shortcut.finest)
         self.shortcut.check(self.noise, prediction, self.sampler["steps"])
+        self.resampling = schema.build(Resampling, resampling)
+        with within("resampling"):
+            self.resampling.check(self.layout)
         if tokenizer is None:
             at_least("patch", patch, 1)
             remedy = f"patch={patch} does not divide it; use a multiple of that, or another patch"
@@ -331,100 +337,106 @@ class Task(Generator):
 
         return jax.lax.cond(begin > 0, later, first) if self.history_dropout else first()
 
-    def _drop_history(self, rng, z_BTNC, t_BT):
-        """(begin, z_BTNC, t_BT) at the rate of `history_dropout`.
-
-        The frames from `begin` on come first, and the dropped ones last, where none of them reads
-        them. begin is that of the batch, int32 below T, mostly 0.
-        """
-        B, T = t_BT.shape
-        rng_whether, rng_begin, rng_clip, rng_t = jax.random.split(rng, 4)
-        is_iid_B1 = jax.random.bernoulli(rng_clip, self.history_dropout, (B, 1))
-        iid_BT = timesteps.iid(rng_t, B, T, self.noise.num_steps)
-        dropped = jax.random.bernoulli(rng_whether, self.history_dropout) & (T > 1)
-        begin = jnp.where(dropped, jax.random.randint(rng_begin, (), 1, max(T, 2), jnp.int32), 0)
-        return begin, jnp.roll(z_BTNC, -begin, axis=1), jnp.where(is_iid_B1, iid_BT, t_BT)
+    def _draw(self, rng, z_BTNC, step):
+        """The `TrainingClip` of a step on these clean frames."""
+        return training_clip.draw(
+            rng,
+            z_BTNC,
+            step,
+            draw_timesteps=self.draw_timesteps,
+            num_steps=self.noise.num_steps,
+            layout=self.layout,
+            history_dropout=self.history_dropout,
+            shortcut_forcing=self.shortcut,
+        )
 
     def loss(self, params, batch, rng, *, step, frozen, extra, average=None):
         """Weighted squared error of the prediction, averaged over the frames that are targets.
 
         average: averaged weights, by which half steps are taken; those of `params` if None.
         """
+        rng_part, rng_clip, rng_eps, rng_drop, rng_past = jax.random.split(rng, 5)
         z_BTNC = self._clean(frozen, batch)
         if self.train_frames < self.frames:
-            rng, rng_part = jax.random.split(rng)
             z_BTNC = _random_part(rng_part, z_BTNC, self.train_frames)
-        B, T = z_BTNC.shape[:2]
-        rng_t, rng_prefix, rng_eps, rng_drop = jax.random.split(rng, 4)
-        t_BT = self.draw_timesteps(rng_t, B, T, self.noise.num_steps)
-        begin, frames = 0, T
-        if self.history_dropout:
-            begin, z_BTNC, t_BT = self._drop_history(jax.random.fold_in(rng, 6), z_BTNC, t_BT)
-            frames = T - begin
-        t_BT, prefix_B = timesteps.clean_prefix(rng_prefix, t_BT, self.layout.prefix, frames)
-        is_target_BT = jnp.arange(T) >= prefix_B[:, None]
-        forced = jax.random.bernoulli(jax.random.fold_in(rng, 4), self.layout.teacher_forced)
-        if self.layout.teacher_forced:
-            iid_BT = timesteps.iid(rng_t, B, T, self.noise.num_steps)
-            t_BT, is_target_BT = jnp.where(forced, iid_BT, t_BT), forced | is_target_BT
-        is_target_BT &= jnp.arange(T) < frames
-
-        size_BT, rows = jnp.zeros_like(t_BT), self.shortcut.rows(B)
-        if self.shortcut.finest:
-            finest, shape = self.shortcut.finest, t_BT[rows].shape
-            rng_size, num_steps = jax.random.fold_in(rng, 5), self.noise.num_steps
-            larger_t, larger_size = shortcut.draw(rng_size, shape, finest, num_steps)
-            is_larger = is_target_BT[rows] & (step >= self.shortcut.after)
-            t_BT = t_BT.at[rows].set(jnp.where(is_larger, larger_t, t_BT[rows]))
-            size_BT = size_BT.at[rows].set(jnp.where(is_larger, larger_size, 0))
-
+        clip = self._draw(rng_clip, z_BTNC, step)
+        z_BTNC, t_BT, is_target_BT = clip.z_BTNC, clip.t_BT, clip.is_target_BT
         eps_BTNC = jax.random.normal(rng_eps, z_BTNC.shape)
         x_BTNC = self.noise.add_noise(z_BTNC, eps_BTNC, t_BT)
         x_BTNC = jnp.where(is_target_BT[:, :, None, None], x_BTNC, z_BTNC)
-        drop_B = jax.random.bernoulli(rng_drop, self.drop, (B,))
+        drop_B = jax.random.bernoulli(rng_drop, self.drop, (len(z_BTNC),))
         context_BME = self._context(params, drop_B, batch)
+        past_BTNC = self._past(params, clip, context_BME, rng_past, step)
 
-        def in_layout(predict):
-            """predict(clean frames to read, or None), as the layout of this step has it."""
-            if 0 < self.layout.teacher_forced < 1:
-                return jax.lax.cond(forced, lambda: predict(z_BTNC), lambda: predict(None))
-            return predict(z_BTNC if self.layout.teacher_forced else None)
-
-        def predict(clean_BTNC):
-            options = dict(clean_BTNC=clean_BTNC, size_BT=size_BT)
-            return self._apply_from(begin, params, x_BTNC, t_BT, context_BME, **options)
-
-        def two_half_steps(clean_BTNC):
-            """The x0 that larger steps learn, for the clips of `rows`."""
-            own, z, context, clean = jax.tree.map(
-                lambda x: x[rows], (is_target_BT, z_BTNC, context_BME, clean_BTNC)
-            )
-            weights = jax.lax.stop_gradient(params if average is None else average)
-
-            def half_step(x_BTNC, t_BT, size_BT):
-                x_BTNC = jnp.where(own[:, :, None, None], x_BTNC, z)
-                t_BT, size_BT = jnp.where(own, t_BT, 0), jnp.where(own, size_BT, 0)
-                options = dict(clean_BTNC=clean, size_BT=size_BT)
-                return self._apply_from(begin, weights, x_BTNC, t_BT, context, **options)
-
-            inputs = (x_BTNC[rows], larger_t, larger_size)
-            return shortcut.target(half_step, *inputs, noise=self.noise, finest=finest)
-
-        prediction_BTNC = in_layout(predict)
+        inputs = (x_BTNC, t_BT, clip.size_BT)
+        prediction_BTNC = self._predict_clip(params, clip, past_BTNC, context_BME, *inputs)
         target_BTNC = self.noise.target(z_BTNC, eps_BTNC, t_BT, self.prediction)
         if self.shortcut.finest:
+            weights = params if average is None else average
             reached = jax.lax.cond(
                 step >= self.shortcut.after,
-                lambda: in_layout(two_half_steps),
-                lambda: z_BTNC[rows],
+                lambda: self._two_half_steps(weights, clip, past_BTNC, context_BME, x_BTNC),
+                lambda: z_BTNC[self.shortcut.rows(len(z_BTNC))],
             )
-            reached = jnp.where(is_larger[:, :, None, None], reached, z_BTNC[rows])
+            rows, is_larger = self.shortcut.rows(len(z_BTNC)), clip.is_larger[:, :, None, None]
+            reached = jnp.where(is_larger, reached, z_BTNC[rows])
             target_BTNC = target_BTNC.at[rows].set(reached)
         error_BT = jnp.square(prediction_BTNC - target_BTNC).mean((-2, -1))
         weight_BT = self.noise.weight(t_BT, self.weight, self.prediction, self.snr_clip)
         targets = is_target_BT.sum()
         loss = (weight_BT * error_BT * is_target_BT).sum() / targets
         return loss, ({"mse": (error_BT * is_target_BT).sum() / targets}, extra, targets)
+
+    def _past(self, params, clip, context_BME, rng, step):
+        """The clean frames that teacher-forced ones read: those of the data, or made anew."""
+        if not self.resampling.share:
+            return clip.z_BTNC
+        rng_own, rng_made = jax.random.split(rng)
+        own = jax.random.bernoulli(rng_own, self.resampling.share)
+        own &= clip.forced & (step >= self.resampling.after)
+
+        def made():
+            weights, window = jax.lax.stop_gradient(params), self._window_of(clip.z_BTNC.shape[1])
+            model = self._seeing(guidance.Past(), window)
+            empty_BTNC, empty_BT = clip.z_BTNC[:, :0], clip.t_BT[:, :0]
+            _, state = self._apply(weights, empty_BTNC, empty_BT, context_BME, model=model)
+
+            def predict(x_BTNC, t_BT, state):
+                return self._apply(weights, x_BTNC, t_BT, state=state, model=model)
+
+            options = dict(noise=self.noise, prediction=self.prediction)
+            inputs = (clip.z_BTNC, skip(state, clip.begin), rng_made, self.resampling.shift)
+            return resampling.resample(predict, *inputs, **options)
+
+        return jax.lax.cond(own, made, lambda: clip.z_BTNC)
+
+    def _predict_clip(self, params, clip, past_BTNC, context_BME, x_BTNC, t_BT, size_BT):
+        """The predictions for frames of a training clip, which read what its layout says."""
+
+        def reading(clean_BTNC):
+            options = dict(clean_BTNC=clean_BTNC, size_BT=size_BT)
+            return self._apply_from(clip.begin, params, x_BTNC, t_BT, context_BME, **options)
+
+        if 0 < self.layout.teacher_forced < 1:
+            return jax.lax.cond(clip.forced, lambda: reading(past_BTNC), lambda: reading(None))
+        return reading(past_BTNC if self.layout.teacher_forced else None)
+
+    def _two_half_steps(self, params, clip, past_BTNC, context_BME, x_BTNC):
+        """The x0 that the clips which learn larger steps shall predict; no gradient."""
+        rows = self.shortcut.rows(len(x_BTNC))
+        own, z, past, context, x = jax.tree.map(
+            lambda array: array[rows],
+            (clip.is_target_BT, clip.z_BTNC, past_BTNC, context_BME, x_BTNC),
+        )
+        weights = jax.lax.stop_gradient(params)
+
+        def half_step(x_BTNC, t_BT, size_BT):
+            x_BTNC = jnp.where(own[:, :, None, None], x_BTNC, z)
+            t_BT, size_BT = jnp.where(own, t_BT, 0), jnp.where(own, size_BT, 0)
+            return self._predict_clip(weights, clip, past, context, x_BTNC, t_BT, size_BT)
+
+        inputs = (x, clip.larger_t, clip.larger_size)
+        return shortcut.target(half_step, *inputs, noise=self.noise, finest=self.shortcut.finest)
 
     def evaluate(self, params, batch, rng, *, frozen):
         """Held-out quality of denoising and of continuing, per example.

@@ -11,7 +11,7 @@ from configs import ar_diffusion
 from jaxvid.data.source import Source
 from jaxvid.data.text import embed
 from jaxvid.data.transforms import normalize
-from jaxvid.diffusion import shortcut
+from jaxvid.diffusion import resampling, shortcut
 from jaxvid.errors import UserError
 from jaxvid.models import dit
 from jaxvid.models.pixels import PixelTokenizer
@@ -132,8 +132,8 @@ def test_teacher_forcing_trains_what_sampling_one_frame_after_another_computes()
     assert task.sampler["schedule"] == "autoregressive"
     params, data, rng = opened(task), batch(), jax.random.key(1)
     z_BTNC = task._encode({}, data["video"])
-    rng_t, _, rng_eps, _ = jax.random.split(rng, 4)
-    t_BT = jax.random.randint(rng_t, (2, 6), 0, 1000, jnp.int32)
+    _, rng_clip, rng_eps, *_ = jax.random.split(rng, 5)
+    t_BT = task._draw(rng_clip, z_BTNC, 0).t_BT
     noise_BTNC = jax.random.normal(rng_eps, z_BTNC.shape)
     x_BTNC = task.noise.add_noise(z_BTNC, noise_BTNC, t_BT)
     context_BME = task._context(params, jnp.zeros(2, bool), data)
@@ -146,6 +146,49 @@ def test_teacher_forcing_trains_what_sampling_one_frame_after_another_computes()
         _, state = apply(params, z_BTNC[:, frame], jnp.zeros((2, 1), jnp.int32), None, state)
         errors.append(jnp.square(x0_BTNC - z_BTNC[:, frame]).mean())
     np.testing.assert_allclose(objective(task)(params, data, 1)[0], np.mean(errors), rtol=1e-5)
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "gated_delta"])
+def test_resampled_frames_are_read_and_the_targets_are_those_of_the_data(mixer):
+    """By whole clips without a cache: frames made so far, then the next one, noised."""
+    options = dict(prediction="x0", weight="uniform", resampling__share=1.0, resampling__after=2)
+    task = Task(**fields(f"layout=teacher_forced,mixer={mixer}", **options))
+    params, data, rng = opened(task), batch(), jax.random.key(1)
+    params = jax.tree.map(lambda leaf: 2 * leaf, params)
+    z_BTNC, context_BME = task._encode({}, data["video"]), None
+    _, rng_clip, rng_eps, rng_drop, rng_past = jax.random.split(rng, 5)
+    context_BME = task._context(params, jax.random.bernoulli(rng_drop, task.drop, (2,)), data)
+    rng_t, rng_noise = jax.random.split(jax.random.split(rng_past)[1])
+    level_B1 = resampling.draw(rng_t, 2, 0.6, task.noise)[:, None]
+    noised = task.noise.add_noise(
+        z_BTNC, jax.random.normal(rng_noise, z_BTNC.shape), level_B1.repeat(6, 1)
+    )
+    made = jnp.zeros_like(z_BTNC)
+    apply = jax.jit(task._apply)
+    for f in range(6):
+        is_this, is_past = (np.arange(6) == f)[:, None, None], np.arange(6) < f
+        x_BTNC = jnp.where(is_this, noised, made)
+        t_BT = jnp.where(is_past, 0, level_B1)
+        x0_BTNC, _ = apply(params, x_BTNC, t_BT, context_BME)
+        made = jnp.where(is_this, x0_BTNC, made)
+
+    t_BT = task._draw(rng_clip, z_BTNC, 0).t_BT
+    x_BTNC = task.noise.add_noise(z_BTNC, jax.random.normal(rng_eps, z_BTNC.shape), t_BT)
+
+    def mse(params, past_BTNC):
+        prediction, _ = task._apply(params, x_BTNC, t_BT, context_BME, clean_BTNC=past_BTNC)
+        return jnp.square(prediction - z_BTNC).mean()
+
+    def loss(params, step):
+        return task.loss(params, data, rng, step=step, frozen={}, extra={})[0]
+
+    for step, past_BTNC in ((1, z_BTNC), (2, made)):
+        found, gradient = jax.jit(jax.value_and_grad(loss))(params, step)
+        wanted, without_made = jax.jit(jax.value_and_grad(mse))(params, past_BTNC)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
+        for leaf, same in zip(*map(jax.tree.leaves, (gradient, without_made))):
+            np.testing.assert_allclose(leaf, same, atol=1e-5)
+    assert abs(mse(params, z_BTNC) - mse(params, made)) > 1e-4
 
 
 @pytest.mark.parametrize("layout", ["mixed", "teacher_forced"])
@@ -170,8 +213,10 @@ def test_larger_steps_learn_where_two_half_steps_of_the_averaged_weights_end(lay
     z_BTNC = task._encode({}, data["video"])
     np.testing.assert_allclose(mse(zero, 6), jnp.square(z_BTNC).mean(), rtol=1e-5)
 
-    t_BT, size_BT = shortcut.draw(jax.random.fold_in(rng, 5), (3, 6), 4, 65)
-    noise_BTNC = jax.random.normal(jax.random.split(rng, 4)[2], z_BTNC.shape)
+    _, rng_clip, rng_eps, *_ = jax.random.split(rng, 5)
+    clip = task._draw(rng_clip, z_BTNC, 7)
+    t_BT, size_BT = clip.larger_t, clip.larger_size
+    noise_BTNC = jax.random.normal(rng_eps, z_BTNC.shape)
     x_BTNC = task.noise.add_noise(z_BTNC, noise_BTNC, t_BT)
     context_BME = task._context(params, jnp.zeros(3, bool), data)
     clean = z_BTNC if layout == "teacher_forced" else None
@@ -441,6 +486,8 @@ FEW = {
         ({**FEW, "sampler__steps": 0}, "^sampler.steps=0: the network knows 16 steps, half of"),
         ({**FEW, "sampler__steps": 32}, "^sampler.steps=32: the network knows 16 steps, half of"),
         ({**FEW, "shortcut__share": 0.0}, "^shortcut.share=0.0: must be "),
+        ({"resampling__share": 0.5}, "^resampling.share=0.5: only teacher-forced steps read"),
+        ({"resampling__shift": 0.0}, "^resampling.shift=0.0: must be "),
         ({"layout": "forced"}, "^layout='forced': unknown; use one of diffusion_forcing, "),
         ({"layout": "teacher_forced=half"}, "^layout=.*: teacher_forced needs a probability"),
         ({"layout": "teacher_forced=0.5"}, "^layout=.*: the shares sum to 0.5; they must sum to 1"),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxvid.diffusion import samplers, timesteps
+from jaxvid.diffusion import samplers, training_clip
 from jaxvid.errors import UserError
 from jaxvid.mixers import skip
 from jaxvid.tasks.ar_diffusion import Task
@@ -27,21 +27,17 @@ def test_a_batch_without_its_history_trains_a_stream_that_skipped_frames(layout)
     # The distance to the context counts where the mixer reads it.
     task = make(f"cond=class,layout={layout}", model__arrangement="joint", **options)
     params = jax.tree.map(lambda leaf: 3 * leaf, opened(task))
-    data, rng = batch(), jax.random.key(1)
+    data, rng = batch(), jax.random.key(3)
     z_BTNC = task._encode({}, data["video"])
-    rng_t, rng_prefix, rng_eps, rng_drop = jax.random.split(rng, 4)
-    no_t = jnp.zeros((2, 6), jnp.int32)
-    begin, first, t_BT = task._drop_history(jax.random.fold_in(rng, 6), z_BTNC, no_t)
-    left = 6 - int(begin)
-    assert 2 <= left <= 5 and (t_BT != 0).all()
+    _, rng_clip, rng_eps, rng_drop, _ = jax.random.split(rng, 5)
+    clip = task._draw(rng_clip, z_BTNC, 0)
+    begin, first, t_BT, left = clip.begin, clip.z_BTNC, clip.t_BT, 6 - int(clip.begin)
+    assert 2 <= left <= 5
     np.testing.assert_array_equal(first[:, :left], z_BTNC[:, begin:])
-    is_forced, prefix_B = layout == "teacher_forced", np.zeros(2, int)
-    if is_forced:
-        t_BT = timesteps.iid(rng_t, 2, 6, 1000)
-    else:
-        t_BT, prefix_B = timesteps.clean_prefix(rng_prefix, t_BT, 1.0, left)
-        assert (prefix_B >= 1).all() and (prefix_B < left).all()
-    is_target_BT = np.arange(6) >= np.reshape(prefix_B, (2, 1))
+    is_forced, is_target_BT = layout == "teacher_forced", np.asarray(clip.is_target_BT)
+    prefix_B = (~is_target_BT).argmin(1)
+    assert ((t_BT == 0).argmin(1) == prefix_B).all() and not is_target_BT[:, left:].any()
+    assert (prefix_B == 0).all() if is_forced else (prefix_B > 0).all() and (prefix_B < left).all()
     x_BTNC = task.noise.add_noise(first, jax.random.normal(rng_eps, z_BTNC.shape), t_BT)
     x_BTNC = jnp.where(is_target_BT[:, :, None, None], x_BTNC, first)
     drop_B = jax.random.bernoulli(rng_drop, task.drop, (2,))
@@ -56,17 +52,16 @@ def test_a_batch_without_its_history_trains_a_stream_that_skipped_frames(layout)
         state = after
         errors.append(jnp.square(x0_BTNC - first[:, frame]).mean((1, 2, 3)))
     wanted = np.stack(errors, axis=1)[is_target_BT[:, :left]].mean()
-    np.testing.assert_allclose(objective(task)(params, data, 1)[0], wanted, rtol=1e-5)
+    np.testing.assert_allclose(objective(task)(params, data, 3)[0], wanted, rtol=1e-5)
 
 
 def test_history_is_dropped_at_the_stated_rate_and_every_clip_keeps_a_target():
-    task = make("layout=clean_prefix", history_dropout=0.2)
     z_BTNC, t_BT = jnp.zeros((2, 6, 1, 1)), jnp.full((2, 6), -1)
 
     @jax.jit
     @jax.vmap
     def draw(rng):
-        begin, _, t = task._drop_history(rng, z_BTNC, t_BT)
+        begin, _, t = training_clip.drop_history(rng, z_BTNC, t_BT, 0.2, 1000)
         return begin, t[:, 0] >= 0
 
     begins, is_iid = draw(jax.random.split(jax.random.key(0), 4000))
