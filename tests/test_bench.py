@@ -1,5 +1,7 @@
 """Benchmarks: their figures are consistent on every machine."""
 
+import functools
+import itertools
 import json
 import sys
 import time
@@ -13,11 +15,12 @@ import pytest
 
 from jaxvid import config as config_lib
 from jaxvid.bench import __main__ as main
-from jaxvid.bench import kernels, mixers, runs, timing
+from jaxvid.bench import forcing, kernels, mixers, runs, timing
 from jaxvid.diffusion import samplers
 from jaxvid.diffusion.frame_schedules import block_causal
 from jaxvid.diffusion.noise import make_noise_schedule
 from jaxvid.errors import UserError
+from jaxvid.runs import make_task
 from jaxvid.tasks import ar_diffusion, streaming
 
 FILE = str(Path(__file__).parents[1] / "configs" / "ar_diffusion.py")
@@ -362,3 +365,43 @@ def test_circumstances_can_be_repeated(monkeypatch):
     assert facts["command"] == "python -m jaxvid.bench step '--config=a b.py'"
     assert facts["jax"] == jax.__version__ and facts["devices"] == 8
     assert "cores)" in facts["device"] and json.dumps(facts)
+
+
+def test_every_run_of_forcing_is_a_config_that_can_be_trained_and_scored(tmp_path):
+    for layout, kind in itertools.product(forcing.LAYOUTS, forcing.FINEST):
+        _, _, module, config, *overrides = forcing.command(layout, kind, 1, 200, tmp_path)
+        assert (module, config.partition(":")[2]) == ("jaxvid.train", "steps=few")
+        fields = config_lib.read(FILE + ":steps=few")
+        for name, _, value in (part.partition("=") for part in overrides):
+            if name.startswith("--config."):
+                _set(fields, name.removeprefix("--config."), value)
+        config_lib.validate(fields)
+        for steps in forcing.STEPS:
+            fields.task.sampler.steps = steps
+            task = make_task(fields.task)
+            assert task.schedule(forcing.LENGTHS[-1]).sample_steps == steps
+        assert task.train_frames == forcing.FRAMES
+        assert bool(task.resampling.share) == (layout == "resampled")
+
+
+def _set(fields, name, value):
+    section, _, field = name.rpartition(".")
+    section = functools.reduce(getattr, section.split("."), fields) if section else fields
+    section[field] = type(section[field])(value)
+
+
+def test_scores_of_forcing_are_means_over_seeds_and_nothing_is_trained_twice(monkeypatch, tmp_path):
+    trained = []
+    monkeypatch.setattr(forcing, "_train", trained.append)
+
+    def scores(workdir, steps):
+        seed = int(workdir.name.rpartition("_")[2])
+        row = dict.fromkeys(forcing.SCORES, steps + 2.0 * seed)
+        return {str(frames): row for frames in forcing.LENGTHS}
+
+    monkeypatch.setattr(forcing, "_scores", scores)
+    found = forcing.measure(tmp_path, seeds=3, steps=200)
+    assert len({tuple(command) for command in trained}) == len(trained) == 3 * 2 * 5
+    assert set(found) == {"by_16_frames", "by_64_frames"}
+    row = found["by_64_frames"]["iid few 4"]
+    assert row["psnr"] == 6.0 and row["psnr_std"] == 2.0 and "motion_real_std" not in row

@@ -8,6 +8,7 @@
     python -m jaxvid.bench kernels --op=linear_attention             kernels beside softmax, a plot
     python -m jaxvid.bench kernels --op=gated_delta --device=gpu     another one, on that platform
     python -m jaxvid.bench mixers                                    mixers by length of the stream
+    python -m jaxvid.bench forcing --seeds=3                         layouts of training by quality
 
 `--latents=32x4` puts 32 latent tokens of 4 channels in the place of a frame's patches, so that the
 network can be timed at the size of a tokenizer's output without one.
@@ -19,7 +20,7 @@ from pathlib import Path
 from absl import flags
 
 from jaxvid import cli, files
-from jaxvid.bench import kernels, mixers, runs, timing
+from jaxvid.bench import forcing, kernels, mixers, runs, timing
 from jaxvid.evaluators import report
 
 RUNS = {
@@ -36,6 +37,9 @@ def main(command):
     if command in RUNS:
         config, workdir = cli.config_from_flags()
         figures = RUNS[command](config, runs.stand_in(flags.FLAGS.latents))
+    elif command == "forcing":
+        workdir = flags.FLAGS.workdir
+        figures = forcing.measure(Path(workdir), flags.FLAGS.seeds, flags.FLAGS.steps)
     else:
         workdir = flags.FLAGS.workdir
         if flags.FLAGS.device:
@@ -82,6 +86,13 @@ def mixer_flags(folder="runs/mixers"):
     cli.define_path("workdir", "Folder for the figures and the plot.", default=folder)
 
 
+def forcing_flags():
+    """Flags of the command forcing."""
+    cli.define_path("workdir", "Folder of the runs and figures.", default="runs/forcing")
+    flags.DEFINE_integer("seeds", 3, "Runs of each kind.", lower_bound=1)
+    flags.DEFINE_integer("steps", 1000, "Training steps of a run.", lower_bound=101)
+
+
 def kernel_flags():
     """Flags of the command kernels."""
     mixer_flags("runs/kernels")
@@ -89,5 +100,5 @@ def kernel_flags():
 
 
 if __name__ == "__main__":
-    others = {"kernels": kernel_flags, "mixers": mixer_flags}
+    others = {"kernels": kernel_flags, "mixers": mixer_flags, "forcing": forcing_flags}
     cli.run(main, dict.fromkeys(RUNS, run_flags) | others)
