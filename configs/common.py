@@ -24,7 +24,11 @@ MIXERS = {
     "softmax": lambda frames: dict(
         window=field(frames, "frames that a frame sees, its own included"),
         sinks=field(0, "first frames that stay visible beyond the window"),
-        positions=field("absolute", "absolute, or anchored: sinks stay just before the window"),
+        positions=field(
+            "absolute",
+            "absolute, anchored (sinks stay just before the window) or cyclic (distances repeat "
+            "after window + sinks frames)",
+        ),
         mask=field("causal", "causal, or full, which cannot stream"),
     ),
     "linear": lambda frames: {},

@@ -25,12 +25,15 @@ def grid_sincos(grid: tuple[int, int], width: int) -> jax.Array:
     return jnp.pad(embedding_ND, ((0, 0), (0, width - 2 * half)))
 
 
-def rotary_angles(frame_T, grid: tuple[int, int], width: int, base: float = 10_000.0):
+def rotary_angles(
+    frame_T, grid: tuple[int, int], width: int, cycle: int | None = None, base: float = 10_000.0
+):
     """Angles of 3-D rotary embedding -> [T, N, width // 2] float32, numpy if `frame_T` is numpy.
 
     frame_T: absolute frame indices, integers, so the length of a stream is unbounded. grid: (H, W)
     of a frame's tokens. Time and the axes of the grid longer than one share the half-width evenly,
-    one band per axis; time gets the remainder (Su et al. 2021).
+    one band per axis; time gets the remainder (Su et al. 2021). cycle: frames after which the
+    angles of time repeat (`_harmonics`), None = never.
     """
     xp = np if isinstance(frame_T, np.ndarray) else jnp
     height, columns = grid
@@ -44,9 +47,32 @@ def rotary_angles(frame_T, grid: tuple[int, int], width: int, base: float = 10_0
         frequency_K = (base ** (-np.arange(size) / max(size, 1))).astype(np.float32)
         return xp.broadcast_to(_angles(position, frequency_K), (*shape, size))
 
-    bands = [band(frame_T[:, None], half - share * len(spatial))]
+    of_time = half - share * len(spatial)
+    if cycle is None:
+        bands = [band(frame_T[:, None], of_time)]
+    else:
+        turns = np.arange(cycle)[:, None] * _harmonics(cycle, of_time) % cycle
+        angle_T1K = xp.take((2 * np.pi / cycle * turns).astype(np.float32), frame_T % cycle, axis=0)
+        bands = [xp.broadcast_to(angle_T1K[:, None], (*shape, of_time))]
     bands += [band(axis_N[None], share) for axis_N in spatial]
     return xp.concatenate(bands, axis=-1)
+
+
+def _harmonics(cycle: int, size: int) -> np.ndarray:
+    """Whole turns per cycle of `size` channels, int64: 1 first, then up to cycle // 2.
+
+    They are distinct and spread geometrically where there are more than `size`. Where there are
+    fewer, all occur, so that the channels can express every function of the distance within the
+    cycle (its Fourier series), and the other channels do not turn. More turns than half a cycle
+    would sample the same angles backwards.
+    """
+    most = cycle // 2
+    count = min(size, most)
+    order = np.arange(count)
+    spread = np.rint(most ** (order / max(count - 1, 1))).astype(np.int64)
+    # Neighbours that round to the same number move up; the last one still ends at `most`.
+    distinct = np.maximum.accumulate(spread - order) + order
+    return np.pad(distinct, (0, size - count))
 
 
 def _angles(position, frequency_K: np.ndarray):

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvid.checks import choose, require
+from jaxvid.checks import at_least, choose, require
 from jaxvid.kernels.attention import attention
 from jaxvid.layers import masks
 from jaxvid.layers.embed import rotary_angles, rotate
@@ -14,7 +14,7 @@ from jaxvid.mixers.cached import Cached
 from jaxvid.parallel.sharding import shard
 
 MASKS = ("causal", "full")
-POSITIONS = ("absolute", "anchored")
+POSITIONS = ("absolute", "anchored", "cyclic")
 
 
 class Attention(Cached):
@@ -22,24 +22,48 @@ class Attention(Cached):
 
     x_BTND -> y_BTND in `dtype`, N = H * W tokens per frame; softmax and normalisation in float32.
     width, heads, grid, window, sinks and the state are those of `Cached`. qk_norm: RMS-normalise
-    queries and keys per head (Dehghani et al. 2023). positions: "absolute", or "anchored": once the
-    window has left the sinks, they and the context move along just before it, so no distance
-    exceeds window + sinks - 1 in a stream of any length, as with the sinks of Rolling Forcing and
-    LongLive. mask: "causal", or "full", the non-causal baseline, which cannot stream. Raises
-    UserError as `Cached` does, and for unknown positions and masks.
+    queries and keys per head (Dehghani et al. 2023). positions: "absolute", "anchored" or "cyclic".
+    mask: "causal", or "full", the non-causal baseline, which cannot stream. Raises UserError as
+    `Cached` does, for unknown positions and masks, for cyclic positions without a window, and for a
+    cycle shorter than the window.
+
+    anchored: once the window has left the sinks, they and the context move along just before it, so
+    no distance exceeds window + sinks - 1 in a stream of any length, as with the sinks of Rolling
+    Forcing and LongLive.
+
+    cyclic: a score depends on (q - k) mod cycle alone, since every angle of time makes whole turns
+    per cycle. So sinks and context sweep over the distances of training, again and again. Ca2-VDM
+    (Gao et al. 2024) adds embeddings of frame mod cycle and trains from random first frames to see
+    all rotations; rotary positions need no more than clips of `cycle` frames. cycle: None = window
+    + sinks, the least number that tells apart all the frames of a full cache when the window has
+    just left the sinks, whose distances are 0 to window + sinks - 1. A smaller one would give the
+    first sink the place of the query's own frame there. A model that is to read a shorter past than
+    in training keeps the cycle of its training.
     """
 
     positions: str = "absolute"
     mask: str = "causal"
+    cycle: int | None = None
 
     def __post_init__(self):
         choose("positions", self.positions, POSITIONS)
         choose("mask", self.mask, MASKS)
         super().__post_init__()
+        if self.positions == "cyclic":
+            remedy = "they repeat once the window has passed; set a window, or use absolute"
+            require(self.window is not None, "positions", self.positions, remedy)
+            at_least("cycle", self.period, self.window, at_most=2 * masks.MAX_WINDOW)
 
     @property
     def streams(self) -> bool:
         return self.mask == "causal"
+
+    @property
+    def period(self) -> int | None:
+        """Frames after which positions repeat; None unless they are cyclic."""
+        if self.positions != "cyclic":
+            return None
+        return self.window + self.sinks if self.cycle is None else self.cycle
 
     @property
     def _anchored(self) -> bool:
@@ -82,7 +106,7 @@ class Attention(Cached):
         With anchored positions queries have two halves, see `_anchored_keys`.
         """
         q, k, v = self._project(x_BTND)
-        angle_TNK = rotary_angles(frame_T, self.grid, self.width // self.heads)
+        angle_TNK = rotary_angles(frame_T, self.grid, self.width // self.heads, self.period)
         turned = [rotate(q, angle_TNK)]
         if self._anchored:
             xp = np if isinstance(frame_T, np.ndarray) else jnp

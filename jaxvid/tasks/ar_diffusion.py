@@ -600,6 +600,8 @@ class Task(Generator):
             mixer["window"] = window
         if sinks is not None:
             mixer["sinks"] = sinks
+        if mixer.get("positions") == "cyclic":
+            mixer["cycle"] = self.temporal_mixer.period  # the angles of training
         return self.model.clone(mixer=mixer)
 
     def _seeing(self, past, window):

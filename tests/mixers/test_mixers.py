@@ -26,6 +26,7 @@ VARIANTS = {
     "softmax": [
         {"window": 3, "sinks": 2},
         {"window": 3, "sinks": 1, "positions": "anchored"},
+        {"window": 3, "sinks": 1, "positions": "cyclic"},
         {"window": 1, "qk_norm": False},
     ],
     "alibi": [{"window": 3, "sinks": 2}],
@@ -211,6 +212,44 @@ def test_anchored_sinks_stand_just_before_the_window():
         np.testing.assert_allclose(y[:, f], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("cycle", [None, 4])
+def test_cyclic_scores_depend_on_the_distance_modulo_the_cycle(cycle):
+    """Against float64 with complex numbers turned by the distance; sinks pass the cycle twice."""
+    options = dict(window=3, sinks=2, positions="cyclic", cycle=cycle)
+    mixer, params, x = build("softmax", grid=(1, 1), **options)
+    state = started(mixer, params, x)
+    y, bound = jax.jit(mixer.apply)(params, x, state)[0], mixer.bind(params)
+    q, k, v = (np.float64(part)[:, :, 0] for part in bound._project(x))
+    context_k, context_v = np.float64(state.context_k_BMAK), np.float64(state.context_v_BMAK)
+    repeats, turns_K = (5, [1, 2, 0, 0]) if cycle is None else (4, [1, 2, 0, 0])
+
+    def score(q_BAK, k_BAK, distance):
+        q, k = (part[..., :4] + 1j * part[..., 4:] for part in (q_BAK, k_BAK))
+        turned = np.exp(2j * np.pi * np.array(turns_K) * (distance % repeats) / repeats)
+        return (q * k.conj() * turned).sum(-1).real * 8**-0.5
+
+    for f in range(laws.FRAMES):
+        seen = [g for g in range(f + 1) if g < 2 or f - g < 3]
+        scores = [score(q[:, f], context_k[:, m], f) for m in range(3)]
+        scores += [score(q[:, f], k[:, g], f - g) for g in seen]
+        p = np.exp(scores) / np.exp(scores).sum(0)
+        values = [*np.moveaxis(context_v, 1, 0), *(v[:, g] for g in seen)]
+        read = np.einsum("MBA,MBAK->BAK", p, values).reshape(2, 1, 16)
+        np.testing.assert_allclose(y[:, f], bound.out(read), atol=1e-5)
+
+
+def test_a_cyclic_stream_is_the_same_after_whole_cycles():
+    """Bit for bit, up to the last frames that an int32 counts, with a context but no sinks."""
+    mixer, params, x = build("softmax", window=3, sinks=2, positions="cyclic")
+    apply = jax.jit(mixer.apply)
+    _, state = apply(params, x[:, :0], started(mixer, params, x))
+    late = (2**31 - 1 - laws.FRAMES) // mixer.period * mixer.period
+    early, later = (apply(params, x, skip(state, first))[0] for first in (mixer.period, late))
+    np.testing.assert_array_equal(early, later)
+    other = apply(params, x, skip(state, late + 1))[0]
+    assert np.abs(other - later).max() > 1e-3  # the context lies elsewhere
+
+
 def test_aaren_is_softmax_attention_of_a_given_query():
     """Scores so far apart that sums of their exponentials would overflow, and equal ones."""
     mixer, params, x = build("aaren", qk_norm=False)
@@ -337,7 +376,9 @@ REFUSED = [
     ("softmax", {"window": 0}, r"window=0: must be at least 1"),
     ("softmax", {"window": -1}, r"window=-1: must be at least 1"),
     ("softmax", {"sinks": -1}, r"sinks=-1: must be at least 0"),
-    ("softmax", {"positions": "cyclic"}, r"positions='cyclic': unknown; use one of absolute, "),
+    ("softmax", {"positions": "round"}, r"positions='round': unknown; use one of absolute, "),
+    ("softmax", {"positions": "cyclic"}, r"positions='cyclic': they repeat .*; set a window, or "),
+    ("softmax", {"positions": "cyclic", "window": 3, "cycle": 2}, r"cycle=2: must be at least 3"),
     ("softmax", {"mask": "no"}, r"mask='no': unknown; use one of causal, full"),
     ("alibi", {"window": 0}, r"window=0: must be at least 1"),
     ("alibi", {"sinks": -1}, r"sinks=-1: must be at least 0"),

@@ -176,6 +176,29 @@ def test_rotary_scores_depend_on_distance_alone():
     assert np.abs(near[0] - near[0].T).max() > 1e-2
 
 
+def test_cyclic_angles_make_distinct_whole_turns():
+    """From one per cycle to one in two frames, evenly on a logarithmic scale; spare ones rest."""
+    for cycle in (1, 2, 3, 7, 16, 33, 100, 1001):
+        for size in (1, 2, 5, 16, 48):
+            frame_T = np.arange(2 * cycle, dtype=np.int32)
+            angle_TK = rotary_angles(frame_T, (1, 1), 2 * size, cycle)[:, 0]
+            np.testing.assert_array_equal(angle_TK[:cycle], angle_TK[cycle:])
+            assert (0 <= angle_TK).all() and (angle_TK < 2 * np.pi).all()
+            turns_K = np.rint(angle_TK[1 % cycle] * cycle / (2 * np.pi)).astype(int)
+            exact = 2 * np.pi * (np.outer(frame_T, turns_K) % cycle) / cycle
+            np.testing.assert_allclose(angle_TK, exact, rtol=1e-6)
+            used, count = turns_K[turns_K > 0], min(size, cycle // 2)
+            assert len(set(used)) == len(used) == count and not turns_K[count:].any()
+            if count:
+                assert used[0] == 1 and used[-1] == (cycle // 2 if count > 1 else 1)
+            late = np.array([2**31 - 1 - cycle, 2**31 - 1], np.int32)
+            for xp in (np, jnp):
+                found = np.asarray(rotary_angles(xp.asarray(late), (1, 1), 2 * size, cycle))[:, 0]
+                np.testing.assert_array_equal(found, angle_TK[late % cycle])
+    angle_K = rotary_angles(np.array([1]), (1, 1), 8, 1000)[0, 0]
+    np.testing.assert_allclose(angle_K * 1000 / (2 * np.pi), [1, 8, 63, 500], rtol=1e-6)
+
+
 def test_rotary_turns_each_axis_by_its_own_band():
     angle_TNK = rotary_angles(np.array([0, 3]), (2, 3), 12)
     assert angle_TNK.shape == (2, 6, 6)

@@ -144,6 +144,18 @@ def test_a_guided_sample_sums_the_predictions_of_its_pasts(level, window, option
     assert np.abs(np.concatenate(unguided, axis=1) - wanted).max() > 1e-3
 
 
+def test_a_short_past_keeps_the_cycle_of_positions():
+    """Where it hides nothing, the network predicts the same."""
+    cyclic = {"window": 5, "sinks": 1, "positions": "cyclic"}
+    task = make(scale=1.5, window=3, **{f"model__mixer__{n}": v for n, v in cyclic.items()})
+    params, t_BT = opened(task), jnp.full((2, 3), 500)
+    x_BTNC = jax.random.normal(jax.random.key(0), (2, 3, 4, 48))
+    models = [task._seeing(past, None) for past in task.terms]
+    assert [model.mixer["window"] for model in models] == [5, 3, 5]
+    whole, short, _ = (task._apply(params, x_BTNC, t_BT, model=model)[0] for model in models)
+    np.testing.assert_allclose(short, whole, atol=1e-6)
+
+
 def test_a_clip_with_history_guidance_equals_its_stream_and_drops_the_condition_too():
     """Frames overlap; and with a null context like the class, its guidance changes nothing."""
     cond = {"num": 1, "label": np.zeros(1, int)}
