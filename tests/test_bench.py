@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -45,16 +46,16 @@ MEMORY = ("state_mib", "live_mib", "program_mib")  # grow if a stream remembers 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_stream(monkeypatch):
-    monkeypatch.setattr(runs, "STREAMS", (40, 80))
+    monkeypatch.setattr(runs, "SHORT_STREAM", 40)
     config = config_lib.read(FILE.replace("ar_diffusion", "tokenizer"))
     config.data.update(frames=5, size=8)
     config.task.network.update(width=16, heads=2, encode_blocks="t", decode_blocks="t")
-    figures = runs.stream(config, None)
+    figures = runs.stream(config, None, 80)
     for name in MEMORY:
         assert figures[f"{name}_40"] == figures[f"{name}_80"] > 0
     assert figures["frames_per_s_80"] > 0
     with pytest.raises(UserError, match=r"configs/tokenizer\.py"):
-        runs.stream(config_lib.read(FILE), None)
+        runs.stream(config_lib.read(FILE.replace("ar_diffusion", "mqar")), None, 80)
 
 
 @pytest.mark.slow
@@ -64,11 +65,11 @@ def test_growing_memory_shows(monkeypatch):
             seen = z_BTNZ if state is None else jnp.concatenate([state, z_BTNZ], axis=1)
             return seen.cumsum(1)[:, -z_BTNZ.shape[1] :, ..., None], seen
 
-    monkeypatch.setattr(runs, "STREAMS", (40, 80))
+    monkeypatch.setattr(runs, "SHORT_STREAM", 40)
     monkeypatch.setattr(runs, "_own_tokenizer", lambda *arguments: (Hoarder(4, 3), {}))
     config = config_lib.read(FILE.replace("ar_diffusion", "tokenizer"))
     config.data.update(frames=5, size=8)
-    figures = runs.stream(config, None)
+    figures = runs.stream(config, None, 80)
     for name in MEMORY:
         assert figures[f"{name}_80"] > figures[f"{name}_40"] > 0
 
@@ -109,8 +110,7 @@ def test_step(settings):
 
 @pytest.mark.slow
 def test_sample(settings, monkeypatch):
-    """Steps that the network knows alone; a stream compiles nothing once it has begun."""
-    monkeypatch.setattr(runs, "SAMPLE_STREAMS", (6, 20))
+    """Steps that the network knows alone."""
     few = config_lib.read(f"{FILE}:steps=few").copy_and_resolve_references().task
     for name in ("noise", "shortcut", "weight", "prediction"):
         settings.task[name] = few[name]
@@ -131,16 +131,40 @@ def test_sample(settings, monkeypatch):
         assert row["frames_per_s_without_decoding"] > row["frames_per_s"] > 0
     assert rows[4]["evaluations"] == streamed(evaluated, settings)
     assert rows[1]["evaluations"] == 4 * 1 + 4  # one frame after another: nothing to spare
-    assert figures["compilations_of_first_pieces"] > 0
-    short, long = figures["by_length"].values()
-    assert list(figures["by_length"]) == [6, 20]
-    assert short["compilations"] == long["compilations"] == 0
-    assert short["ms_per_frame"] == pytest.approx(short["ms_per_frame_at_end"])
-    assert 0 < short["peak_mib"] <= long["peak_mib"]
     text = main.lines(figures)
     assert ["steps", *rows[4]] in [line.split() for line in text]
-    assert ["length", *long] in [line.split() for line in text]
     assert any(line.split()[:2] == ["schedule", "ad"] for line in text)
+
+
+def test_a_sampled_stream_does_not_grow_and_growth_shows(settings, monkeypatch, tmp_path):
+    """It compiles nothing once it has begun, and its parts share the clocks."""
+    monkeypatch.setattr(runs, "PARTS", 4)
+    latents = runs.Latents(tokens=6, channels=4)
+    begin = time.perf_counter()
+    figures = runs.stream(settings, latents, 22)
+    seconds, rows = time.perf_counter() - begin, figures["by_frame"]
+    assert list(rows) == [6, 11, 17, 22] and figures["compilations"] == 0
+    counts = np.diff([0, *rows])
+    for clock in ("cpu_ms", "wall_ms"):
+        assert all(row[clock] > 0 for row in rows.values())
+    assert 0 < counts @ [row["wall_ms"] for row in rows.values()] < 1e3 * seconds
+    assert len({row["live_mib"] for row in rows.values()}) == 1
+    peaks = [row["peak_mib"] for row in rows.values()]
+    assert peaks == sorted(peaks) and peaks[0] > figures["state_mib"] > 0
+    assert ["frame", *rows[6]] in [line.split() for line in main.lines(figures)]
+    timing.plot_stream(rows, tmp_path / "stream.png")
+
+    class Hoarder(streaming.Decoded):
+        kept: ClassVar = []
+
+        def __next__(self):
+            self.kept.append(jnp.zeros(1000) + len(self.kept))
+            return super().__next__()
+
+    monkeypatch.setattr(runs, "Decoded", Hoarder)
+    rows = runs.stream(settings, latents, 22)["by_frame"]
+    live = [row["live_mib"] for row in rows.values()]
+    np.testing.assert_allclose(np.diff(live), 4000 / 2**20 * counts[1:], rtol=1e-5)
 
 
 def count_evaluations(monkeypatch):

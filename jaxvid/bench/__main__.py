@@ -4,6 +4,7 @@
     python -m jaxvid.bench data --config=configs/ar_diffusion.py     input pipeline, waiting share
     python -m jaxvid.bench sample --config=configs/ar_diffusion.py   cached and uncached sampling
     python -m jaxvid.bench encode --config=configs/tokenizer.py      clips to latents
+    python -m jaxvid.bench stream --config=configs/ar_diffusion.py   a long stream, frame by frame
     python -m jaxvid.bench stream --config=configs/tokenizer.py      long videos through a tokenizer
     python -m jaxvid.bench kernels --op=linear_attention             kernels beside softmax, a plot
     python -m jaxvid.bench kernels --op=gated_delta --device=gpu     another one, on that platform
@@ -11,7 +12,8 @@
     python -m jaxvid.bench forcing --seeds=3                         layouts of training by quality
 
 `--latents=32x4` puts 32 latent tokens of 4 channels in the place of a frame's patches, so that the
-network can be timed at the size of a tokenizer's output without one.
+network can be timed at the size of a tokenizer's output without one. `--config=RUN/config.json`
+measures the config of a run.
 """
 
 import json
@@ -22,6 +24,7 @@ from absl import flags
 from jaxvid import cli, files
 from jaxvid.bench import forcing, kernels, mixers, runs, timing
 from jaxvid.evaluators import report
+from jaxvid.layers import masks
 
 RUNS = {
     "step": runs.step,
@@ -36,7 +39,10 @@ def main(command):
     """Runs a benchmark, prints its table and writes <workdir>/bench_<command>.json."""
     if command in RUNS:
         config, workdir = cli.config_from_flags()
-        figures = RUNS[command](config, runs.stand_in(flags.FLAGS.latents))
+        options = {"frames": flags.FLAGS.frames} if command == "stream" else {}
+        figures = RUNS[command](config, runs.stand_in(flags.FLAGS.latents), **options)
+        if "by_frame" in figures:
+            timing.plot_stream(figures["by_frame"], Path(workdir, f"bench_{command}.png"))
     elif command == "forcing":
         workdir = flags.FLAGS.workdir
         figures = forcing.measure(Path(workdir), flags.FLAGS.seeds, flags.FLAGS.steps)
@@ -80,6 +86,13 @@ def run_flags():
     flags.DEFINE_string("latents", "", "Time the network on TOKENSxCHANNELS latents, as in 32x4.")
 
 
+def stream_flags():
+    """Flags of the command stream."""
+    run_flags()
+    bounds = dict(lower_bound=100, upper_bound=masks.NOISY - 1)
+    flags.DEFINE_integer("frames", 1000, "Frames of the stream.", **bounds)
+
+
 def mixer_flags(folder="runs/mixers"):
     """Flags of the command mixers."""
     flags.DEFINE_string("device", "", "cpu, gpu or tpu; what JAX finds first unless given.")
@@ -100,5 +113,8 @@ def kernel_flags():
 
 
 if __name__ == "__main__":
-    others = {"kernels": kernel_flags, "mixers": mixer_flags, "forcing": forcing_flags}
+    others = {
+        **{"stream": stream_flags, "kernels": kernel_flags, "mixers": mixer_flags},
+        "forcing": forcing_flags,
+    }
     cli.run(main, dict.fromkeys(RUNS, run_flags) | others)

@@ -38,9 +38,9 @@ from jaxvid.training.state import make_init
 from jaxvid.training.step import make_step
 
 SHORT_RUN = 40  # steps
-STREAMS, STREAM_PIECE = (64, 1000), 16  # frames of long clips, and about that many at once
+SHORT_STREAM, STREAM_PIECE = 64, 16  # frames through a tokenizer; about that many at once
+PARTS = 20  # of a sampled stream, which are measured one by one
 SAMPLE_STEPS = (50, 10, 4, 2, 1)  # denoising steps per frame
-SAMPLE_STREAMS = (200, 2000)  # latent frames
 COMPILATION = "/jax/core/compile/backend_compile_duration"  # an event of jax.monitoring
 
 
@@ -92,21 +92,17 @@ def step(config, tokenizer):
 def sample(config, tokenizer):
     """Sampling of one clip by random weights, which are as fast as trained ones.
 
-    by_length: streams of SAMPLE_STREAMS latent frames, decoded, after their first pieces; these
-    compile `compilations_of_first_pieces` programs, and a stream of any length should add none.
-    at_end: of the last frames, as many as the shortest stream has. peak: of the process so far, in
-    which nothing else has run. by_steps: clips as long as in training, as streams, for SAMPLE_STEPS
-    per frame. `s` of the schedule keeps its proportion to the steps. evaluations: frames that the
-    network evaluates or reads. first_frame: the latency, decoding included. No time but
-    `first_call` has compilation in it. cached, uncached: whole clips by the same schedule as the
-    config, with the exact cache and with every frame in every iteration.
+    by_steps: clips as long as in training, as streams, for SAMPLE_STEPS per frame. `s` of the
+    schedule keeps its proportion to the steps. evaluations: frames that the network evaluates or
+    reads. first_frame: the latency, decoding included. No time but `first_call` has compilation in
+    it. cached, uncached: whole clips by the same schedule as the config, with the exact cache and
+    with every frame in every iteration.
     """
     if "sampler" not in config.task:
         raise UserError(f"task.name={config.task.name}: use --config=configs/ar_diffusion.py")
     figures = {"schedule": config.task.sampler.schedule, "frames": config.data.frames}
     sampler, rows = config.task.sampler, {}
     run = _sampling(config, tokenizer)
-    figures |= _long_samples(run)
     for steps in SAMPLE_STEPS:
         try:
             options = dict(memory="cache", steps=steps, s=_s_of(sampler, steps))
@@ -146,28 +142,6 @@ def _decoded(run, frames):
     cond = {**random_batch(run.config, 1), "num": 1}
     with within("task"):
         return Decoded(run, cond, frames, jax.random.key(1))
-
-
-def _long_samples(run):
-    """Time per frame, compilations and peak memory of streams of SAMPLE_STREAMS latent frames."""
-    lengths = [run.task.tokenizer.frames_for_latents(latents) for latents in SAMPLE_STREAMS]
-    with _compilations() as compiled:
-        for frames in lengths:
-            for _ in itertools.islice(_decoded(run, frames), 2):
-                pass
-        before, rows = len(compiled), {}
-        for frames in lengths:
-            stream, first = _decoded(run, frames), len(compiled)
-            pieces = [(clip.shape[1], latent + decode) for clip, latent, decode in stream]
-            count_S, seconds_S = map(np.array, zip(*pieces))
-            late_S = frames - count_S.cumsum() < lengths[0]
-            rows[frames] = {
-                "ms_per_frame": 1e3 * seconds_S.sum() / frames,
-                "ms_per_frame_at_end": 1e3 * seconds_S[late_S].sum() / count_S[late_S].sum(),
-                "compilations": len(compiled) - first,
-                "peak_mib": peak_bytes(jax.devices()[0]) / 2**20,
-            }
-    return {"compilations_of_first_pieces": before, "by_length": rows}
 
 
 @contextlib.contextmanager
@@ -306,8 +280,53 @@ def encode(config, tokenizer):
     }
 
 
-def stream(config, tokenizer):
-    """Clips of STREAMS frames through the encoder and the decoder of a tokenizer, piece by piece.
+def stream(config, tokenizer, frames):
+    """A stream of `frames` frames, sampled or, by a config of a tokenizer, encoded and decoded."""
+    kind = _sampled_stream if "sampler" in config.task else _tokenized_stream
+    return kind(config, tokenizer, frames)
+
+
+def _sampled_stream(config, tokenizer, frames):
+    """One clip, sampled by random weights, which are as fast as trained ones, and decoded.
+
+    by_frame: the PARTS of the stream, each named by its last frame. Milliseconds are per frame;
+    `cpu` is of all threads of the process, so that other work on the machine changes it little.
+    Mebibytes are taken at the end of a part: `live`, all arrays on the devices; `peak`, the most so
+    far, of the device if it keeps count, else of the process, compilation included. state: what the
+    stream and its decoding go on from. Nothing of this should grow. compilations: of the stream,
+    after the first pieces of another one.
+    """
+    run = _sampling(config, tokenizer)
+    run.task.split_frames(frames)  # raises for lengths that do not suit the tokenizer
+    ends, rows, done = np.linspace(0, frames, PARTS + 1)[1:], {}, 0
+    with _compilations() as compiled:
+        for _ in itertools.islice(_decoded(run, frames), 2):
+            pass
+        pieces, first, clocks = _decoded(run, frames), len(compiled), _clocks()
+        for clip, *_ in pieces:
+            done += clip.shape[1]
+            if done < ends[0]:
+                continue
+            spent, count, clocks = _clocks() - clocks, done - max(rows, default=0), _clocks()
+            cpu, wall = 1e3 * spent / count
+            live, peak = _live_bytes() / 2**20, peak_bytes(jax.devices()[0]) / 2**20
+            rows[done] = {"cpu_ms": cpu, "wall_ms": wall, "live_mib": live, "peak_mib": peak}
+            ends = ends[ends > done]
+    state = jax.tree.leaves(pieces.state())
+    return {
+        "state_mib": sum(np.asarray(x).nbytes for x in state) / 2**20,
+        "compilations": len(compiled) - first,
+        "by_frame": rows,
+    }
+
+
+def _clocks():
+    """Seconds of CPU time of the process and of wall-clock time."""
+    return np.array([time.process_time(), time.perf_counter()])
+
+
+def _tokenized_stream(config, tokenizer, frames):
+    """Clips of SHORT_STREAM and of `frames` frames through encoder and decoder, piece by piece.
 
     Figures that must not grow with the length: `state`, carried from piece to piece; `live`, the
     largest total of arrays on the devices between two pieces, beyond that at the start; `program`,
@@ -337,11 +356,11 @@ def stream(config, tokenizer):
             programs[key] = through.lower(*arguments).compile()
         return programs[key]
 
-    for frames in STREAMS:
+    for length in (SHORT_STREAM, frames):
         arguments, states, value = None, (None, None), None
         gc.collect()  # garbage of earlier work would be freed meanwhile
         before, live, taken = _live_bytes(), 0, 0
-        count = -(-(frames - 1) // later)
+        count = -(-(length - 1) // later)
         for piece in range(count):
             arguments = params, noise_BTHWC[:, min(piece, 1) :], states
             run = program(*arguments)
@@ -352,11 +371,11 @@ def stream(config, tokenizer):
             if piece == 1:  # both programs are compiled by then
                 begin = time.perf_counter()
         seconds = time.perf_counter() - begin
-        figures[f"frames_per_s_{frames}"] = (count - 2) * later / seconds
-        figures[f"state_mib_{frames}"] = sum(x.nbytes for x in jax.tree.leaves(states)) / 2**20
-        figures[f"live_mib_{frames}"] = live / 2**20
-        figures[f"program_mib_{frames}"] = taken / 2**20
-        figures[f"peak_mib_{frames}"] = peak_bytes(jax.devices()[0]) / 2**20
+        figures[f"frames_per_s_{length}"] = (count - 2) * later / seconds
+        figures[f"state_mib_{length}"] = sum(x.nbytes for x in jax.tree.leaves(states)) / 2**20
+        figures[f"live_mib_{length}"] = live / 2**20
+        figures[f"program_mib_{length}"] = taken / 2**20
+        figures[f"peak_mib_{length}"] = peak_bytes(jax.devices()[0]) / 2**20
     return figures
 
 

@@ -100,3 +100,23 @@ def plot(figures, path):
         axes.legend()
 
     report.write_plot(path, draw)
+
+
+def plot_stream(rows, path):
+    """Milliseconds per frame and mebibytes over the frames of a stream; nothing without matplotlib.
+
+    rows: {last frame of a part: {name_ms or name_mib: value}}.
+    """
+
+    def draw(figure):
+        panels = figure.subplots(2, sharex=True)
+        for axes, unit, label in zip(panels, ("_ms", "_mib"), ("ms per frame", "MiB")):
+            for name in next(iter(rows.values())):
+                if name.endswith(unit):
+                    values = [row[name] for row in rows.values()]
+                    axes.plot(list(rows), values, "o-", label=name.removesuffix(unit))
+            axes.set(ylabel=label, ylim=(0, None))
+            axes.legend()
+        axes.set_xlabel("frame")
+
+    report.write_plot(path, draw)

@@ -183,7 +183,7 @@ def test_cyclic_angles_make_distinct_whole_turns():
             frame_T = np.arange(2 * cycle, dtype=np.int32)
             angle_TK = rotary_angles(frame_T, (1, 1), 2 * size, cycle)[:, 0]
             np.testing.assert_array_equal(angle_TK[:cycle], angle_TK[cycle:])
-            assert (0 <= angle_TK).all() and (angle_TK < 2 * np.pi).all()
+            assert (angle_TK >= 0).all() and (angle_TK < 2 * np.pi).all()
             turns_K = np.rint(angle_TK[1 % cycle] * cycle / (2 * np.pi)).astype(int)
             exact = 2 * np.pi * (np.outer(frame_T, turns_K) % cycle) / cycle
             np.testing.assert_allclose(angle_TK, exact, rtol=1e-6)
