@@ -8,8 +8,10 @@
 
 Frames come out as a stream, each as soon as it is finished, from the averaged weights of the newest
 checkpoint, and go to disk as they come: neither memory nor the time of a frame grows, so --frames
-may be any number. Prints the latency to the first frame, the speed with and without decoding and
-the peak memory, and leaves clips as mp4, and the first frames as GIF and contact sheet, in --out.
+may be any number. Ctrl-C and SIGTERM save the stream after the next frame and exit with status 0; a
+second Ctrl-C stops at once. Prints the latency to the first frame, the speed with and without
+decoding and the peak memory, and leaves clips as mp4, and the first frames as GIF and contact
+sheet, in --out.
 """
 
 import itertools
@@ -30,6 +32,7 @@ from jaxvid.parallel.devices import peak_bytes
 from jaxvid.runs import open_run, weights_digest
 from jaxvid.tasks.base import Generator
 from jaxvid.tasks.streaming import Decoded, shown
+from jaxvid.training import interrupt
 from jaxvid.training.lock import locked
 from jaxvid.training.recorder import STATE, Recorder
 from jaxvid.training.writer import FPS
@@ -63,13 +66,18 @@ def main():
         )
     run.task.split_frames(frames)  # raises for lengths that do not suit the tokenizer
     checks.writable("out", out)
+    recorder = Recorder(out, fps, made_with(run, cond))
     with locked(out, "out"):
-        _sample(run, cond, frames, given, Recorder(out, fps, made_with(run, cond)))
-    print(f"{FLAGS.num} clips of {frames} frames at {fps:g} fps: {out}")
+        _sample(run, cond, frames, given, recorder)
+    if recorder.frames < frames:
+        saved = f"{recorder.frames} of {frames} frames are saved"
+        print(f"{out}: stopped; {saved}, the same command with --resume goes on from there")
+    else:
+        print(f"{FLAGS.num} clips of {frames} frames at {fps:g} fps: {out}")
 
 
 def _sample(run, cond, frames, given, recorder):
-    """Sample into the recorder's folder and print the figures of the stream."""
+    """Sample into the recorder's folder and print the figures of the stream, if it is whole."""
     if FLAGS.resume:
         recorder.resume()
         if recorder.frames > frames:
@@ -93,9 +101,11 @@ def _sample(run, cond, frames, given, recorder):
         compiling = time.perf_counter() - compiling
         if FLAGS.resume:
             pieces.restore(recorder.restored(first.state()))
-        times = record(pieces, recorder, frames, given)
-    recorder.finish(FLAGS.num)
-    print(report(times, compiling, FLAGS.num))
+        with interrupt.stops() as stop:
+            times = record(pieces, recorder, frames, given, stop)
+    if recorder.frames == frames:
+        recorder.finish(FLAGS.num)
+        print(report(times, compiling, FLAGS.num))
 
 
 def _folder(run) -> Path:
@@ -167,8 +177,11 @@ def conditions(run, num):
     return cond, fps or FPS
 
 
-def record(pieces, recorder, frames, given):
-    """Write all pieces of a stream -> [(new frames, latent seconds, decoding seconds)] of each."""
+def record(pieces, recorder, frames, given, stop):
+    """Write the pieces of a stream, the last one when the event `stop` is set, and save.
+
+    Returns [(new frames, latent seconds, decoding seconds)] of each.
+    """
     times, saved = [], recorder.frames
     for clip_BTHWC, *seconds in shown(pieces, frames, done=saved):
         is_given = recorder.frames < given
@@ -177,6 +190,8 @@ def record(pieces, recorder, frames, given):
         if recorder.frames - saved >= SAVE_EVERY:
             recorder.save(pieces.state())
             saved = recorder.frames
+        if stop.is_set():
+            break
     recorder.save(pieces.state())
     return times
 

@@ -1,17 +1,27 @@
 """jaxvid.sample: the conditions and the files of its clips."""
 
+import os
+import signal
+import time
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import serialization
 from ml_collections import ConfigDict
 
 from jaxvid import sample
 from jaxvid.data import video
 from jaxvid.errors import UserError
-from jaxvid.training.recorder import STATE, Recorder
+from jaxvid.parallel.mesh import make_mesh
+from jaxvid.tasks.ar_diffusion import Task
+from jaxvid.tasks.base import Run
+from jaxvid.training import interrupt
+from jaxvid.training.recorder import DIGEST, STATE, Recorder
 from jaxvid.training.writer import write_clips
+from tests.tasks.test_ar_diffusion import fields, opened
 from tests.videos import frame_numbers, write_clip
 
 
@@ -81,6 +91,74 @@ def test_a_stream_that_was_killed_ends_as_if_it_had_not_been(tmp_path):
         assert files[0].read_bytes() == files[1].read_bytes()
         with open(files[0], "rb") as file:
             assert (video.probe(file).fps, video.probe(file).frames) == (8, 40)
+
+
+CYCLIC = {"window": 3, "sinks": 1, "positions": "cyclic"}
+
+
+@pytest.mark.parametrize("mixer, options", [("softmax", CYCLIC), ("gated_delta", {})])
+def test_a_sampled_stream_goes_on_bit_for_bit(mixer, options, tmp_path, monkeypatch, capsys):
+    """After kill -9, from what was saved before; after SIGTERM, from the piece that was under way.
+
+    The recurrent state has the past inputs of convolutions beside its matrix.
+    """
+    changes = {f"model__mixer__{name}": value for name, value in options.items()}
+    task = Task(**fields(f"mixer={mixer}", sampler__s=3, **changes))
+    mesh = make_mesh({}, jax.devices()[:1])
+    run = Run(None, task, opened(task), {}, 0, mesh)
+    monkeypatch.setattr(sample, "SAVE_EVERY", 3)
+
+    class Watched(Recorder):
+        def write(self, clip_BTHWC):
+            super().write(clip_BTHWC)
+            written.append(clip_BTHWC)
+            trouble.get(self.frames, int)()
+
+    def to_the_end(name, resume=False):
+        monkeypatch.setattr(sample, "FLAGS", Flags(num=1, seed=5, resume=resume))
+        recorder = Watched(tmp_path / name, 8.0, {})
+        sample._sample(run, {"num": 1}, 14, 0, recorder)
+        return recorder.frames
+
+    def end(name):
+        """All frames that were written, and the state that is kept after the last one."""
+        content = (tmp_path / name / STATE).read_bytes()[DIGEST:]
+        with open(tmp_path / name / "0.mp4", "rb") as file:
+            assert video.probe(file).frames == 14
+        return np.concatenate(written, axis=1), serialization.msgpack_restore(content)["state"]
+
+    def stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)  # until a thread has answered
+
+    written, trouble = [], {}
+    assert to_the_end("whole") == 14 and "frames/s" in capsys.readouterr().out
+    whole = end("whole")
+
+    written, trouble = [], {8: lambda: 1 // 0}
+    with pytest.raises(ZeroDivisionError):
+        to_the_end("killed")
+    written, trouble = written[:6], {}
+    to_the_end("killed", resume=True)
+    killed = end("killed")
+
+    written, trouble = [], {4: stop}
+    frames = to_the_end("stopped")
+    assert capsys.readouterr().out.endswith("stopping after a save; Ctrl-C again stops at once\n")
+    assert 4 <= frames < 14 and not (tmp_path / "stopped" / "0.mp4").exists()
+    to_the_end("stopped", resume=True)
+    for frames_and_state in (killed, end("stopped")):
+        jax.tree.map(np.testing.assert_array_equal, frames_and_state, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_asks_to_stop_and_later_ones_find_their_own_handlers(number):
+    before = signal.getsignal(number)
+    with interrupt.stops() as stop:
+        assert not stop.is_set()
+        os.kill(os.getpid(), number)
+        assert stop.wait(10)
+    assert signal.getsignal(number) is before
 
 
 def flip_a_bit(path):
