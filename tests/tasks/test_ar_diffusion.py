@@ -57,6 +57,12 @@ def opened(task):
     """Parameters off their zero initialisation."""
     params, extra = jax.jit(task.init)(jax.random.key(0), batch(size=task.size))
     assert extra == {}
+    return moved(params)
+
+
+@jax.jit
+def moved(params):
+    """Parameters plus a wave, compiled once and not once for each shape."""
     return jax.tree.map(lambda p: p + 0.05 * jnp.sin(jnp.arange(p.size).reshape(p.shape)), params)
 
 
