@@ -52,19 +52,19 @@ def rotary_angles(
         bands = [band(frame_T[:, None], of_time)]
     else:
         turns = np.arange(cycle)[:, None] * _harmonics(cycle, of_time) % cycle
-        angle_T1K = xp.take((2 * np.pi / cycle * turns).astype(np.float32), frame_T % cycle, axis=0)
-        bands = [xp.broadcast_to(angle_T1K[:, None], (*shape, of_time))]
+        angle_TK = xp.take((2 * np.pi / cycle * turns).astype(np.float32), frame_T % cycle, axis=0)
+        bands = [xp.broadcast_to(angle_TK[:, None], (*shape, of_time))]
     bands += [band(axis_N[None], share) for axis_N in spatial]
     return xp.concatenate(bands, axis=-1)
 
 
 def _harmonics(cycle: int, size: int) -> np.ndarray:
-    """Whole turns per cycle of `size` channels, int64: 1 first, then up to cycle // 2.
+    """Whole turns per cycle of `size` channels, int64, in ascending order.
 
-    They are distinct and spread geometrically where there are more than `size`. Where there are
-    fewer, all occur, so that the channels can express every function of the distance within the
-    cycle (its Fourier series), and the other channels do not turn. More turns than half a cycle
-    would sample the same angles backwards.
+    `size` distinct numbers from 1 to cycle // 2, spread geometrically; 1 is always among them. If
+    there are fewer numbers than channels, all occur, which can express every function of the
+    distance within the cycle (its Fourier series), and the other channels do not turn. More than
+    cycle / 2 turns would be the angles of fewer turns backwards.
     """
     most = cycle // 2
     count = min(size, most)
