@@ -3,11 +3,11 @@
 import functools
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from jaxvid.checks import at_least
 from jaxvid.kernels.gated_delta import gated_delta
+from jaxvid.kernels.gated_delta.chunked import by_halves, inverted
 from jaxvid.layers import pairs
 from jaxvid.layers.conv import MAX_CONV, CausalConv
 from jaxvid.layers.linear import Linear
@@ -131,9 +131,9 @@ def gated_delta_teacher_forced(q, k, v, beta, g, state_BAKV):
     overlap_BTANM = exact("BTNAK,BTMAK->BTANM", k, k)
     beta_BTAN1 = beta.swapaxes(2, 3)[..., None]
     own_BTANV = beta_BTAN1 * (v - key_reads).swapaxes(2, 3)
-    system_BTANM = beta_BTAN1 * jnp.tril(overlap_BTANM, -1) + jnp.eye(N)
-    options = dict(lower=True, unit_diagonal=True)
-    w_BTANV = jax.scipy.linalg.solve_triangular(system_BTANM, own_BTANV, **options)
+    # Not solve_triangular: two of its calls at once can wait for each other for ever on two cores.
+    inverse_BTANM = inverted(by_halves, beta_BTAN1 * jnp.tril(overlap_BTANM, -1))
+    w_BTANV = exact("BTANM,BTAMV->BTANV", inverse_BTANM, own_BTANV)
     read_BTANM = scale * exact("BTNAK,BTMAK->BTANM", q, k)
     y_copy = query_reads + exact("BTANM,BTAMV->BTNAV", read_BTANM, w_BTANV)
     return pairs.join(y_clean, y_copy.astype(y_clean.dtype)), state_BAKV

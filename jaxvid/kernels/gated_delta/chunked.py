@@ -56,7 +56,7 @@ def _within(invert, q, k, v, beta_SBAG, g_SBAG):
     lower_SBAGH = beta * overlap_SBAGH * factor_GH * earlier_GH
     # Float32 up to here. With similar keys and beta above 1 the entries of the inverse alternate in
     # sign and hardly shrink. Rounded to bfloat16, a chunk would enlarge the state.
-    inverse_SBAGH = _inverted(invert, lower_SBAGH)
+    inverse_SBAGH = inverted(invert, lower_SBAGH)
     own_SBAGV = exact("SBAGH,SBAHV->SBAGV", inverse_SBAGH, beta * v)
     taken_SBAGK = exact("SBAGH,SBAHK->SBAGK", inverse_SBAGH, beta * read[..., None] * k)
     p_SBAGH = einsum("SBAGK,SBAHK->SBAGH", q, k) * factor_GH
@@ -71,7 +71,7 @@ def _within(invert, q, k, v, beta_SBAG, g_SBAG):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _inverted(invert, lower_GG):
+def inverted(invert, lower_GG):
     """invert(lower_GG) with the gradient of an inverse, d(A^-1) = -A^-1 dA A^-1."""
     return invert(lower_GG)
 
@@ -88,7 +88,7 @@ def _inverted_backward(invert, inverse_GG, cotangent_GG):
     return (-jnp.tril(jnp.matmul(product_GG, transposed_GG, precision="highest"), -1),)
 
 
-_inverted.defvjp(_inverted_forward, _inverted_backward)
+inverted.defvjp(_inverted_forward, _inverted_backward)
 
 
 def by_halves(lower_GG):
