@@ -83,8 +83,11 @@ def get_config() -> ConfigDict:
     config.seed = field(0, "random seed of parameters, data order, noise and dropout")
     config.steps = field(2500, "optimizer steps of the run")
     config.data = dict(
-        name=field("sprites", "source: sprites, folder, array_record, tfds, latents or mqar"),
-        path=field("", "folder of the clips (not for sprites and mqar)"),
+        name=field(
+            "sprites",
+            "source: sprites, folder, array_record, tfds, latents, sprites_recall, needle or mqar",
+        ),
+        path=field("", "folder of the clips (not for those that are generated)"),
         frames=field(16, "frames in a training clip"),
         size=field(24, "pixels along each side of the square frames"),
         fps=field(
@@ -94,11 +97,13 @@ def get_config() -> ConfigDict:
         batch_size=field(8, "clips per step, over all hosts"),
         flip=field(False, "mirror half of the clips left to right"),
         crop=field("random", "position of the square crop: random or center"),
-        difficulty=field(0.0, "sprites: from 0, a plain grey background, to 1, a strong texture"),
+        difficulty=field(
+            0.0, "sprites, sprites_recall: from 0, a plain grey background, to 1, a strong texture"
+        ),
         max_sprites=field(3, "sprites: most of them in a clip; each has a size of its own"),
         sizes=field(3, "sprites: 1 = all are large, 2 = large or medium, 3 = any size"),
         turning=field(True, "sprites: half of them turn; False = all stand upright"),
-        num_clips=field(4096, "sprites and mqar: clips in the training split"),
+        num_clips=field(4096, "generated clips in the training split"),
         workers=field(0, "decoding processes; 0 decodes in threads of the main process"),
         threads=field(2, "decoding threads per process"),
         text_tokens=field(0, "words of the caption that the model reads; 0 = no text"),

@@ -31,7 +31,7 @@ FORM = {
         **{"batch_size": int, "flip": bool, "crop": str, "difficulty?": float, "num_clips?": int},
         **{"max_sprites?": int, "sizes?": int, "turning?": bool},
         **{"workers": int, "threads": int, "text_tokens": int, "text_width": int},
-        **{"vocabulary?": int, "pairs?": [int], schema.OPEN: None},
+        **{"vocabulary?": int, "pairs?": [int], "gap?": [int], schema.OPEN: None},
     },
     "optim": {**_OPTIM, "discriminator?": {f"{name}?": form for name, form in _OPTIM.items()}},
     "mesh": {"data": int, "fsdp": int, "tensor": int, "seq?": int},

@@ -17,6 +17,10 @@ evaluate.json has it by frame.
 held-out clips to the last length, and the last frames up to each length are scored beside the real
 clips. Prints a table with the meaning of its columns, and writes evaluate_drift.png.
 
+--gaps=2,4,8,16,32,64 of a run on clips that test memory (configs/recall.py) measures its recall.
+--clips held-out clips are given up to the end of a gap of each length and continued. Prints how
+many answers are right by gap, beside the real clips and chance.
+
 --i3d=FILE, the weights of I3D as .npz or .safetensors, adds FVD between real clips and the model's
 output, with its protocol, and the same distance between halves of the real clips, which shows its
 bias. --lpips=FILE adds LPIPS of reconstructions, with this file instead of the one of the training.
@@ -33,7 +37,7 @@ from absl import flags
 
 from jaxvid import checks, cli, data, files, weights
 from jaxvid.errors import UserError
-from jaxvid.evaluators import codec, drift, fvd, report, sprites
+from jaxvid.evaluators import codec, drift, fvd, recall, report, sprites
 from jaxvid.evaluators.held_out import mean, open_held_out, strongest
 from jaxvid.metrics import i3d
 from jaxvid.runs import open_run
@@ -54,6 +58,7 @@ def main():
     for name, suits, whom in (
         ("lpips", is_autoencoder, "tokenizers"),
         ("frames", is_autoencoder or is_generator, "tokenizers and models that generate"),
+        ("gaps", is_generator, "models that generate"),
     ):
         if getattr(FLAGS, name) and not suits:
             raise UserError(
@@ -64,6 +69,7 @@ def main():
         run = codec.with_lpips(run, FLAGS.lpips)
     videos = codec.long_videos(run, FLAGS.frames) if is_autoencoder else {}
     lengths = drift.check(run, FLAGS.frames, FLAGS.clips) if is_generator else []
+    gaps = recall.check(run, FLAGS.gaps) if is_generator else []
     batches = FLAGS.batches or run.config.evaluate.batches
     with jax.set_mesh(run.mesh), open_held_out(run) as clips:
         print("scoring the held-out clips", file=sys.stderr)
@@ -107,6 +113,11 @@ def main():
             print(drift.table(found) + "\n")
             _write(path, document)
             drift.write_picture(found, path.with_name("evaluate_drift.png"))
+        if gaps:
+            print(f"continuing clips after gaps of up to {gaps[-1]} frames", file=sys.stderr)
+            document["recall"] = found = recall.measure(run, gaps, FLAGS.clips)
+            print(recall.table(found) + "\n")
+            _write(path, document)
         report.write_pictures(run, path.parent)
 
 
@@ -155,10 +166,11 @@ if __name__ == "__main__":
     cli.define_path("i3d", "Weights of I3D, for FVD: .npz or .safetensors.")
     cli.define_path("lpips", "Weights of LPIPS (VGG-16), for tokenizers: likewise.")
     flags.DEFINE_list("frames", [], "Lengths of videos to reconstruct or to continue as streams.")
+    flags.DEFINE_list("gaps", [], "Lengths of gaps, in frames, after which memory is tested.")
     flags.DEFINE_integer(
         "clips",
         8,
-        "Clips that a model which generates continues to --frames.",
+        "Clips that a model which generates continues, for --frames and for each of --gaps.",
         lower_bound=1,
         upper_bound=data.MAX_CLIPS,
     )

@@ -292,7 +292,7 @@ def options(monkeypatch):
     """Sets the flags of `evaluate.main`."""
 
     def set_flags(workdir, **changes):
-        values = dict(workdir=str(workdir), batches=None, i3d=None, lpips=None, frames=[])
+        values = dict(workdir=str(workdir), batches=None, i3d=None, lpips=None, frames=[], gaps=[])
         monkeypatch.setattr(evaluate, "FLAGS", SimpleNamespace(**(values | changes)))
 
     return set_flags
@@ -341,12 +341,12 @@ def test_weights_of_lpips_may_be_given_to_evaluate(workdir, monkeypatch, tmp_pat
     assert scores["lpips"].shape == (8, 5) and (scores["lpips"] > 0).all()
 
 
-@pytest.mark.parametrize("changes", [{"lpips": "vgg.npz"}, {"frames": ["5"]}])
-def test_options_of_tokenizers_are_refused_for_others(run, options, monkeypatch, changes):
+@pytest.mark.parametrize("changes", [{"lpips": "vgg.npz"}, {"frames": ["5"]}, {"gaps": ["5"]}])
+def test_options_of_some_runs_are_refused_for_others(run, options, monkeypatch, changes):
     monkeypatch.setattr(evaluate, "open_run", lambda workdir: run)
     run.config.task.name = "ar_diffusion"
     options("nowhere", **changes)
-    with pytest.raises(UserError, match=f"--{next(iter(changes))}: is for tokenizers"):
+    with pytest.raises(UserError, match=f"--{next(iter(changes))}: is for (token|models)"):
         evaluate.main()
 
 

@@ -13,7 +13,6 @@ from jaxvid.errors import UserError
 
 BLANK = 0
 MAX_VOCABULARY = 2**16  # symbols: two bytes of a colour
-VALIDATION_CLIPS = 1024
 _POWER = 0.01  # a gap before a query has probability gap^(_POWER - 1): mostly short, some long
 
 
@@ -39,7 +38,7 @@ class Source(source.Source):
             raise UserError("name='mqar': symbols, not video; use --config=configs/mqar.py")
         self._split, self._frames, self._size = split, config.frames, config.size
         self._vocabulary, self._pairs = config.vocabulary, tuple(config.pairs)
-        self._count = config.num_clips if split == "train" else VALIDATION_CLIPS
+        self._count = config.num_clips if split == "train" else source.VALIDATION_CLIPS
         checks.between("vocabulary", self._vocabulary, 4, MAX_VOCABULARY)
         checks.require(self._vocabulary % 2 == 0, "vocabulary", self._vocabulary, "must be even")
         checks.at_least("frames", self._frames, 3)  # a pair and its query

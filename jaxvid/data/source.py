@@ -6,6 +6,7 @@ import json
 import numpy as np
 
 SPLITS = ("train", "validation")
+VALIDATION_CLIPS = 1024  # of a generated set
 
 
 def digest_of(description) -> str:

@@ -29,7 +29,6 @@ DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down
 # Range of the radius of the disc of equal area, in units of the picture's side length.
 SIZES = {"large": (0.165, 0.180), "": (0.125, 0.135), "small": (0.090, 0.100)}
 NUM_CLASSES = len(SHAPES) * len(COLOURS)
-VALIDATION_CLIPS = 1024
 FREE_RUN = 6.0  # frames before the first bounce of a sprite
 
 
@@ -119,7 +118,7 @@ def scene(
         for size, colour, shape in zip(names, colours, shapes)
     )
     painting = tuple(int(i) for i in rng.permutation(count))
-    return Scene(sprites, painting, float(rng.uniform(0.05, 0.95)), _waves(rng))
+    return Scene(sprites, painting, float(rng.uniform(0.05, 0.95)), draw_waves(rng))
 
 
 def kind(config) -> dict:
@@ -153,7 +152,7 @@ def _sprite(rng, size, colour, shape, turning):
     return Sprite(attributes, radius, start, velocity, angle, spin)
 
 
-def _waves(rng):
+def draw_waves(rng):
     """Four nearly grey gratings: only sprites have much chroma."""
     count = 4
     frequency = rng.uniform(-6.0, 6.0, (count, 2))
@@ -252,7 +251,7 @@ class Source(source.Source):
         remedy = f"each has a size of its own; use 1 to sizes={self._kind['sizes']}"
         is_possible = 1 <= self._kind["most"] <= self._kind["sizes"]
         checks.require(is_possible, "max_sprites", self._kind["most"], remedy)
-        self._count = config.num_clips if split == "train" else VALIDATION_CLIPS
+        self._count = config.num_clips if split == "train" else source.VALIDATION_CLIPS
 
     def __len__(self):
         return self._count

@@ -20,12 +20,12 @@ from jaxvid.training.state import EVALUATE, SAMPLE, step_rng
 MAX_FRAMES = 10**6  # of a video, whose pixels are held in host memory
 
 
-def frames_of(lengths: Sequence[str]) -> list[int]:
-    """Lengths of videos from the command line; UserError for what is no such number."""
+def frames_of(lengths: Sequence[str], flag: str = "frames") -> list[int]:
+    """Numbers of frames from a flag of the command line; UserError for what is no such number."""
     for text in lengths:
         if not text.isdecimal() or len(text) > 9 or not 0 < int(text) <= MAX_FRAMES:
             raise UserError(
-                f"--frames={text[:20]}: write numbers of frames, such as 17,65,257, up to "
+                f"--{flag}={text[:20]}: write numbers of frames, such as 17,65,257, up to "
                 f"{MAX_FRAMES}"
             )
     return [int(text) for text in lengths]
