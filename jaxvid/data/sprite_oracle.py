@@ -111,6 +111,23 @@ def describe(video_THWC: np.ndarray) -> Description:
     return Description(caption(sprites), sprites)
 
 
+def lone_sprite(video_THWC: np.ndarray) -> tuple[str, str]:
+    """(colour, shape) of uint8 [T, H, W, 3] with one sprite in sight; frames as of `describe`.
+
+    The colour is "" if none or several are seen. The shape is "" if that colour is not one sprite
+    of a size that sprites have, as where it is drawn twice.
+    """
+    cover_VTHW = _cover(_chroma_share(video_THWC))
+    seen = np.flatnonzero(cover_VTHW.mean((2, 3)).max(1) > SPECK)
+    if len(seen) != 1:
+        return "", ""
+    colour = list(COLOURS)[seen[0]]
+    found = _read_sprite(cover_VTHW[seen[0]], colour)
+    if found is None or _radius(cover_VTHW[seen[0]]) > 1.15 * LARGEST:
+        return colour, ""
+    return colour, found[1].shape
+
+
 def _chroma_share(video_THWC):
     """Chroma [V, T, H, W] of each pixel in that of each colour, 0 at pixels nearer to another.
 

@@ -55,15 +55,6 @@ def paint_clock(video_THWC: np.ndarray, view: sprites.Scene) -> None:
         video_THWC[t] = np.rint(frame_HWC)
 
 
-def read_sprite(video_THWC: np.ndarray) -> tuple[str, str]:
-    """(colour, shape) of the only sprite in uint8 [T, H, W, 3], ("", "") if there is not just one.
-
-    Frames need 24 pixels a side or more.
-    """
-    seen = sprite_oracle.describe(video_THWC).sprites
-    return (seen[0].colour, seen[0].shape) if len(seen) == 1 else ("", "")
-
-
 class Source(recall.Recall):
     """Clips of a sprite that leaves and returns. config: also difficulty, as of sprites."""
 
@@ -103,7 +94,7 @@ class Source(recall.Recall):
     def scores(self, index, video_THWC):
         """{"colour", "shape", "both"}: 1.0 if the returned sprite has the right one, else 0.0."""
         [sprite] = self.scene(index).sprites
-        colour, shape = read_sprite(video_THWC[RAMP:])
+        colour, shape = sprite_oracle.lone_sprite(video_THWC[RAMP:])
         is_right = colour == sprite.attributes.colour, shape == sprite.attributes.shape
         return dict(zip(self.chance, map(float, (*is_right, all(is_right)))))
 

@@ -167,6 +167,9 @@ def test_an_answer_counts_only_if_there_is_one_sprite():
         view = dataclasses.replace(source.scene(0), sprites=(other,))
         video = sprites.render(view, 30, 24)[back : back + source.answer]
         assert source.scores(0, video) == {n: float(n == part) for n in right}
+    is_ground = (frames == frames[:, :1, :1]).all(-1, keepdims=True)
+    twice = np.where(is_ground, np.roll(frames, 10, axis=2), frames)
+    assert source.scores(0, twice) == {"colour": 1.0, "shape": 0.0, "both": 0.0}
     two = frames.copy()
     colour = "red" if sprite.attributes.colour == "blue" else "blue"
     two[:, :6, :6] = np.rint(255 * np.array(sprites.COLOURS[colour]))
