@@ -6,8 +6,8 @@
 Options: data=sprites_recall|needle (a sprite that leaves and returns, or one marked card among
 others that look the same), mixer=softmax|linear|lightning|gla|gated_delta|lightnet|aaren|routing.
 
-The model trains on two CPU cores, teacher-forced, on gaps of 2 to 8 frames. Softmax sees 3 frames
-in each of 2 layers, and each layer passes on what it sees, so a frame knows of the 4 before it.
+The model trains on two CPU cores, teacher-forced, on gaps of 2 to 8 frames. Softmax sees 4 frames
+in each of 2 layers, and each layer passes on what it sees, so a frame knows of the 6 before it.
 Longer gaps must be lost. A state of constant size can keep what it has seen for any gap.
 """
 
@@ -32,5 +32,5 @@ def get_config(options=""):
     config.task.patch = 8
     config.task.model.update(width=96, depth=2, conv=1)
     if chosen.mixer == "softmax":
-        config.task.model.mixer.window = 3
+        config.task.model.mixer.window = 4
     return config
