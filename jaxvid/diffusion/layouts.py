@@ -4,9 +4,12 @@ from typing import NamedTuple
 
 from jaxvid import checks
 
+# What the noisy frames of a step read: each other; clean frames before them; nothing, as images.
+TOGETHER, FORCED, ALONE = range(3)
+
 
 class Layout(NamedTuple):
-    """The probabilities of the three layouts, which sum to 1.
+    """The probabilities of the four layouts, which sum to 1.
 
     diffusion_forcing: every frame is noisy and reads noisy frames (Chen et al. 2024; AR-Diffusion).
     clean_prefix: the first frames are clean, condition and not target; the others are noisy.
@@ -17,11 +20,22 @@ class Layout(NamedTuple):
     diffusion_forcing: float = 0.0
     clean_prefix: float = 0.0
     teacher_forced: float = 0.0
+    images: float = 0.0
+
+    @property
+    def together(self) -> float:
+        """The probability that noisy frames read each other."""
+        return self.diffusion_forcing + self.clean_prefix
 
     @property
     def prefix(self) -> float:
-        """The probability of a clean prefix where the clip is not teacher-forced."""
-        return self.clean_prefix / max(self.diffusion_forcing + self.clean_prefix, 1e-9)
+        """The probability of a clean prefix where noisy frames read each other."""
+        return self.clean_prefix / max(self.together, 1e-9)
+
+    @property
+    def kinds(self) -> tuple[float, float, float]:
+        """The probabilities of TOGETHER, FORCED and ALONE."""
+        return self.together, self.teacher_forced, self.images
 
 
 def parse_layout(text: str) -> Layout:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxvid.diffusion import shortcut, timesteps
-from jaxvid.diffusion.layouts import Layout
+from jaxvid.diffusion.layouts import ALONE, TOGETHER, Layout
 from jaxvid.diffusion.shortcut import Shortcut
 
 
@@ -18,7 +18,8 @@ class TrainingClip(NamedTuple):
     are read clean. is_target_BT: the frames whose prediction counts. size_BT int32: sizes of steps
     (`diffusion.shortcut`). larger_t, larger_size, is_larger: the same for the clips that learn
     larger steps, and which of their frames do; None if there are none. begin int32: the frame of
-    the clips that stands first. forced: whether the step is teacher-forced.
+    the clips that stands first. kind int32: what the noisy frames of all clips read
+    (`layouts.TOGETHER`, FORCED or ALONE).
     """
 
     z_BTNC: jax.Array
@@ -26,7 +27,7 @@ class TrainingClip(NamedTuple):
     is_target_BT: jax.Array
     size_BT: jax.Array
     begin: jax.Array | int
-    forced: jax.Array
+    kind: jax.Array
     larger_t: jax.Array | None = None
     larger_size: jax.Array | None = None
     is_larger: jax.Array | None = None
@@ -34,18 +35,27 @@ class TrainingClip(NamedTuple):
 
 def draw(
     rng: jax.Array,
-    z_BTNC: jax.Array,
+    z_BFNC: jax.Array,
     step: jax.Array,
     *,
+    frames: int,
+    sinks: int,
     draw_timesteps: Callable,
     num_steps: int,
     layout: Layout,
     history_dropout: float,
     shortcut_forcing: Shortcut,
 ) -> TrainingClip:
-    """Draw a step's `TrainingClip`. draw_timesteps: a function of `diffusion.timesteps`."""
-    B, T = z_BTNC.shape[:2]
+    """Draw a step's `TrainingClip` from clean clips.
+
+    frames: of a clip, all or fewer than it has; see `part` for these and `sinks`. draw_timesteps: a
+    function of `diffusion.timesteps`.
+    """
+    B, T = len(z_BFNC), frames
     rng_t, rng_prefix = jax.random.split(rng)
+    z_BTNC, is_cut_BT = z_BFNC, jnp.zeros((B, T), bool)
+    if z_BFNC.shape[1] > T:
+        z_BTNC, is_cut_BT = part(jax.random.fold_in(rng, 5), z_BFNC, T, sinks)
     t_BT = draw_timesteps(rng_t, B, T, num_steps)
     begin, frames = 0, T
     if history_dropout:
@@ -54,14 +64,14 @@ def draw(
         frames = T - begin
     t_BT, prefix_B = timesteps.clean_prefix(rng_prefix, t_BT, layout.prefix, frames)
     is_target_BT = jnp.arange(T) >= prefix_B[:, None]
-    forced = jax.random.bernoulli(jax.random.fold_in(rng, 3), layout.teacher_forced)
-    if layout.teacher_forced:
-        iid_BT = timesteps.iid(rng_t, B, T, num_steps)
-        t_BT, is_target_BT = jnp.where(forced, iid_BT, t_BT), forced | is_target_BT
-    is_target_BT &= jnp.arange(T) < frames
+    kind = jax.random.choice(jax.random.fold_in(rng, 3), 3, p=jnp.array(layout.kinds))
+    if layout.together < 1:
+        iid_BT, is_iid = timesteps.iid(rng_t, B, T, num_steps), kind != TOGETHER
+        t_BT, is_target_BT = jnp.where(is_iid, iid_BT, t_BT), is_iid | is_target_BT
+    is_target_BT &= (jnp.arange(T) < frames) & ~(is_cut_BT & (kind != ALONE))
 
     size_BT = jnp.zeros_like(t_BT)
-    clip = TrainingClip(z_BTNC, t_BT, is_target_BT, size_BT, begin, forced)
+    clip = TrainingClip(z_BTNC, t_BT, is_target_BT, size_BT, begin, kind)
     if not shortcut_forcing.finest:
         return clip
     rows, rng_size = shortcut_forcing.rows(B), jax.random.fold_in(rng, 4)
@@ -74,6 +84,25 @@ def draw(
         larger_size=larger[1],
         is_larger=is_larger,
     )
+
+
+def part(rng: jax.Array, z_BFNC: jax.Array, frames: int, sinks: int) -> tuple[jax.Array, jax.Array]:
+    """(z_BTNC, is_cut_BT): `frames` successive frames of each clip, from a frame drawn for each.
+
+    With `sinks` the frames after so many come from a random later place of the clip, as if those
+    between had left the window. Anchored sinks have the same positions either way. is_cut_BT: the
+    frame that has lost those just before it, which no frame has in sampling.
+    """
+    B, F = z_BFNC.shape[:2]
+    rng_first, rng_gap = jax.random.split(rng)
+    first_B = jax.random.randint(rng_first, (B,), 0, F - frames + 1)
+    gap_B = jnp.zeros(B, jnp.int32)
+    if sinks:
+        gap_B = jax.random.randint(rng_gap, (B,), 0, F - frames + 1 - first_B)
+    frame_T = jnp.arange(frames)
+    frame_BT = first_B[:, None] + frame_T + gap_B[:, None] * (frame_T >= sinks)
+    z_BTNC = jnp.take_along_axis(z_BFNC, frame_BT[:, :, None, None], axis=1)
+    return z_BTNC, (frame_T == sinks) & (gap_B > 0)[:, None]
 
 
 def drop_history(

@@ -14,7 +14,7 @@ from jaxvid.checks import at_least, between, choose, positive, require
 from jaxvid.data.transforms import MAX_FRAMES, normalize
 from jaxvid.diffusion import guidance, resampling, samplers, shortcut, timesteps, training_clip
 from jaxvid.diffusion.frame_schedules import FrameSchedule, make_frame_schedule
-from jaxvid.diffusion.layouts import parse_layout
+from jaxvid.diffusion.layouts import FORCED, parse_layout
 from jaxvid.diffusion.noise import make_noise_schedule
 from jaxvid.diffusion.resampling import Resampling
 from jaxvid.diffusion.shortcut import Shortcut
@@ -56,9 +56,10 @@ class Task(Generator):
     `diffusion.noise.NoiseSchedule`. timesteps: how training draws the noise levels of a clip
     (`diffusion.timesteps`) where noisy frames read each other; frames that are teacher-forced do
     not, and draw theirs independently. layout: which frames of a clip are noisy and what they read
-    (`diffusion.layouts`). A clip draws its layout, but a whole batch is teacher-forced or not.
+    (`diffusion.layouts`). A batch draws whether its noisy frames read each other, clean frames or
+    nothing, and a clip draws its prefix.
     train_frames: most frames of a clip that a step trains on; of a longer clip it takes as many
-    from a random frame on, but a `tokenizer` needs whole clips.
+    from a random frame on (`training_clip.part`), but a `tokenizer` needs whole clips.
     condition: kind, tokens, width, num_classes (`models.conditioning`), and drop, the probability
     of the null condition. history_dropout: the probability that a batch begins at a random frame of
     its clips, which keeps its position and has no past, and that a clip has independent noise
@@ -185,7 +186,7 @@ class Task(Generator):
                 options["guidance"],
                 "condition.kind='none' leaves nothing to guide by; use 1",
             )
-            if self.layout.teacher_forced == 1 and options["schedule"] != "autoregressive":
+            if not self.layout.together and options["schedule"] != "autoregressive":
                 logging.warning(
                     "task.sampler.schedule=%s: frames that are teacher-forced never read noisy "
                     "ones in training; use autoregressive",
@@ -215,7 +216,7 @@ class Task(Generator):
             remedy = "reads what is committed; use sampler.memory=cache"
             require(self.sampler["memory"] == "cache", "guidance", scale, remedy)
             remedy = "teacher-forced frames read clean ones alone; use 0"
-            require(not level or self.layout.teacher_forced < 1, "level", level, remedy)
+            require(not level or self.layout.together, "level", level, remedy)
             mixer = self.temporal_mixer
             remedy = "this mixer sums all of the past and cannot take frames out; use 0"
             require(not window or not isinstance(mixer, Recurrent), "window", window, remedy)
@@ -337,12 +338,15 @@ class Task(Generator):
 
         return jax.lax.cond(begin > 0, later, first) if self.history_dropout else first()
 
-    def _draw(self, rng, z_BTNC, step):
-        """The `TrainingClip` of a step on these clean frames."""
+    def _draw(self, rng, z_BFNC, step):
+        """The `TrainingClip` of a step on these clean clips."""
+        mixer = self.temporal_mixer
         return training_clip.draw(
             rng,
-            z_BTNC,
+            z_BFNC,
             step,
+            frames=self.split_frames(self.frames),
+            sinks=mixer.sinks if getattr(mixer, "positions", "") == "anchored" else 0,
             draw_timesteps=self.draw_timesteps,
             num_steps=self.noise.num_steps,
             layout=self.layout,
@@ -355,11 +359,8 @@ class Task(Generator):
 
         average: averaged weights, by which half steps are taken; those of `params` if None.
         """
-        rng_part, rng_clip, rng_eps, rng_drop, rng_past = jax.random.split(rng, 5)
-        z_BTNC = self._clean(frozen, batch)
-        if self.train_frames < self.frames:
-            z_BTNC = _random_part(rng_part, z_BTNC, self.train_frames)
-        clip = self._draw(rng_clip, z_BTNC, step)
+        rng_clip, rng_eps, rng_drop, rng_past = jax.random.split(rng, 4)
+        clip = self._draw(rng_clip, self._clean(frozen, batch), step)
         z_BTNC, t_BT, is_target_BT = clip.z_BTNC, clip.t_BT, clip.is_target_BT
         eps_BTNC = jax.random.normal(rng_eps, z_BTNC.shape)
         x_BTNC = self.noise.add_noise(z_BTNC, eps_BTNC, t_BT)
@@ -393,7 +394,7 @@ class Task(Generator):
             return clip.z_BTNC
         rng_own, rng_made = jax.random.split(rng)
         own = jax.random.bernoulli(rng_own, self.resampling.share)
-        own &= clip.forced & (step >= self.resampling.after)
+        own &= (clip.kind == FORCED) & (step >= self.resampling.after)
 
         def made():
             weights, window = jax.lax.stop_gradient(params), self._window_of(clip.z_BTNC.shape[1])
@@ -417,9 +418,20 @@ class Task(Generator):
             options = dict(clean_BTNC=clean_BTNC, size_BT=size_BT)
             return self._apply_from(clip.begin, params, x_BTNC, t_BT, context_BME, **options)
 
-        if 0 < self.layout.teacher_forced < 1:
-            return jax.lax.cond(clip.forced, lambda: reading(past_BTNC), lambda: reading(None))
-        return reading(past_BTNC if self.layout.teacher_forced else None)
+        def alone():
+            B, T = t_BT.shape
+            x, t, size = (
+                array.reshape(B * T, 1, *array.shape[2:]) for array in (x_BTNC, t_BT, size_BT)
+            )
+            context = None if context_BME is None else jnp.repeat(context_BME, T, axis=0)
+            return self._apply(params, x, t, context, size_BT=size)[0].reshape(x_BTNC.shape)
+
+        branches = (lambda: reading(None), lambda: reading(past_BTNC), alone)
+        used = [kind for kind, share in enumerate(self.layout.kinds) if share]
+        if len(used) == 1:
+            return branches[used[0]]()
+        place = jnp.searchsorted(jnp.array(used), clip.kind)
+        return jax.lax.switch(place, [branches[kind] for kind in used])
 
     def _two_half_steps(self, params, clip, past_BTNC, context_BME, x_BTNC):
         """The x0 that the clips which learn larger steps shall predict; no gradient."""
@@ -442,10 +454,10 @@ class Task(Generator):
         """Held-out quality of denoising and of continuing, per example.
 
         loss_by_level [B, 10]: squared error of x0 with all frames at the middle of each tenth of
-        the timesteps; with the layout teacher_forced, frames read clean ones. psnr, ssim [B, F] of
-        the continuation of the first `given` frames, and the same of the `baselines`; NaN at the
-        given frames. psnr_blend, ssim_blend are of all blends [B, K, F], of which `pool` chooses
-        one.
+        the timesteps; they read clean frames unless training let noisy frames read each other.
+        psnr, ssim [B, F] of the continuation of the first `given` frames, and the same of the
+        `baselines`; NaN at the given frames. psnr_blend, ssim_blend are of all blends [B, K, F], of
+        which `pool` chooses one.
         """
         rng_eps, rng_sample = jax.random.split(rng)
         z_BTNC = self._clean(frozen, batch)
@@ -456,7 +468,7 @@ class Task(Generator):
         def denoise(t):
             t_BT = jnp.full((B, T), t)
             x_BTNC = self.noise.add_noise(z_BTNC, eps_BTNC, t_BT)
-            clean_BTNC = z_BTNC if self.layout.teacher_forced == 1 else None
+            clean_BTNC = None if self.layout.together else z_BTNC
             options = dict(clean_BTNC=clean_BTNC)
             prediction_BTNC, _ = self._apply(params, x_BTNC, t_BT, context_BME, **options)
             x0_BTNC, _ = self.noise.split(prediction_BTNC, x_BTNC, t_BT, self.prediction)
@@ -656,15 +668,6 @@ class Task(Generator):
                 context_BME = jnp.concatenate([context_BME, null_BME])
             state = start(context_BME, self.model)
         return self._predict(params, rng, window, context_BME), state, given_BPNC
-
-
-def _random_part(rng, x_BTNC, frames):
-    """`frames` successive frames of each clip, from a frame drawn for each."""
-    B, T = x_BTNC.shape[:2]
-    first_B = jax.random.randint(rng, (B,), 0, T - frames + 1)
-    return jax.vmap(lambda x, first: jax.lax.dynamic_slice_in_dim(x, first, frames))(
-        x_BTNC, first_B
-    )
 
 
 def _conditions(conditioner, batch, size):

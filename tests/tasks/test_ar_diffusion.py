@@ -138,7 +138,7 @@ def test_teacher_forcing_trains_what_sampling_one_frame_after_another_computes()
     assert task.sampler["schedule"] == "autoregressive"
     params, data, rng = opened(task), batch(), jax.random.key(1)
     z_BTNC = task._encode({}, data["video"])
-    _, rng_clip, rng_eps, *_ = jax.random.split(rng, 5)
+    rng_clip, rng_eps, *_ = jax.random.split(rng, 4)
     t_BT = task._draw(rng_clip, z_BTNC, 0).t_BT
     noise_BTNC = jax.random.normal(rng_eps, z_BTNC.shape)
     x_BTNC = task.noise.add_noise(z_BTNC, noise_BTNC, t_BT)
@@ -154,6 +154,41 @@ def test_teacher_forcing_trains_what_sampling_one_frame_after_another_computes()
     np.testing.assert_allclose(objective(task)(params, data, 1)[0], np.mean(errors), rtol=1e-5)
 
 
+def test_images_are_streams_of_one_frame():
+    """The loss is the mean over frames of the error of denoising each with nothing before it."""
+    task = Task(**fields("cond=class", layout="images", prediction="x0", weight="uniform"))
+    params, data, rng = opened(task), batch(), jax.random.key(1)
+    z_BTNC = task._encode({}, data["video"])
+    rng_clip, rng_eps, rng_drop, _ = jax.random.split(rng, 4)
+    t_BT = task._draw(rng_clip, z_BTNC, 0).t_BT
+    x_BTNC = task.noise.add_noise(z_BTNC, jax.random.normal(rng_eps, z_BTNC.shape), t_BT)
+    context_BME = task._context(params, jax.random.bernoulli(rng_drop, task.drop, (2,)), data)
+    apply, errors = jax.jit(task._apply), []
+    for f in range(6):
+        frame = slice(f, f + 1)
+        x0_BTNC, _ = apply(params, x_BTNC[:, frame], t_BT[:, frame], context_BME)
+        errors.append(jnp.square(x0_BTNC - z_BTNC[:, frame]).mean())
+    np.testing.assert_allclose(objective(task)(params, data, 1)[0], np.mean(errors), rtol=1e-5)
+
+
+def test_a_mixture_of_layouts_has_the_loss_of_the_layout_that_it_draws():
+    options = dict(prediction="x0", weight="uniform")
+    layouts = ("diffusion_forcing", "teacher_forced", "images")
+    mixture = ",".join(f"{layout}={share}" for layout, share in zip(layouts, (0.25, 0.5, 0.25)))
+    mixed = Task(**fields(layout=mixture, **options))
+    params, data = opened(mixed), batch()
+    z_BTNC = mixed._encode({}, data["video"])
+    alone = [objective(Task(**fields(layout=layout, **options))) for layout in layouts]
+    found, loss = [], objective(mixed)
+    for seed in range(40):
+        kind = int(mixed._draw(jax.random.split(jax.random.key(seed), 4)[0], z_BTNC, 0).kind)
+        if kind not in found:  # the draws of noise and levels are the same
+            wanted = alone[kind](params, data, seed)[0]
+            np.testing.assert_allclose(loss(params, data, seed)[0], wanted, rtol=1e-5)
+            found.append(kind)
+    assert sorted(found) == [0, 1, 2]
+
+
 @pytest.mark.parametrize("mixer", ["softmax", "gated_delta"])
 def test_resampled_frames_are_read_and_the_targets_are_those_of_the_data(mixer):
     """By whole clips without a cache: frames made so far, then the next one, noised."""
@@ -162,7 +197,7 @@ def test_resampled_frames_are_read_and_the_targets_are_those_of_the_data(mixer):
     params, data, rng = opened(task), batch(), jax.random.key(1)
     params = jax.tree.map(lambda leaf: 2 * leaf, params)
     z_BTNC, context_BME = task._encode({}, data["video"]), None
-    _, rng_clip, rng_eps, rng_drop, rng_past = jax.random.split(rng, 5)
+    rng_clip, rng_eps, rng_drop, rng_past = jax.random.split(rng, 4)
     context_BME = task._context(params, jax.random.bernoulli(rng_drop, task.drop, (2,)), data)
     rng_t, rng_noise = jax.random.split(jax.random.split(rng_past)[1])
     level_B1 = resampling.draw(rng_t, 2, 0.6, task.noise)[:, None]
@@ -219,7 +254,7 @@ def test_larger_steps_learn_where_two_half_steps_of_the_averaged_weights_end(lay
     z_BTNC = task._encode({}, data["video"])
     np.testing.assert_allclose(mse(zero, 6), jnp.square(z_BTNC).mean(), rtol=1e-5)
 
-    _, rng_clip, rng_eps, *_ = jax.random.split(rng, 5)
+    rng_clip, rng_eps, *_ = jax.random.split(rng, 4)
     clip = task._draw(rng_clip, z_BTNC, 7)
     t_BT, size_BT = clip.larger_t, clip.larger_size
     noise_BTNC = jax.random.normal(rng_eps, z_BTNC.shape)

@@ -29,7 +29,7 @@ def test_a_batch_without_its_history_trains_a_stream_that_skipped_frames(layout)
     params = jax.tree.map(lambda leaf: 3 * leaf, opened(task))
     data, rng = batch(), jax.random.key(3)
     z_BTNC = task._encode({}, data["video"])
-    _, rng_clip, rng_eps, rng_drop, _ = jax.random.split(rng, 5)
+    rng_clip, rng_eps, rng_drop, _ = jax.random.split(rng, 4)
     clip = task._draw(rng_clip, z_BTNC, 0)
     begin, first, t_BT, left = clip.begin, clip.z_BTNC, clip.t_BT, 6 - int(clip.begin)
     assert 2 <= left <= 5
