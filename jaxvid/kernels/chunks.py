@@ -44,7 +44,8 @@ def decays(g_SBAG: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Arra
     # A constant where i = j, so that no rounded difference passes a gradient.
     G = g_SBAG.shape[-1]
     i, j = np.arange(G)[:, None], np.arange(G)
-    to_i_GH = jnp.where(i > j, between(to_i, from_j), np.where(i == j, 0, -np.inf))
+    closed = np.where(i == j, np.float32(0), np.float32(-np.inf))
+    to_i_GH = jnp.where(i > j, between(to_i, from_j), closed)
     to_last_G = jnp.where(j < G - 1, between(last, ...), 0)
     total = coarse + fine
     return jnp.exp(to_i_GH), jnp.exp(total), jnp.exp(to_last_G), jnp.exp(total[last])
