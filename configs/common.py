@@ -19,6 +19,17 @@ def field(value, meaning: str) -> FieldReference:
     return reference
 
 
+def memory(frames) -> dict:
+    """The options of the mixers whose state is a network."""
+    del frames
+    return dict(
+        conv=field(4, "frames in the short convolutions of queries, keys and values"),
+        depth=field(2, "layers of the network that is the memory of a head"),
+        expansion=field(4, "its hidden width, in widths of a head"),
+        chunk=field(1, "frames whose gradients are taken at the same weights of the memory"),
+    )
+
+
 # Temporal mixers: name -> options, given the frames of a training clip.
 MIXERS = {
     "softmax": lambda frames: dict(
@@ -52,6 +63,7 @@ MIXERS = {
         clusters=field(4, "clusters per head"),
         members=field(32, "newest past tokens of a cluster that a query sees"),
     ),
+    "titans_lmm": memory,
 }
 
 

@@ -46,6 +46,7 @@ from jaxvid.mixers.gated_delta import GatedDelta
 from jaxvid.mixers.lightnet import LightNet
 from jaxvid.mixers.linear_attention import GLA, Lightning, LinearAttention
 from jaxvid.mixers.routing import Routing
+from jaxvid.mixers.titans import NeuralMemory
 
 MIXERS: dict[str, type[nn.Module]] = {
     "softmax": Attention,
@@ -57,6 +58,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "lightnet": LightNet,
     "aaren": Aaren,
     "routing": Routing,
+    "titans_lmm": NeuralMemory,
 }
 MAX_DEPTH = 256  # layers, each of which is traced where they are not scanned
 MAX_WIDTH = 2**20  # channels

@@ -9,12 +9,9 @@ from jaxvid.checks import at_least
 from jaxvid.kernels.gated_delta import gated_delta
 from jaxvid.kernels.gated_delta.chunked import by_halves, inverted
 from jaxvid.layers import pairs
-from jaxvid.layers.conv import MAX_CONV, CausalConv
-from jaxvid.layers.linear import Linear
-from jaxvid.mixers.recurrent import Recurrent, unit_length
+from jaxvid.layers.conv import MAX_CONV
+from jaxvid.mixers.recurrent import Recurrent, decay_biases, unit_length
 from jaxvid.parallel.sharding import shard
-
-_FASTEST, _SLOWEST = 1.6, 1e-3  # -log of the decay per frame at initialisation, over all heads
 
 
 class GatedDelta(Recurrent):
@@ -44,8 +41,7 @@ class GatedDelta(Recurrent):
     def prefill(self, context_BMD, tokens: int):
         """Write the context as a frame before the first -> (y_BMD, state); it sees only itself."""
         y_BMD, (state_BAKV, _) = super().prefill(context_BMD, tokens)
-        B, _, D = context_BMD.shape
-        return y_BMD, (state_BAKV, (jnp.zeros((B, self.conv - 1, tokens, D), self.dtype),) * 3)
+        return y_BMD, (state_BAKV, self._empty_pasts(len(context_BMD), tokens))
 
     def __call__(self, x_BTND, state=None):
         return self._layer(x_BTND, state, gated_delta_by_frame)
@@ -58,34 +54,16 @@ class GatedDelta(Recurrent):
 
     @nn.compact
     def _layer(self, x_BTND, state, rule, paired=False):
-        B, T, N, D = x_BTND.shape
-        state_BAKV, pasts = (None, (None,) * 3) if state is None else state
-        qkv, new_pasts = [], []
-        for name, past in zip("qkv", pasts):
-            y_BTND = self._dense(self.width, name)(x_BTND)
-            conv = CausalConv(self.conv, self.dtype, name=f"conv_{name}")
-            y_BTND, past = conv(y_BTND, past, paired)
-            qkv.append(nn.silu(y_BTND).reshape(B, T, N, self.heads, D // self.heads))
-            new_pasts.append(past)
-        q, k, v = qkv
+        state_BAKV, pasts = (None, None) if state is None else state
+        (q, k, v), pasts = self._convolved_qkv(x_BTND, pasts, paired)
         beta_BTNA = nn.sigmoid(self._per_head("beta")(x_BTND).astype(jnp.float32))
         rate_A = self.param("log_rate", nn.initializers.zeros, (self.heads,))
-        step_A = self.param("step_bias", _step_biases, (self.heads,))
+        step_A = self.param("step_bias", decay_biases, (self.heads,))
         step_BTNA = self._per_head("step")(x_BTND).astype(jnp.float32) + step_A
         g_BTA = -(jnp.exp(rate_A) * nn.softplus(step_BTNA)).mean(axis=2)
         q, k = unit_length(q), unit_length(k)
         y_BTNAK, state_BAKV = rule(q, k, v, beta_BTNA, g_BTA, state_BAKV)
-        return self._gated_out(y_BTNAK, x_BTND, nn.silu), (state_BAKV, tuple(new_pasts))
-
-    def _per_head(self, name: str) -> Linear:
-        """A projection to one number per head, of variance 1/3 at initialisation.
-
-        The released layer does the same. Xavier's rule would give variance 2. The mean of exp(x) is
-        exp(variance / 2), so decays would then be over twice as strong on average as their biases
-        say.
-        """
-        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        return Linear(self.heads, dtype=self.dtype, kernel_init=init, name=name)
+        return self._gated_out(y_BTNAK, x_BTND, nn.silu), (state_BAKV, pasts)
 
 
 def gated_delta_by_frame(q_BTNAK, k_BTNAK, v_BTNAV, beta_BTNA, g_BTA, state_BAKV):
@@ -162,16 +140,3 @@ def _by_kernel(tokens, state_BAKV):
     q, k, v, beta, g = (shard(part, "BLAK"[: part.ndim]) for part in (q, k, v, beta, g))
     y_BLAV, state_BAKV = gated_delta(q, k, v, beta, g, initial_state=state_BAKV, return_state=True)
     return y_BLAV.reshape(B, T, -1, *y_BLAV.shape[2:]), state_BAKV
-
-
-def _step_biases(rng, shape):
-    """Inverse softplus of steps that fall by equal factors from head to head, down to _SLOWEST.
-
-    The released layer draws a rate from (0, 16] and a step from [0.001, 0.1] for every head. With
-    few heads it is then luck whether any head remembers more than a few frames. Here the last head
-    always does, and the others divide the range evenly, as the slopes of ALiBi do.
-    """
-    del rng
-    (heads,) = shape
-    step_A = _FASTEST * (_SLOWEST / _FASTEST) ** (jnp.arange(1, heads + 1) / heads)
-    return step_A + jnp.log(-jnp.expm1(-step_A))

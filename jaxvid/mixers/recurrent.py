@@ -7,10 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxvid.layers.conv import CausalConv
 from jaxvid.layers.linear import Linear
 
 LOG_ZERO = -1e30  # the logarithm of an empty sum; differences of -inf would be NaN
 _SILU_INVERSE_OF_ONE = 1.2784645427610738
+_FASTEST, _SLOWEST = 1.6, 1e-3  # -log of the decay per frame at initialisation, over all heads
 
 
 class Recurrent(nn.Module):
@@ -38,8 +40,7 @@ class Recurrent(nn.Module):
 
     def teacher_forced(self, clean_BTND, noisy_BTND, state=None):
         """Teacher forcing (see `jaxvid.mixers`) by its definition, in a scan over frames."""
-        if state is None:
-            _, state = self(clean_BTND[:, :0])
+        _, state = self(clean_BTND[:, :0], state)  # in the form that later calls keep
 
         def step(mixer, state, frame):
             clean_B1ND, noisy_B1ND = (x_BND[:, None] for x_BND in frame)
@@ -67,6 +68,34 @@ class Recurrent(nn.Module):
         q, k, v = (self._dense(self.width, name)(x_BTND).reshape(heads) for name in "qkv")
         return (self._norm("q_norm")(q), self._norm("k_norm")(k), v) if self.qk_norm else (q, k, v)
 
+    def _convolved_qkv(self, x_BTND, pasts, paired=False):
+        """x_BTND -> (q, k, v [B, T, N, A, K] after a `CausalConv` and silu, the new pasts).
+
+        The width of the convolutions is the field `conv`. pasts: of each, or None at the start.
+        """
+        heads = (*x_BTND.shape[:3], self.heads, self.width // self.heads)
+        qkv, new_pasts = [], []
+        for name, past in zip("qkv", pasts or (None,) * 3):
+            conv = CausalConv(self.conv, self.dtype, name=f"conv_{name}")
+            y_BTND, past = conv(self._dense(self.width, name)(x_BTND), past, paired)
+            qkv.append(nn.silu(y_BTND).reshape(heads))
+            new_pasts.append(past)
+        return qkv, tuple(new_pasts)
+
+    def _empty_pasts(self, B: int, tokens: int):
+        """The pasts of `_convolved_qkv` at the start of a stream."""
+        return (jnp.zeros((B, self.conv - 1, tokens, self.width), self.dtype),) * 3
+
+    def _per_head(self, name: str) -> Linear:
+        """A projection to one number per head, of variance 1/3 at initialisation.
+
+        The released layer of Gated DeltaNet does the same. Xavier's rule would give variance 2. The
+        mean of exp(x) is exp(variance / 2), so decays would then be over twice as strong on average
+        as their biases say.
+        """
+        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        return Linear(self.heads, dtype=self.dtype, kernel_init=init, name=name)
+
     def _gated_out(self, y_BTNAK, x_BTND, gate: Callable):
         """Normalise each head, join the heads, multiply by a gate of the input, and project.
 
@@ -84,6 +113,20 @@ class Recurrent(nn.Module):
             name="gate",
         )(x_BTND)
         return self._dense(self.width, "out")(y_BTND * gate(logit_BTND))
+
+
+def decay_biases(rng, shape):
+    """Inverse softplus of log decays per frame that fall by equal factors from head to head.
+
+    They end at _SLOWEST. The released layer of Gated DeltaNet draws a rate from (0, 16] and a step
+    from [0.001, 0.1] for every head. With few heads it is then luck whether any head remembers more
+    than a few frames. Here the last head always does, and the others divide the range evenly, as
+    the slopes of ALiBi do.
+    """
+    del rng
+    (heads,) = shape
+    step_A = _FASTEST * (_SLOWEST / _FASTEST) ** (jnp.arange(1, heads + 1) / heads)
+    return step_A + jnp.log(-jnp.expm1(-step_A))
 
 
 def unit_length(x):

@@ -32,6 +32,7 @@ VARIANTS = {
     "alibi": [{"window": 3, "sinks": 2}],
     "lightnet": [{"lrpe": False, "tpe": 0}],
     "routing": [{"clusters": 2, "members": 5}],
+    "titans_lmm": [{"chunk": 3, "depth": 1}],
 }
 ROWS = [(name, {}) for name in MIXERS]
 ROWS += [(name, options) for name, variants in VARIANTS.items() for options in variants]
