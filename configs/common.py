@@ -19,15 +19,24 @@ def field(value, meaning: str) -> FieldReference:
     return reference
 
 
-def memory(frames) -> dict:
-    """The options of the mixers whose state is a network."""
-    del frames
-    return dict(
+def memory(chunk: bool = True, attention: bool = False, local: int | None = None) -> dict:
+    """The options of a mixer whose state is a network.
+
+    chunk: whether it has chunks of several frames. attention: whether it has attention. local:
+    frames that this sees, if that is an option.
+    """
+    options = dict(
         conv=field(4, "frames in the short convolutions of queries, keys and values"),
         depth=field(2, "layers of the network that is the memory of a head"),
         expansion=field(4, "its hidden width, in widths of a head"),
-        chunk=field(1, "frames whose gradients are taken at the same weights of the memory"),
     )
+    if chunk:
+        options["chunk"] = field(1, "frames whose gradients are taken at the same weights")
+    if attention:
+        options["persistent"] = field(4, "learned tokens that attention sees before every stream")
+    if local is not None:
+        options["local"] = field(local, "frames that attention sees, its own included")
+    return options
 
 
 # Temporal mixers: name -> options, given the frames of a training clip.
@@ -63,7 +72,10 @@ MIXERS = {
         clusters=field(4, "clusters per head"),
         members=field(32, "newest past tokens of a cluster that a query sees"),
     ),
-    "titans_lmm": memory,
+    "titans_lmm": lambda frames: memory(),
+    "titans_mac": lambda frames: memory(chunk=False, attention=True),
+    "titans_mag": lambda frames: memory(attention=True, local=4),
+    "titans_mal": lambda frames: memory(attention=True, local=4),
 }
 
 

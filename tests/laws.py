@@ -10,10 +10,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.tree_util import Partial, keystr, tree_leaves_with_path
 
 PLANS = ([1, 4, 4, 4], [0, 1, 8, 4])
 FRAMES = 13
+# Mixers that differ from another one by a few lines, and whose tests compile for long.
+SLOW = dict.fromkeys(
+    ("titans_mac", "titans_mag", "titans_mal", "moneta", "yaad", "memora"), pytest.mark.slow
+)
 
 
 @jax.jit

@@ -46,7 +46,7 @@ from jaxvid.mixers.gated_delta import GatedDelta
 from jaxvid.mixers.lightnet import LightNet
 from jaxvid.mixers.linear_attention import GLA, Lightning, LinearAttention
 from jaxvid.mixers.routing import Routing
-from jaxvid.mixers.titans import NeuralMemory
+from jaxvid.mixers.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer, NeuralMemory
 
 MIXERS: dict[str, type[nn.Module]] = {
     "softmax": Attention,
@@ -59,6 +59,9 @@ MIXERS: dict[str, type[nn.Module]] = {
     "aaren": Aaren,
     "routing": Routing,
     "titans_lmm": NeuralMemory,
+    "titans_mac": MemoryAsContext,
+    "titans_mag": MemoryAsGate,
+    "titans_mal": MemoryAsLayer,
 }
 MAX_DEPTH = 256  # layers, each of which is traced where they are not scanned
 MAX_WIDTH = 2**20  # channels

@@ -5,6 +5,10 @@ tokens are taken at the weights before it (or before its chunk) and added up, th
 and move once, and then all its tokens read the new weights. So the order of the tokens within a
 frame does not matter. A noisy frame reads what it has written itself into a copy of the memory,
 which is thrown away: only frames that are committed remain.
+
+`NeuralMemory` is the memory alone. The others join it with attention, which sees a few learned
+tokens that precede every stream, the persistent memory: `MemoryAsContext`, `MemoryAsGate`,
+`MemoryAsLayer` (sections 4.1 to 4.3).
 """
 
 import itertools
@@ -15,12 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxvid.checks import at_least
-from jaxvid.kernels.neural_memory import Memory, neural_memory
+from jaxvid.kernels.neural_memory import Memory, neural_memory, recall
+from jaxvid.layers import masks
 from jaxvid.layers.conv import MAX_CONV
+from jaxvid.mixers.attention import Attention
 from jaxvid.mixers.recurrent import Recurrent, decay_biases, unit_length
 from jaxvid.parallel.sharding import shard
 
-MAX_DEPTH, MAX_EXPANSION, MAX_CHUNK = 16, 64, 2**10
+MAX_DEPTH, MAX_EXPANSION, MAX_CHUNK, MAX_PERSISTENT = 16, 64, 2**10, 2**10
 _STEP, _MOMENTUM = -2.2, 2.2  # logits: step sizes start near 0.1, momentum near 0.9
 
 
@@ -69,8 +75,19 @@ class NeuralMemory(Recurrent):
     def __call__(self, x_BTND, state=None):
         return self._layer(x_BTND, state, self.chunk)
 
+    def recall(self, x_BTND, state):
+        """What the memory of a state answers to x, normalised, and nothing is written."""
+        return self._layer(x_BTND, state, self.chunk, writes=False)
+
     @nn.compact
-    def _layer(self, x_BTND, state, chunk):
+    def _layer(self, x_BTND, state, chunk, writes=True):
+        if not writes:
+            heads = (*x_BTND.shape[:3], self.heads, self.width // self.heads)
+            q_BTNAK = nn.silu(self._dense(self.width, "q")(x_BTND)).reshape(heads)
+            norm_AK = self.param("memory_norm", nn.initializers.ones, heads[3:])
+            memory = self._memory(chunk)
+            y_BTNAK = recall(unit_length(q_BTNAK), state[0], memory=memory, norm_AV=norm_AK)
+            return self._norm("recall_norm")(y_BTNAK).reshape(x_BTND.shape)
         state, pasts = (None, None) if state is None else state
         (q, k, v), pasts = self._convolved_qkv(x_BTND, pasts)
         y_BTNAK, state = self._write_and_read(
@@ -134,3 +151,167 @@ class NeuralMemory(Recurrent):
             radius_BTNA=self._radius(x_BTND),
             state=state,
         )
+
+
+class _WithAttention(Recurrent):
+    """A memory and attention, and what their combinations share.
+
+    conv, depth, expansion, chunk: of the memory, see `NeuralMemory`. local: frames that attention
+    sees, its own included. persistent: learned tokens before every stream. Raises UserError for
+    options below 1.
+    """
+
+    conv: int = 4
+    depth: int = 2
+    expansion: int = 4
+    persistent: int = 4
+
+    chunk: ClassVar[int] = 1
+    local: ClassVar[int] = 1
+
+    def __post_init__(self):
+        at_least("local", self.local, 1, at_most=masks.MAX_WINDOW)
+        at_least("persistent", self.persistent, 1, at_most=MAX_PERSISTENT)
+        own = dict(conv=self.conv, depth=self.depth, expansion=self.expansion, chunk=self.chunk)
+        NeuralMemory(self.width, self.heads, **own, parent=None)  # which checks them
+        super().__post_init__()
+
+    def setup(self):
+        shared = dict(grid=self.grid, qk_norm=self.qk_norm, dtype=self.dtype)
+        own = dict(conv=self.conv, depth=self.depth, expansion=self.expansion, chunk=self.chunk)
+        self.memory = NeuralMemory(self.width, self.heads, **shared, **own)
+        self.attention = Attention(self.width, self.heads, window=self.local, **shared)
+        shape = (self.persistent, self.width)
+        self.first = self.param("persistent", nn.initializers.normal(1.0), shape)
+        self.attention_norm, self.memory_norm = (nn.RMSNorm(dtype=self.dtype) for _ in range(2))
+
+    def _gate(self, y_BTND, memory_BTND):
+        """Both normalised; the memory is the gate."""
+        return self.attention_norm(y_BTND) * nn.sigmoid(self.memory_norm(memory_BTND))
+
+
+class _SideBySide(_WithAttention):
+    """Memory and attention with a state each. A subclass says how their outputs meet."""
+
+    chunk: int = 1
+    local: int = 4
+
+    def prefill(self, context_BMD, tokens: int):
+        """Read the persistent tokens and then the context -> (y_BMD, state)."""
+        first_BMD = jnp.broadcast_to(self.first, (len(context_BMD), *self.first.shape))
+        context_BMD = jnp.concatenate([first_BMD.astype(self.dtype), context_BMD], axis=1)
+        y_BMD, state = self._read_context(context_BMD, tokens)
+        return y_BMD[:, self.persistent :], state
+
+    def __call__(self, x_BTND, state=None):
+        memory, cache = self._given(x_BTND, state)
+        (y_BTND,), *state = self._over_time("__call__", (x_BTND,), memory, cache)
+        return y_BTND, tuple(state)
+
+    def teacher_forced(self, clean_BTND, noisy_BTND, state=None):
+        """Teacher forcing (see `jaxvid.mixers`): that of the memory and that of attention."""
+        memory, cache = self._given(clean_BTND, state)
+        y, *state = self._over_time("teacher_forced", (clean_BTND, noisy_BTND), memory, cache)
+        return *y, tuple(state)
+
+    def _given(self, x_BTND, state):
+        """The state, that of the persistent tokens at the start of a stream."""
+        if state is None:
+            _, state = self.prefill(x_BTND[:, :0, 0], x_BTND.shape[2])
+        return state
+
+
+class MemoryAsGate(_SideBySide):
+    """Titans MAG (section 4.2): attention to the last frames, gated by the memory of all.
+
+    x_BTND -> y_BTND in `dtype`: norm(attention(x)) * sigmoid(norm(memory(x))). Both read the
+    persistent tokens first. Attention is `mixers.attention.Attention` over `local` frames.
+
+    State: (that of `NeuralMemory`, `mixers.cache.KVCache`). Options and errors are those of
+    `_WithAttention`.
+    """
+
+    def _read_context(self, x_BMD, tokens):
+        memory_BMD, memory = self.memory.prefill(x_BMD, tokens)
+        y_BMD, cache = self.attention.prefill(x_BMD, tokens)
+        return self._gate(y_BMD, memory_BMD), (memory, cache)
+
+    def _over_time(self, verb, frames, memory, cache):
+        *recalled, memory = getattr(self.memory, verb)(*frames, memory)
+        *attended, cache = getattr(self.attention, verb)(*frames, cache)
+        return [self._gate(y, m) for y, m in zip(attended, recalled)], memory, cache
+
+
+class MemoryAsLayer(_SideBySide):
+    """Titans MAL (section 4.3): attention to the last frames of what the memory makes of them.
+
+    x_BTND -> y_BTND in `dtype`: attention(norm(x + memory(x))). The memory reads the persistent
+    tokens first, and attention sees what it makes of them. Attention is
+    `mixers.attention.Attention` over `local` frames.
+
+    State, options and errors: as of `MemoryAsGate`.
+    """
+
+    def _read_context(self, x_BMD, tokens):
+        memory_BMD, memory = self.memory.prefill(x_BMD, tokens)
+        y_BMD, cache = self.attention.prefill(self.memory_norm(x_BMD + memory_BMD), tokens)
+        return y_BMD, (memory, cache)
+
+    def _over_time(self, verb, frames, memory, cache):
+        *recalled, memory = getattr(self.memory, verb)(*frames, memory)
+        frames = [self.memory_norm(x + m) for x, m in zip(frames, recalled)]
+        *y, cache = getattr(self.attention, verb)(*frames, cache)
+        return y, memory, cache
+
+
+class MemoryAsContext(_WithAttention):
+    """Titans MAC (section 4.1): attention within a frame and to what the memory recalls of it.
+
+    x_BTND -> y_BTND in `dtype`. A frame is a segment of the paper. The memory M before the frame
+    recalls h = M(x); y is attention of x to the persistent tokens, h and x; the memory learns y,
+    and with M' after it the output is norm(y) * sigmoid(norm(M'(y))).
+
+    The tokens of the paper's segments are causal, and reading M' breaks that: it has learned the
+    end of a segment when the first token reads. A frame has no order within. In every mixer its
+    tokens see all of it, and M' has learned nothing later, so nothing leaks.
+
+    State: that of `NeuralMemory`. Options and errors are those of `_WithAttention`, without `chunk`
+    and `local`.
+    """
+
+    def prefill(self, context_BMD, tokens: int):
+        """Read the context as a frame before the first -> (y_BMD, state); it sees only itself."""
+        _, state = self.memory(context_BMD[:, None][:, :0])
+        seen_BMD = self._before(context_BMD, state)
+        seen_BMD = jnp.concatenate([seen_BMD, context_BMD], axis=1)
+        y_BMD = self.attention.prefill(seen_BMD, tokens)[0][:, -context_BMD.shape[1] :]
+        memory_BMD, state = self.memory.prefill(y_BMD, tokens)
+        return self._gate(y_BMD, memory_BMD), state
+
+    def __call__(self, x_BTND, state=None):
+        if state is None:
+            _, state = self.memory(x_BTND[:, :0])
+        if x_BTND.shape[1] == 0:
+            return x_BTND.astype(self.dtype), state
+
+        def step(mixer, state, x_BND):
+            y_BND, state = mixer._segment(x_BND, state)
+            return state, y_BND
+
+        shared = dict(variable_broadcast="params", split_rngs={"params": False})
+        scan = nn.scan(step, in_axes=1, out_axes=1, **shared)
+        state, y_BTND = scan(self, state, x_BTND)
+        return y_BTND, state
+
+    def _before(self, x_BND, state):
+        """What attention sees besides the frame: persistent tokens, and what memory recalls."""
+        first_BMD = jnp.broadcast_to(self.first, (len(x_BND), *self.first.shape))
+        recalled_BND = self.memory.recall(x_BND[:, None], state)[:, 0]
+        return jnp.concatenate([first_BMD.astype(self.dtype), recalled_BND], axis=1)
+
+    def _segment(self, x_BND, state):
+        """One frame -> (y_BND, state)."""
+        _, cache = self.attention.prefill(self._before(x_BND, state), x_BND.shape[1])
+        y_B1ND, _ = self.attention(x_BND[:, None], cache)
+        memory_B1ND, state = self.memory(y_B1ND, state)
+        return self._gate(y_B1ND, memory_B1ND)[:, 0], state

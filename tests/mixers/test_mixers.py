@@ -33,6 +33,7 @@ VARIANTS = {
     "lightnet": [{"lrpe": False, "tpe": 0}],
     "routing": [{"clusters": 2, "members": 5}],
     "titans_lmm": [{"chunk": 3, "depth": 1}],
+    "titans_mag": [{"chunk": 3, "local": 2}],
 }
 ROWS = [(name, {}) for name in MIXERS]
 ROWS += [(name, options) for name, variants in VARIANTS.items() for options in variants]
@@ -68,7 +69,11 @@ def in_context(name, **options):
     return mixer, Partial(apply, params), x
 
 
-@pytest.mark.parametrize("name, options", ROWS)
+def row(name, *rest):
+    return pytest.param(name, *rest, marks=laws.SLOW.get(name, ()))
+
+
+@pytest.mark.parametrize("name, options", [row(*each) for each in ROWS])
 def test_obeys_the_laws(name, options):
     """Over the tokens of whole frames, in a stream that starts with a context; its facts hold."""
     mixer, layer, x = in_context(name, **options)
@@ -82,8 +87,8 @@ def test_obeys_the_laws(name, options):
 
 @pytest.mark.parametrize(
     "name, options, grid",
-    [(*row, GRID) for row in ROWS if row[0] in AT_ONCE or row[1] == {}]
-    + [(name, {}, (1, 1)) for name in AT_ONCE],
+    [row(*each, GRID) for each in ROWS if each[0] in AT_ONCE or each[1] == {}]
+    + [row(name, {}, (1, 1)) for name in AT_ONCE],
 )
 def test_teacher_forcing_is_denoising_and_committing_frame_by_frame(name, options, grid):
     """With many tokens a frame, as in the joint arrangement, and with one, as in the factorised.
@@ -113,7 +118,7 @@ def test_teacher_forcing_solves_no_systems_by_lapack(name):
 
 
 @pytest.mark.parametrize(
-    "name, options", [row for row in ROWS if row[0] in ("softmax", "alibi", "lightnet")]
+    "name, options", [each for each in ROWS if each[0] in ("softmax", "alibi", "lightnet")]
 )
 def test_frames_that_are_skipped_leave_nothing_but_their_positions(name, options):
     """It is as if all that was read of them had been erased."""
@@ -303,6 +308,7 @@ def test_linear_attention_is_a_mean_weighted_by_the_kernel():
         ("gla", nn.silu, 1),
         ("gated_delta", nn.silu, 1),
         ("lightnet", nn.silu, 1),
+        ("titans_lmm", nn.silu, 1),
     ],
 )
 def test_output_gates_start_near_a_constant_and_learn(name, gate, start):
@@ -398,6 +404,14 @@ REFUSED = [
     ("gla", {"feature": "elu"}, r"feature='elu': unknown; use one of none, silu"),
     ("gated_delta", {"conv": 0}, r"conv=0: must be at least 1"),
     ("lightnet", {"tpe": -1}, r"tpe=-1: must be at least 0"),
+    ("titans_lmm", {"conv": 0}, r"conv=0: must be at least 1"),
+    ("titans_lmm", {"depth": 0}, r"depth=0: must be at least 1"),
+    ("titans_lmm", {"expansion": 0}, r"expansion=0: must be at least 1"),
+    ("titans_lmm", {"chunk": 0}, r"chunk=0: must be at least 1"),
+    ("titans_mag", {"chunk": 0}, r"chunk=0: must be at least 1"),
+    ("titans_mag", {"local": 0}, r"local=0: must be at least 1"),
+    ("titans_mal", {"persistent": 0}, r"persistent=0: must be at least 1"),
+    ("titans_mac", {"local": 2}, r"local=2: titans_mac has no such option"),
     ("routing", {"clusters": 0}, r"clusters=0: must be at least 1"),
     ("routing", {"members": 0}, r"members=0: must be at least 1"),
     ("lightning", {"layers": 0}, r"layers=0: must be at least 1"),

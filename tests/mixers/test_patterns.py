@@ -28,11 +28,13 @@ ORDERED = {
     "softmax": "rotary positions by row and column",
     "lightnet": "MD-TPE and MD-LRPE by row and column",
     "gated_delta": "tokens write in order, each correcting the matrix",
+    **dict.fromkeys(("titans_mac", "titans_mag", "titans_mal", "lact"), "rotary, as in softmax"),
 }
 # Mixers that choose by content which past tokens they read.
 BY_CONTENT = ("routing",)
 # Mixers with code of their own for frames of one token, whose gradients no other test passes.
 ONE_TOKEN = ("linear", "gated_delta")
+NAMES = [pytest.param(name, marks=laws.SLOW.get(name, ())) for name in MIXERS]
 
 
 def build(name, causal):
@@ -66,7 +68,7 @@ def dependence(f, x):
     return np.stack(changed).any(axis=(1, 3))
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_causal(name):
     """Frame by frame equals all at once; a target sees the source, itself and the past."""
     run, layer, x, source = build(name, causal=True)
@@ -78,7 +80,7 @@ def test_causal(name):
     assert dependence(functools.partial(run, x), source).any(axis=1).all()
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_non_causal(name):
     """A target sees the source and all targets; their order matters to ORDERED alone."""
     run, _, x, source = build(name, causal=False)

@@ -63,7 +63,9 @@ def neural_memory(memory, tokens, frames, flags, offset, norm_AV, initial, carry
 
 def _scan(step, carry, chunks, every):
     """`jax.lax.scan` that keeps for the backward pass one carry in `every`, and nothing else."""
-    S = len(jax.tree.leaves(chunks)[0])
+    S, step = len(jax.tree.leaves(chunks)[0]), jax.checkpoint(step)
+    if every == 1 or S == 1:
+        return jax.lax.scan(step, carry, chunks, unroll=S == 1)
 
     def group(x_S):
         x_S = jnp.pad(x_S, [(0, -S % every), *[(0, 0)] * (x_S.ndim - 1)])  # these write nothing
@@ -71,7 +73,7 @@ def _scan(step, carry, chunks, every):
 
     @jax.checkpoint
     def several(carry, chunks):
-        return jax.lax.scan(jax.checkpoint(step) if every > 1 else step, carry, chunks)
+        return jax.lax.scan(step, carry, chunks)
 
     carry, outputs = jax.lax.scan(several, carry, jax.tree.map(group, chunks))
     return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:S], outputs)
