@@ -76,6 +76,13 @@ MIXERS = {
     "titans_mac": lambda frames: memory(chunk=False, attention=True),
     "titans_mag": lambda frames: memory(attention=True, local=4),
     "titans_mal": lambda frames: memory(attention=True, local=4),
+    "moneta": lambda frames: memory(),
+    "yaad": lambda frames: memory(),
+    "memora": lambda frames: memory(chunk=False),
+    "lact": lambda frames: dict(
+        expansion=field(2, "hidden width of the memory of a head, in widths of a head"),
+        local=field(4, "frames that attention sees, its own included"),
+    ),
 }
 
 

@@ -45,6 +45,7 @@ from jaxvid.mixers.attention import Attention
 from jaxvid.mixers.gated_delta import GatedDelta
 from jaxvid.mixers.lightnet import LightNet
 from jaxvid.mixers.linear_attention import GLA, Lightning, LinearAttention
+from jaxvid.mixers.miras import LaCT, Memora, Moneta, Yaad
 from jaxvid.mixers.routing import Routing
 from jaxvid.mixers.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer, NeuralMemory
 
@@ -62,6 +63,10 @@ MIXERS: dict[str, type[nn.Module]] = {
     "titans_mac": MemoryAsContext,
     "titans_mag": MemoryAsGate,
     "titans_mal": MemoryAsLayer,
+    "moneta": Moneta,
+    "yaad": Yaad,
+    "memora": Memora,
+    "lact": LaCT,
 }
 MAX_DEPTH = 256  # layers, each of which is traced where they are not scanned
 MAX_WIDTH = 2**20  # channels

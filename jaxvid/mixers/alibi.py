@@ -46,7 +46,7 @@ class Alibi(Cached):
 
     def prefill(self, context_BMD, tokens: int):
         """Read the context that precedes the first frame -> (y_BMD, state); it sees only itself."""
-        q, k, v = self._project(context_BMD)
+        q, k, v = self.project(context_BMD)
         y = self._softmax(q, k, v, None)
         return self.out(y.reshape(context_BMD.shape)), kv.start(k, v, tokens)
 

@@ -81,7 +81,7 @@ class Attention(Cached):
 
         tokens: N of the frames that follow.
         """
-        q, k, v = self._project(context_BMD)
+        q, k, v = self.project(context_BMD)
         position_M = np.full(context_BMD.shape[1], masks.CONTEXT, np.int32)
         y = attention(q, k, v, q_position_L=position_M, k_position_M=position_M, allow=masks.full)
         return self.out(y.reshape(context_BMD.shape)), kv.start(k, v, tokens)
@@ -105,7 +105,7 @@ class Attention(Cached):
 
         With anchored positions queries have two halves, see `_anchored_keys`.
         """
-        q, k, v = self._project(x_BTND)
+        q, k, v = self.project(x_BTND)
         angle_TNK = rotary_angles(frame_T, self.grid, self.width // self.heads, self.period)
         turned = [rotate(q, angle_TNK)]
         if self._anchored:

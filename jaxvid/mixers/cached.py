@@ -77,7 +77,7 @@ class Cached(nn.Module):
         """The state after these frames."""
         return kv.append(state, k_BTNAK, v_BTNAK, window=self.window, sinks=self.sinks)
 
-    def _project(self, x):
+    def project(self, x):
         """x [..., D] -> q, k, v [..., A, K], queries and keys normalised."""
         heads = (*x.shape[:-1], self.heads, self.width // self.heads)
         q, k, v = (project(x).reshape(heads) for project in (self.q, self.k, self.v))
@@ -86,7 +86,7 @@ class Cached(nn.Module):
     def _placed(self, x_BTND, frame_T):
         """q, k, v [B, T, N, A, K] of frames at their places in the stream."""
         del frame_T
-        return self._project(x_BTND)
+        return self.project(x_BTND)
 
     def _attend(self, q_BTNAK, k_BTNAK, v_BTNAK, position_T, state, allow):
         """y_BTND of frames at these positions, which see each other and the cache as allowed."""

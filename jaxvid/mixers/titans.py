@@ -108,11 +108,13 @@ class NeuralMemory(Recurrent):
         """The weights of the start, one [A, in, out] per layer."""
         K = self.width // self.heads
         widths = [K, *[self.expansion * K] * (self.depth - 1), K]
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=0)
         return [
-            self.param(f"memory_{i}", init, (self.heads, *pair))
+            self.param(f"memory_{i}", self._init_weights(), (self.heads, *pair))
             for i, pair in enumerate(itertools.pairwise(widths))
         ]
+
+    def _init_weights(self):
+        return nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=0)
 
     def _radius(self, x_BTND):
         """The radius of the objective, if it has one."""

@@ -156,11 +156,12 @@ def loop(memory, arrays, weights):
             anchor = [view(w) for w in start]
             q, k, v, step = (x[n][b, t, :, a] for n in ("q_BTNAK", "k_BTNAK", "v_BTNAV", "step"))
             step = np.broadcast_to(step.reshape(N, -1), (N, len(weights)))
-            step = step * memory.step_scale / (N if memory.writes == "mean" else 1)
-            k = k / np.sqrt(N) if memory.writes == "keys" else k
             mask = np.ones(N, bool)
             if "write_mask_BTN" in x:
                 mask = x["write_mask_BTN"][b, t]
+            writers = max(mask.sum(), 1)
+            step = step * memory.step_scale / (writers if memory.writes == "mean" else 1)
+            k = k / np.sqrt(writers) if memory.writes == "keys" else k
             radius = x["radius_BTNA"][b, t, :, a] if "radius_BTNA" in x else None
             norm = x["norm_AV"][a]
             decay = 1.0
@@ -202,7 +203,11 @@ ROWS = [
     ("deep", dict(chunk=3, reset_every=3), dict(N=2, masked=True)),
     ("mlp", dict(objective="lp", retention="lq", chunk=1, read="after"), dict(momentum=False)),
     ("mlp", dict(objective="lp", retention="lq", chunk=3), dict(momentum=False, N=2)),
-    ("mlp", dict(objective="huber", chunk=2, writes="mean"), dict(momentum=False, N=3)),
+    (
+        "mlp",
+        dict(objective="huber", chunk=2, writes="mean"),
+        dict(momentum=False, N=3, masked=True),
+    ),
     ("mlp", dict(retention="softmax", chunk=1, read="after"), dict(momentum=False, masked=True)),
     ("mlp", dict(retention="softmax", chunk=3, read="before", mass=2.0), dict(masked=True)),
     ("linear", dict(objective="shift", chunk=3, writes="keys", step_scale=0.5), dict(N=2)),

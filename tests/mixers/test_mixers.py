@@ -206,7 +206,7 @@ def test_anchored_sinks_stand_just_before_the_window():
     )[1]
     y = jax.jit(mixer.apply)(params, x, state)[0]
     bound = mixer.bind(params)
-    q, k, v = bound._project(x)
+    q, k, v = bound.project(x)
     context_k, context_v = state.context_k_BMAK, state.context_v_BMAK
 
     def turned(x_BNAK, frame):
@@ -411,6 +411,9 @@ REFUSED = [
     ("titans_mag", {"chunk": 0}, r"chunk=0: must be at least 1"),
     ("titans_mag", {"local": 0}, r"local=0: must be at least 1"),
     ("titans_mal", {"persistent": 0}, r"persistent=0: must be at least 1"),
+    ("memora", {"chunk": 2}, r"chunk=2: must be 1 for memora"),
+    ("lact", {"expansion": 0}, r"expansion=0: must be at least 1"),
+    ("lact", {"local": 0}, r"local=0: must be at least 1"),
     ("titans_mac", {"local": 2}, r"local=2: titans_mac has no such option"),
     ("routing", {"clusters": 0}, r"clusters=0: must be at least 1"),
     ("routing", {"members": 0}, r"members=0: must be at least 1"),

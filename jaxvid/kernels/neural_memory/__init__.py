@@ -80,14 +80,17 @@ def neural_memory(
     mask = jnp.ones((B, T, N), bool) if write_mask is None else write_mask
     writes_BTA = jnp.broadcast_to(mask.any(axis=2)[..., None], (B, T, A))
     step = jnp.broadcast_to(step[..., None] if step.ndim == 4 else step, (B, T, N, A, len(weights)))
-    scale = memory.step_scale / (N if memory.writes == "mean" else 1)
-    step = jnp.where(mask[..., None, None], scale * step.astype(dtype), 0)
+    step = jnp.where(mask[..., None, None], memory.step_scale * step.astype(dtype), 0)
+    writers_BT111 = jnp.maximum(mask.sum(axis=2), 1)[..., None, None, None].astype(dtype)
+    if memory.writes == "mean":
+        step = step / writers_BT111
+    elif memory.writes == "keys":
+        k = k * jax.lax.rsqrt(writers_BT111)
     g = jnp.zeros((B, T, A)) if g is None else g
     logarithms = [
         None if x is None else jnp.where(writes_BTA, jnp.maximum(x, dispatch.FORGET), 0)
         for x in (g, m)
     ]
-    k = k * N**-0.5 if memory.writes == "keys" else k
     tokens = (q, k, v, step, radius)
     frames = (*logarithms, writes_BTA)
     offset = 0 if memory.chunk == 1 else state.position % memory.chunk

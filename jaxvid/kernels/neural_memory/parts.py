@@ -49,10 +49,10 @@ class Memory:
     chunk=1, as a longer chunk holds later frames. "softmax" and "muon" know the weights at the ends
     of chunks only, so they have no causal read.
 
-    step_scale: factor of all step sizes. writes: what bounds the sum of the writes of a frame's N
-    tokens: "sum", nothing; "mean", step sizes / N; "keys", keys / sqrt(N) (SANA). reset_every:
-    frames after which the memory starts anew, a multiple of chunk (TNT). remat: chunks between the
-    states that the backward pass keeps; it recomputes the others.
+    step_scale: factor of all step sizes. writes: what bounds the sum of the writes of the n tokens
+    of a frame that write: "sum", nothing; "mean", step sizes / n; "keys", keys / sqrt(n) (SANA).
+    reset_every: frames after which the memory starts anew, a multiple of chunk (TNT). remat: chunks
+    between the states that the backward pass keeps; it recomputes the others.
     """
 
     network: str = "mlp"
