@@ -66,7 +66,7 @@ class Yaad(NeuralMemory):
         init = nn.initializers.constant(_SOFTPLUS_INVERSE_OF_ONE)
         bias_A = self.param("radius_bias", init, (self.heads,))
         radius_BTNA = nn.softplus(self._per_head("radius")(x_BTND).astype(jnp.float32) + bias_A)
-        return shard((self.width // self.heads) ** 0.5 * radius_BTNA, "B_NA")
+        return (self.width // self.heads) ** 0.5 * radius_BTNA
 
 
 class Memora(NeuralMemory):

@@ -12,7 +12,7 @@ from jaxvid.layers.linear import Linear
 
 LOG_ZERO = -1e30  # the logarithm of an empty sum; differences of -inf would be NaN
 _SILU_INVERSE_OF_ONE = 1.2784645427610738
-_FASTEST, _SLOWEST = 1.6, 1e-3  # -log of the decay per frame at initialisation, over all heads
+_SLOWEST = 1e-3  # -log of the decay per frame of the slowest head at initialisation
 
 
 class Recurrent(nn.Module):
@@ -115,17 +115,17 @@ class Recurrent(nn.Module):
         return self._dense(self.width, "out")(y_BTND * gate(logit_BTND))
 
 
-def decay_biases(rng, shape):
-    """Inverse softplus of log decays per frame that fall by equal factors from head to head.
+def decay_biases(rng, shape, fastest=1.6):
+    """Inverse softplus of -log decays per frame that fall by equal factors from head to head.
 
-    They end at _SLOWEST. The released layer of Gated DeltaNet draws a rate from (0, 16] and a step
-    from [0.001, 0.1] for every head. With few heads it is then luck whether any head remembers more
-    than a few frames. Here the last head always does, and the others divide the range evenly, as
-    the slopes of ALiBi do.
+    They lie below `fastest`, and that of the last head is _SLOWEST. The released layer of Gated
+    DeltaNet draws a rate from (0, 16] and a step from [0.001, 0.1] for every head. With few heads
+    it is then luck whether any head remembers more than a few frames. Here the last head always
+    does, and the others divide the range evenly, as the slopes of ALiBi do.
     """
     del rng
     (heads,) = shape
-    step_A = _FASTEST * (_SLOWEST / _FASTEST) ** (jnp.arange(1, heads + 1) / heads)
+    step_A = fastest * (_SLOWEST / fastest) ** (jnp.arange(1, heads + 1) / heads)
     return step_A + jnp.log(-jnp.expm1(-step_A))
 
 

@@ -11,16 +11,18 @@ tokens that precede every stream, the persistent memory: `MemoryAsContext`, `Mem
 `MemoryAsLayer` (sections 4.1 to 4.3).
 """
 
+import functools
 import itertools
 from typing import ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxvid.checks import at_least
 from jaxvid.kernels.neural_memory import Memory, neural_memory, recall
-from jaxvid.layers import masks
+from jaxvid.layers import masks, pairs
 from jaxvid.layers.conv import MAX_CONV
 from jaxvid.mixers.attention import Attention
 from jaxvid.mixers.recurrent import Recurrent, decay_biases, unit_length
@@ -28,6 +30,9 @@ from jaxvid.parallel.sharding import shard
 
 MAX_DEPTH, MAX_EXPANSION, MAX_CHUNK, MAX_PERSISTENT = 16, 64, 2**10, 2**10
 _STEP, _MOMENTUM = -2.2, 2.2  # logits: step sizes start near 0.1, momentum near 0.9
+# Fast forgetting makes weights small, and the norm after them divides by their size. So gradients
+# grow with every frame, the faster the more is forgotten.
+_decay_biases = functools.partial(decay_biases, fastest=0.1)
 
 
 class NeuralMemory(Recurrent):
@@ -75,24 +80,36 @@ class NeuralMemory(Recurrent):
     def __call__(self, x_BTND, state=None):
         return self._layer(x_BTND, state, self.chunk)
 
+    def teacher_forced(self, clean_BTND, noisy_BTND, state=None):
+        """Teacher forcing (see `jaxvid.mixers`); only the memory itself goes frame by frame."""
+        x_BTND = pairs.join(clean_BTND, noisy_BTND)
+        y_BTND, state = self._layer(x_BTND, state, self.chunk, paired=True)
+        return *pairs.split(y_BTND), state
+
     def recall(self, x_BTND, state):
-        """What the memory of a state answers to x, normalised, and nothing is written."""
+        """What the memory of a state answers to x, normalised; nothing is written."""
         return self._layer(x_BTND, state, self.chunk, writes=False)
 
     @nn.compact
-    def _layer(self, x_BTND, state, chunk, writes=True):
+    def _layer(self, x_BTND, state, chunk, paired=False, writes=True):
+        heads = (*x_BTND.shape[:3], self.heads, self.width // self.heads)
+        norm_AK = self.param("memory_norm", nn.initializers.ones, heads[3:])
+        shared = dict(memory=self._memory(chunk), norm_AV=norm_AK)
         if not writes:
-            heads = (*x_BTND.shape[:3], self.heads, self.width // self.heads)
             q_BTNAK = nn.silu(self._dense(self.width, "q")(x_BTND)).reshape(heads)
-            norm_AK = self.param("memory_norm", nn.initializers.ones, heads[3:])
-            memory = self._memory(chunk)
-            y_BTNAK = recall(unit_length(q_BTNAK), state[0], memory=memory, norm_AV=norm_AK)
+            y_BTNAK = recall(unit_length(q_BTNAK), state[0], **shared)
             return self._norm("recall_norm")(y_BTNAK).reshape(x_BTND.shape)
         state, pasts = (None, None) if state is None else state
-        (q, k, v), pasts = self._convolved_qkv(x_BTND, pasts)
-        y_BTNAK, state = self._write_and_read(
-            x_BTND, unit_length(q), unit_length(k), v, state, chunk
-        )
+        (q, k, v), pasts = self._convolved_qkv(x_BTND, pasts, paired)
+        weights = self._weights()
+        operands = (unit_length(q), unit_length(k), v, *self._gates(x_BTND), self._radius(x_BTND))
+
+        def run(operands, state):
+            *operands, radius = operands
+            own = dict(weights=weights, radius_BTNA=radius, state=state)
+            return neural_memory(*operands, **own, **shared)
+
+        y_BTNAK, state = (_in_pairs if paired else _at_once)(run, operands, state)
         return self._gated_out(y_BTNAK, x_BTND, nn.silu), (state, pasts)
 
     def _memory(self, chunk: int) -> Memory:
@@ -126,7 +143,7 @@ class NeuralMemory(Recurrent):
         def logit(name):
             return self._per_head(name)(x_BTND).astype(jnp.float32)
 
-        bias_A = self.param("decay_bias", decay_biases, (self.heads,))
+        bias_A = self.param("decay_bias", _decay_biases, (self.heads,))
         log_decay_BTA = -nn.softplus(logit("decay") + bias_A).mean(axis=2)
         bias_A = self.param("step_size_bias", nn.initializers.constant(_STEP), (self.heads,))
         step_BTNA = nn.sigmoid(logit("step_size") + bias_A)
@@ -136,23 +153,39 @@ class NeuralMemory(Recurrent):
         log_momentum_BTA = nn.log_sigmoid(logit("momentum") + bias_A).mean(axis=2)
         return step_BTNA, log_decay_BTA, log_momentum_BTA
 
-    def _write_and_read(self, x_BTND, q, k, v, state, chunk):
-        """y_BTNAK in the dtype of v, and the state of the memory."""
-        norm_AK = self.param("memory_norm", nn.initializers.ones, (self.heads, v.shape[-1]))
-        step, *gates = self._gates(x_BTND)
-        q, k, v, step = (shard(part, "B_NAK"[: part.ndim]) for part in (q, k, v, step))
-        return neural_memory(
-            q,
-            k,
-            v,
-            step,
-            *gates,
-            memory=self._memory(chunk),
-            weights=self._weights(),
-            norm_AV=norm_AK,
-            radius_BTNA=self._radius(x_BTND),
-            state=state,
-        )
+
+def _whole(part):
+    """Every device needs all frames, [B, T, N, A, ..] or [B, T, A]."""
+    return shard(part, "B_A" if part.ndim == 3 else "B_NAK"[: part.ndim])
+
+
+def _at_once(run, operands, state):
+    """(y_BTNAK, state) of a stream."""
+    return run(jax.tree.map(_whole, operands), state)
+
+
+def _in_pairs(run, operands, state):
+    """(y [B, 2 T, N, A, K], state) of `layers.pairs`, by a scan over frames.
+
+    A copy writes to the memory before its frame as if it came next, and reads; then the clean frame
+    does, and its state remains.
+    """
+    both = jax.tree.map(lambda part: [_whole(x) for x in pairs.split(part)], operands)
+    treedef = jax.tree.structure(operands)
+    clean, copy = (
+        treedef.unflatten([jnp.moveaxis(x, 1, 0) for x in parts])
+        for parts in zip(*treedef.flatten_up_to(both))
+    )
+    _, state = run(jax.tree.map(lambda part: part[:, :0], operands), state)
+
+    def frame(state, operands):
+        clean, copy = jax.tree.map(lambda x: x[:, None], operands)
+        y_copy, _ = run(copy, state)
+        y_clean, state = run(clean, state)
+        return state, (y_clean[:, 0], y_copy[:, 0])
+
+    state, ys = jax.lax.scan(frame, jax.tree.map(jnp.asarray, state), (clean, copy))
+    return pairs.join(*(jnp.moveaxis(y, 0, 1) for y in ys)), state
 
 
 class _WithAttention(Recurrent):

@@ -105,8 +105,9 @@ class State(NamedTuple):
     weights: what the writes have accumulated so far, one [B, A, in, out] per layer; the weights
     themselves, unless retention is "lq" or "softmax". momentum: the same shapes, None without
     momentum. start: `weights` at the start of the chunk, None if chunk=1. position: int32, frames
-    read so far, None if nothing depends on it (chunk=1 and no reset_every). It is a numpy integer
-    at the start of a stream, so the chunks of a whole clip are known while tracing.
+    read so far, None if nothing depends on it (chunk=1 and no reset_every). It only says where
+    chunks begin, so frames that a stream skips do not count. It is a numpy integer at the start of
+    a stream, so the chunks of a whole clip are known while tracing.
     """
 
     weights: tuple[Any, ...]
