@@ -90,7 +90,7 @@ class Memora(NeuralMemory):
         return dataclasses.replace(super()._memory(chunk), retention="softmax", mass=mass)
 
     def _init_weights(self):
-        return nn.initializers.normal(1.0)
+        return nn.initializers.normal(2.0)
 
 
 class LaCT(Recurrent):

@@ -119,7 +119,7 @@ def signal(memory, r, v, radius):
         "l2": lambda: 2 * r,
         "dot": lambda: -v,
         "lp": lambda: memory.p * r / absolute * absolute ** (memory.p - 1),
-        "huber": lambda: np.where(size <= radius, 2 * r, radius * r / absolute),
+        "huber": lambda: np.where(size <= radius, 2 * r, radius * r / np.sqrt(r**2 + 0.01)),
         "shift": lambda: r * (1 + radius / size),
     }[memory.objective]()
 

@@ -19,6 +19,7 @@ READS = ("causal", "before", "after")
 WRITES = ("sum", "mean", "keys")
 MAX_CHUNK = 2**16
 SMOOTH = 1e-6  # of roots and norms, whose gradients at zero are infinite
+ROUND = 1e-2  # of the corner of sum |r_i|, whose sign is a gate of every write of an outlier
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024, Muon
 
 
@@ -33,7 +34,8 @@ class Memory:
     objective, of the prediction M(k) with residual r = M(k) - v: "l2", |r|^2. "dot", -<M(k), v>.
     "lp", sum |r|^p. "huber" (Yaad): the gradient is that of |r|^2 where |r| is at most the radius,
     else the radius times that of sum |r_i|. "shift", robust to a value that is off by the radius:
-    |r|^2 / 2 + radius |r|. Sizes are smooth at zero, |x| = sqrt(x^2 + 1e-6).
+    |r|^2 / 2 + radius |r|. Sizes are smooth at zero, |x| = sqrt(x^2 + 1e-6); for the sum of |r_i|
+    it is sqrt(x^2 + 0.01), because a sharp sign would multiply rounding errors by 1000.
 
     retention, of what the writes have accumulated, at the end of a chunk. "none". "lq" (Moneta):
     the weights are the accumulated A / |A|_q^(q - 2). "softmax" (Memora): A is a logarithm, and the
@@ -149,7 +151,7 @@ def objective(memory: Memory, prediction_GV, v_GV, radius_G):
     size_G = jnp.sqrt(square_G + SMOOTH)
     if memory.objective == "shift":
         return square_G / 2 + radius_G * size_G
-    l1_G = jnp.sqrt(jnp.square(r_GV) + SMOOTH).sum(-1)
+    l1_G = jnp.sqrt(jnp.square(r_GV) + ROUND).sum(-1)
     return jnp.where(size_G <= radius_G, square_G, radius_G * l1_G)
 
 
