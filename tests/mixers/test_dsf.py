@@ -5,7 +5,8 @@ row of ROWS gives A, B, C, u and the layer around them, from the weights and by 
 the papers, without logarithms, chunks or kernels. The rows of u_t are the values of the N tokens of
 a frame; h is the matrix [K, V] of a head. D is zero in all of them: a frame reads itself through h.
 
-softmax, alibi and routing keep tokens and have no such form of finite size.
+softmax, alibi and routing keep tokens and have no such form of finite size. Neural memories are not
+linear; `tests/kernels/test_neural_memory.py` has their loop in numpy.
 """
 
 import functools
