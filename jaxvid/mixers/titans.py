@@ -45,8 +45,8 @@ class NeuralMemory(Recurrent):
     gates are averaged over a frame. The output of a head is normalised and gated by silu.
 
     Step sizes are divided by the tokens of a frame and by the width of a head, so neither of them
-    makes the descent unstable. The gates are sigmoids of the input; the paper leaves their form
-    open. The learned weights of the start take the place of persistent tokens.
+    changes how far a frame moves the weights. The gates are sigmoids of the input; the paper leaves
+    their form open. The learned weights of the start take the place of persistent tokens.
 
     chunk: frames whose gradients are taken at the same weights. Longer chunks make larger matrix
     products and another model, coarser within the chunk. How a stream is cut does not matter.
@@ -170,13 +170,11 @@ def _in_pairs(run, operands, state):
     A copy writes to the memory before its frame as if it came next, and reads; then the clean frame
     does, and its state remains.
     """
-    both = jax.tree.map(lambda part: [_whole(x) for x in pairs.split(part)], operands)
-    treedef = jax.tree.structure(operands)
     clean, copy = (
-        treedef.unflatten([jnp.moveaxis(x, 1, 0) for x in parts])
-        for parts in zip(*treedef.flatten_up_to(both))
+        [part if part is None else _whole(pairs.split(part)[i]).swapaxes(0, 1) for part in operands]
+        for i in (0, 1)
     )
-    _, state = run(jax.tree.map(lambda part: part[:, :0], operands), state)
+    _, state = run(jax.tree.map(lambda part: part[:, :0], operands), state)  # that of the start
 
     def frame(state, operands):
         clean, copy = jax.tree.map(lambda x: x[:, None], operands)
@@ -185,7 +183,7 @@ def _in_pairs(run, operands, state):
         return state, (y_clean[:, 0], y_copy[:, 0])
 
     state, ys = jax.lax.scan(frame, jax.tree.map(jnp.asarray, state), (clean, copy))
-    return pairs.join(*(jnp.moveaxis(y, 0, 1) for y in ys)), state
+    return pairs.join(*(y_TBNAK.swapaxes(0, 1) for y_TBNAK in ys)), state
 
 
 class _WithAttention(Recurrent):
