@@ -414,9 +414,9 @@ def _set(fields, name, value):
     section[field] = type(section[field])(value)
 
 
-def test_scores_of_forcing_are_means_over_seeds_and_nothing_is_trained_twice(monkeypatch, tmp_path):
+def test_scores_of_forcing_are_means_over_seeds_of_runs_of_their_own(monkeypatch, tmp_path):
     trained = []
-    monkeypatch.setattr(forcing, "_train", trained.append)
+    monkeypatch.setattr(forcing, "_train", lambda command, *_: trained.append(command))
 
     def scores(workdir, steps):
         seed = int(workdir.name.rpartition("_")[2])
