@@ -6,7 +6,8 @@
 
 Options: size=tiny|s|b|l|xl (tiny is for two CPU cores, xl has the 672 M parameters of the paper),
 data=sprites|folder|array_record|tfds|latents, cond=none|class|text, noise=diffusion|flow,
-layout=mixed|diffusion_forcing|clean_prefix|teacher_forced (what noisy frames read in training),
+layout=mixed|diffusion_forcing|clean_prefix|teacher_forced|images (what noisy frames read in
+training),
 steps=many|few (few: shortcut forcing, which samples with 1, 2, 4 .. steps per frame),
 mixer=softmax|linear|lightning|gla|gated_delta|lightnet|aaren|routing (softmax sees a window of the
 past, all others keep a state of constant size).
@@ -39,7 +40,7 @@ def get_config(options=""):
         cond=("none", "class", "text"),
         noise=("diffusion", "flow"),
         steps=("many", "few"),
-        layout=("mixed", "diffusion_forcing", "clean_prefix", "teacher_forced"),
+        layout=("mixed", "diffusion_forcing", "clean_prefix", "teacher_forced", "images"),
         mixer=tuple(common.MIXERS),
     )
     config = common.get_config()
@@ -74,7 +75,7 @@ def get_config(options=""):
         ),
         layout=field(
             chosen.layout if chosen.layout != "mixed" else _mixed(0.3 if tiny else 0.5),
-            "what noisy frames read: diffusion_forcing, clean_prefix or teacher_forced, or shares",
+            "what noisy frames read: one of the layouts behind the colon, or shares of several",
         ),
         train_frames=train_frames,
         history_dropout=field(

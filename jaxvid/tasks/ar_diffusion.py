@@ -139,9 +139,12 @@ class Task(Generator):
         self.grid = self._in_latents("size", self.tokenizer.grid, size)
         for name, value in (("frames", frames), ("given", given)):
             self._in_latents(name, self._latents, value)
-        is_possible = self.train_frames == frames or isinstance(tokenizer, PixelTokenizer)
+        of_pixels = isinstance(tokenizer, PixelTokenizer)
         remedy = f"a tokenizer encodes whole clips; use {frames}"
+        is_possible = self.train_frames == frames or of_pixels
         require(is_possible, "train_frames", self.train_frames, remedy)
+        remedy = "a tokenizer encodes later frames by earlier ones, so they are no images; use 0"
+        require(of_pixels or not self.layout.images, "layout", layout, remedy)
         self.model = self._make_model(model)
         remedy = "this mixer sees later frames, so no frame has a past of its own; use clean_prefix"
         streams = self.temporal_mixer.streams

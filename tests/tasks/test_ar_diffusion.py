@@ -416,6 +416,9 @@ def test_trains_and_samples_on_the_latents_of_a_frozen_tokenizer():
     assert params["model"]["head"]["kernel"].shape[-1] == 5
     frozen = task.frozen()
     assert frozen is tokenizer.params
+    for changes in ({"train_frames": 3}, {"layout": "teacher_forced=0.5,images=0.5"}):
+        with pytest.raises(UserError, match=f"^{next(iter(changes))}=.*: a tokenizer encodes"):
+            Task(**{**fields(frames=5, **changes), "tokenizer": tokenizer})
 
     def value(params, frozen):
         rng = jax.random.key(0)
