@@ -61,6 +61,8 @@ def draw(
     if history_dropout:
         rng_drop = jax.random.fold_in(rng, 2)
         begin, z_BTNC, t_BT = drop_history(rng_drop, z_BTNC, t_BT, history_dropout, num_steps)
+        # A first frame has no past to lose.
+        is_cut_BT = jnp.roll(is_cut_BT, -begin, axis=1).at[:, 0].set(False)
         frames = T - begin
     t_BT, prefix_B = timesteps.clean_prefix(rng_prefix, t_BT, layout.prefix, frames)
     is_target_BT = jnp.arange(T) >= prefix_B[:, None]
@@ -91,13 +93,14 @@ def part(rng: jax.Array, z_BFNC: jax.Array, frames: int, sinks: int) -> tuple[ja
 
     With `sinks` the frames after so many come from a random later place of the clip, as if those
     between had left the window. Anchored sinks have the same positions either way. is_cut_BT: the
-    frame that has lost those just before it, which no frame has in sampling.
+    frame that has lost those just before it, which no frame has in sampling. One frame alone after
+    the sinks stays where it is, for nothing would be learned from it.
     """
     B, F = z_BFNC.shape[:2]
     rng_first, rng_gap = jax.random.split(rng)
     first_B = jax.random.randint(rng_first, (B,), 0, F - frames + 1)
     gap_B = jnp.zeros(B, jnp.int32)
-    if sinks:
+    if 0 < sinks < frames - 1:
         gap_B = jax.random.randint(rng_gap, (B,), 0, F - frames + 1 - first_B)
     frame_T = jnp.arange(frames)
     frame_BT = first_B[:, None] + frame_T + gap_B[:, None] * (frame_T >= sinks)

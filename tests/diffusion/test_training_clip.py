@@ -11,7 +11,7 @@ from jaxvid.diffusion.shortcut import Shortcut
 FRAMES = jnp.arange(10.0)[None, :, None, None].repeat(512, 0)  # frame f holds the number f
 
 
-def drawn(layout, sinks, frames=5, rng=None):
+def drawn(layout, sinks, frames=5, rng=None, history_dropout=0.0):
     return training_clip.draw(
         jax.random.key(0) if rng is None else rng,
         FRAMES,
@@ -21,7 +21,7 @@ def drawn(layout, sinks, frames=5, rng=None):
         draw_timesteps=timesteps.iid,
         num_steps=100,
         layout=parse_layout(layout),
-        history_dropout=0.0,
+        history_dropout=history_dropout,
         shortcut_forcing=Shortcut(),
     )
 
@@ -54,6 +54,20 @@ def test_a_frame_that_has_lost_its_past_is_no_target_but_as_an_image():
     np.testing.assert_array_equal(forced.is_target_BT, ~lost_BT)
     assert image.is_target_BT.all() and image.kind == ALONE
     assert drawn("teacher_forced", sinks=1, frames=10).is_target_BT.all()
+
+
+def test_a_clip_that_also_drops_its_past_marks_the_frame_that_lost_it():
+    for seed in range(8):
+        clip = drawn("teacher_forced", sinks=3, rng=jax.random.key(seed), history_dropout=1.0)
+        lost_BT = np.diff(clip.z_BTNC[:, :, 0, 0], prepend=-1) > 1
+        lost_BT[:, 0] = False
+        kept_T = np.arange(5) < 5 - int(clip.begin)
+        np.testing.assert_array_equal(clip.is_target_BT, ~lost_BT & kept_T)
+
+
+def test_every_clip_with_a_clean_prefix_has_a_target():
+    for frames, sinks in ((2, 1), (4, 3), (4, 2), (3, 5)):
+        assert drawn("clean_prefix", sinks, frames).is_target_BT.any(1).all()
 
 
 def test_layouts_are_drawn_at_their_shares():
