@@ -120,18 +120,20 @@ def get_config(options=""):
     )
     config.task.condition = _condition(config, chosen.cond)
     config.task.sampler = dict(
-        steps=field(4 if few else 20 if tiny else 50, "denoising steps per frame"),
+        steps=field(4 if few else 50, "denoising steps per frame"),
         schedule=field(
             "autoregressive" if few or chosen.layout == "teacher_forced" else "ad",
             "ad, synchronous, autoregressive, pyramid or block_causal",
         ),
         s=field(
-            20.0 if tiny else 5.0,
+            50.0 if tiny else 5.0,
             "iterations between the starts of frames (block_causal: of blocks; pyramid: or parts)",
         ),
         block=field(1, "block_causal: frames per block"),
         guidance=field(1.0, "scale of classifier-free guidance; 1 = none"),
-        eta=field(0.0, "0 = deterministic DDIM, 1 = ancestral sampling"),
+        eta=field(
+            1.0 if tiny and not few else 0.0, "0 = deterministic DDIM, 1 = ancestral sampling"
+        ),
         end=field("clean", "last step: clean (predicted x0) or noisy (as released, at timestep 0)"),
         memory=field("cache", "cache (exact), none, or window (recompute within a moving window)"),
     )

@@ -60,7 +60,6 @@ def measure(out: Path, seeds: int, steps: int) -> dict:
     A score is the mean over seeds; "<score>_std" its standard deviation, if there are several.
     Raises UserError if a training fails.
     """
-    jax.config.update("jax_compilation_cache_dir", str(Path(out, "jax_cache").resolve()))
     rows = {frames: {} for frames in LENGTHS}
     for layout in LAYOUTS:
         for kind in FINEST:

@@ -189,7 +189,8 @@ class Task(Generator):
                 options["guidance"],
                 "condition.kind='none' leaves nothing to guide by; use 1",
             )
-            if not self.layout.together and options["schedule"] != "autoregressive":
+            is_forced = self.layout.teacher_forced and not self.layout.together
+            if is_forced and options["schedule"] != "autoregressive":
                 logging.warning(
                     "task.sampler.schedule=%s: frames that are teacher-forced never read noisy "
                     "ones in training; use autoregressive",
