@@ -310,8 +310,8 @@ def test_the_dual_form_equals_the_loop_for_every_combination(network, retention)
         arrays, weights = make(network, **made)
         run = jax.jit(outputs, static_argnums=(0, 1))
         wanted, got = (run(memory, name, arrays, weights) for name in ("reference", "chunked"))
-        # Newton-Schulz enlarges rounding where the update is nearly singular.
-        assert_equal(got, wanted, 1e-9 if retention == "muon" else 1e-10)
+        # Newton-Schulz enlarges small singular values, and their rounding, by up to 3.4445^5 = 485.
+        assert_equal(got, wanted, 1e-8 if retention == "muon" else 1e-10)
 
 
 def in_pieces(memory, arrays, weights, cuts):

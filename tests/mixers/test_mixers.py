@@ -237,7 +237,7 @@ def test_cyclic_scores_depend_on_the_distance_modulo_the_cycle(cycle):
     mixer, params, x = build("softmax", grid=(1, 1), **options)
     state = started(mixer, params, x)
     y, bound = jax.jit(mixer.apply)(params, x, state)[0], mixer.bind(params)
-    q, k, v = (np.float64(part)[:, :, 0] for part in bound._project(x))
+    q, k, v = (np.float64(part)[:, :, 0] for part in bound.project(x))
     context_k, context_v = np.float64(state.context_k_BMAK), np.float64(state.context_v_BMAK)
     repeats, turns_K = (5, [1, 2, 0, 0]) if cycle is None else (4, [1, 2, 0, 0])
 
