@@ -12,10 +12,9 @@ steps=many|few (few: shortcut forcing, which samples with 1, 2, 4 .. steps per f
 mixer=softmax|linear|lightning|gla|gated_delta|lightnet|aaren|routing (softmax sees a window of the
 past, all others keep a state of constant size).
 
-Score of the first command, after 7 minutes on two idle CPU cores: by `python -m jaxvid.evaluate`,
-continuations of 4 held-out frames have a mean PSNR of 19.9 dB and lead the best guess without a
-network (20.5 dB) for five frames. Of the frames sampled without given ones, 66 % show one sprite
-(BENCHMARKS.md).
+Score of the first command: by `python -m jaxvid.evaluate`, continuations of 4 held-out frames have
+a mean PSNR of 20.1 dB and lead the best guess without a network (20.5 dB) for five frames. Of the
+frames sampled without given ones, 73 % show one sprite (BENCHMARKS.md).
 """
 
 from configs import common
