@@ -1,7 +1,13 @@
 """Eight CPU devices for every test, set before jax starts its backend."""
 
+import gc
 import os
 from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+MAX_MAPPINGS = 30_000  # of a process; the limit of Linux is 65,530
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = os.environ.get("XLA_FLAGS", "")
@@ -11,3 +17,18 @@ if "xla_force_host_platform_device_count" not in flags:
     if metadata.version("jax").startswith("0.10."):  # later ones have the slower emitters alone
         flags += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = flags.strip()
+
+
+@pytest.fixture(autouse=True)
+def few_mappings():
+    """Forget compiled programs when a worker holds many.
+
+    Each has memory mappings of its own, and the compiler crashes where there can be no more.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAX_MAPPINGS:
+        import jax  # after the flags are set
+
+        jax.clear_caches()
+        gc.collect()
