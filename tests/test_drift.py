@@ -27,13 +27,8 @@ CLIPS, GIVEN, BREAK = 4, 4, 40
 NAMES = ("frozen", "faded", "replaced")
 
 
-class Task(base.Generator):
-    """Continues held-out clips as they are up to frame BREAK, and by `later` from there on."""
-
-    given = GIVEN
-
-    def __init__(self, later=None, source=None):
-        self.later, self.source = later, source
+class Streams(base.Generator):
+    """A task that is not trained and only streams."""
 
     def init(self, rng, batch):
         return {}, {}
@@ -46,6 +41,15 @@ class Task(base.Generator):
 
     def sample(self, params, rng, cond, *, frozen, frames=None):
         raise NotImplementedError
+
+
+class Task(Streams):
+    """Continues held-out clips as they are up to frame BREAK, and by `later` from there on."""
+
+    given = GIVEN
+
+    def __init__(self, later=None, source=None):
+        self.later, self.source = later, source
 
     def stream(self, params, rng, cond, *, frozen, frames=None, carry=None):
         clips = np.stack([self.source.read(index)["video"] for index in range(cond["num"])])

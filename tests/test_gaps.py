@@ -17,31 +17,19 @@ from jaxvid.evaluators import recall
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.runs import make_task
 from jaxvid.tasks import base
-from tests.test_drift import Pieces
+from tests.test_drift import Pieces, Streams
 
 FILE = str(Path(__file__).parents[1] / "configs" / "recall.py")
 CLIPS = 21  # two batches of 8 and a part of one
 
 
-class Task(base.Generator):
+class Task(Streams):
     """Answers with the frame it was given `reach` frames before the answer, or with the first."""
 
     given = 2
 
     def __init__(self, reach=10**6):
         self.reach, self.seen = reach, []
-
-    def init(self, rng, batch):
-        return {}, {}
-
-    def loss(self, params, batch, rng, *, step, frozen, extra):
-        return 0.0, ({}, extra, 1)
-
-    def evaluate(self, params, batch, rng, *, frozen):
-        return {}
-
-    def sample(self, params, rng, cond, *, frozen, frames=None):
-        raise NotImplementedError
 
     def stream(self, params, rng, cond, *, frozen, frames=None, carry=None):
         first = np.asarray(cond["first_frames"])

@@ -85,6 +85,7 @@ class Source(recall.Recall):
         return {"cells": float(is_right.mean()), "card": float(is_right.all())}
 
     def render(self, index):
+        """The frames of clip `index`, uint8 [T, H, W, 3]."""
         cards, back, size = self.cards(index), self.back(index), self._window.size
         rng = np.random.default_rng((source.SPLITS.index(self._split), index, 1))
         marked = draw_frame(cards.marked, WHITE, size)

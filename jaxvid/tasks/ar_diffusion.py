@@ -377,14 +377,13 @@ class Task(Generator):
         prediction_BTNC = self._predict_clip(params, clip, past_BTNC, context_BME, *inputs)
         target_BTNC = self.noise.target(z_BTNC, eps_BTNC, t_BT, self.prediction)
         if self.shortcut.finest:
-            weights = params if average is None else average
+            weights, rows = params if average is None else average, self.shortcut.rows(len(z_BTNC))
             reached = jax.lax.cond(
                 step >= self.shortcut.after,
                 lambda: self._two_half_steps(weights, clip, past_BTNC, context_BME, x_BTNC),
-                lambda: z_BTNC[self.shortcut.rows(len(z_BTNC))],
+                lambda: z_BTNC[rows],
             )
-            rows, is_larger = self.shortcut.rows(len(z_BTNC)), clip.is_larger[:, :, None, None]
-            reached = jnp.where(is_larger, reached, z_BTNC[rows])
+            reached = jnp.where(clip.is_larger[:, :, None, None], reached, z_BTNC[rows])
             target_BTNC = target_BTNC.at[rows].set(reached)
         error_BT = jnp.square(prediction_BTNC - target_BTNC).mean((-2, -1))
         weight_BT = self.noise.weight(t_BT, self.weight, self.prediction, self.snr_clip)
