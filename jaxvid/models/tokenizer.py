@@ -135,12 +135,16 @@ class FrozenTokenizer(VideoTokenizer):
     encode gives (z - mean_Z) / std, and decode undoes it first. All channels share one std, so that
     channels of small variance, which say little, stay small. params: the weights of a tokenizer
     run, {"network", "codebook", "latents"}; "latents" holds the `moments` measured during training.
-    digest: see `runs.open_tokenizer`.
+    digest: see `runs.open_tokenizer`. codes: size of the vocabulary, 0 if latents are Gaussian.
     """
 
     def __init__(self, tokenizer: Tokenizer, params: Any, digest: str):
         self.tokenizer, self.params, self.digest = tokenizer, params, digest
-        self.channels = tokenizer.channels
+        self.channels, self.codes = tokenizer.channels, tokenizer.quantizer.size
+
+    def tokens(self, params, video_BTHWC, state=None):
+        """See `Tokenizer`."""
+        return self.tokenizer.tokens(params, video_BTHWC, state)
 
     def grid(self, size):
         """See `VideoTokenizer`."""

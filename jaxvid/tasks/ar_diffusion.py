@@ -20,14 +20,13 @@ from jaxvid.diffusion.resampling import Resampling
 from jaxvid.diffusion.shortcut import Shortcut
 from jaxvid.errors import UserError, within
 from jaxvid.layers import masks
-from jaxvid.metrics import baselines, quality
 from jaxvid.mixers import make_mixer, skip
 from jaxvid.mixers.recurrent import Recurrent
 from jaxvid.models.conditioning import Conditioner
 from jaxvid.models.dit import DiT
 from jaxvid.models.pixels import PixelTokenizer
 from jaxvid.models.tokenizer import VideoTokenizer
-from jaxvid.tasks import streaming
+from jaxvid.tasks import generating, streaming
 from jaxvid.tasks.base import Generator
 
 TIMESTEPS = {
@@ -77,7 +76,7 @@ class Task(Generator):
     `sampler` count latent frames.
     """
 
-    baselines = (*baselines.NAMES, baselines.BLEND)
+    baselines = generating.BASELINES
 
     def __init__(
         self,
@@ -273,20 +272,7 @@ class Task(Generator):
 
     def check(self, source):
         """Raise UserError for data without the condition, or with another tokenizer's latents."""
-        own = self.tokenizer.digest
-        if source.tokenizer not in ("", own):
-            raise UserError(
-                f"tokenizer: is {own or 'none'}, but data.path holds latents of the tokenizer "
-                f"{source.tokenizer}; name the folder they were encoded with, or encode again with "
-                "python -m jaxvid.tokenize"
-            )
-        kind, rows = self.condition["kind"], self.condition["num_classes"]
-        with within("condition"):
-            classes = source.num_classes
-            remedy = f"the data has {classes} classes; use {classes} or more"
-            require(kind != "class" or classes <= rows, "num_classes", rows, remedy)
-            remedy = "the data has no captions; use class or none"
-            require(kind != "text" or source.captions, "kind", kind, remedy)
+        generating.check_source(source, self.conditioner, self.tokenizer.digest)
 
     def split_frames(self, frames):
         """Latent frames of a clip in training; see `tasks.base.Task`."""
@@ -297,7 +283,7 @@ class Task(Generator):
         B, T = batch["id"].shape[0], self._latents(self.frames)
         H, W = self.grid
         rng_model, rng_context = jax.random.split(rng)
-        cond = _conditions(self.conditioner, batch, B)
+        cond = generating.conditions(self.conditioner, batch, B)
         context = self.conditioner.init(rng_context, jnp.zeros(B, bool), **cond)
         context_BME = self.conditioner.apply(context, jnp.zeros(B, bool), **cond)
         x_BTNC = jnp.zeros((B, T, H * W, self.tokenizer.channels))
@@ -321,7 +307,7 @@ class Task(Generator):
         return self._encode(frozen, batch["video"])
 
     def _context(self, params, drop_B, batch):
-        cond = _conditions(self.conditioner, batch, drop_B.shape[0])
+        cond = generating.conditions(self.conditioner, batch, drop_B.shape[0])
         return self.conditioner.apply({"params": params["conditioner"]}, drop_B, **cond)
 
     def _apply(self, params, x_BTNC, t_BT, context_BME=None, state=None, model=None, **options):
@@ -484,36 +470,11 @@ class Task(Generator):
         cond = {**batch, "num": B, "first_frames": first_frames}
         F = batch["video"].shape[1]
         video = self.sample(params, rng_sample, cond, frozen=frozen, frames=F)
-        truth = normalize(batch["video"])
-        is_scored_F = jnp.arange(F) >= self.given
-        found = baselines.guesses(truth[:, : self.given])
-
-        def scores(guess):
-            guess = jnp.broadcast_to(guess, truth.shape)
-            pair = quality.psnr(guess, truth), quality.ssim(guess, truth)
-            return {n: jnp.where(is_scored_F, x, jnp.nan) for n, x in zip(("psnr", "ssim"), pair)}
-
-        metrics |= scores(video)
-        for baseline, guess in found.items():
-            metrics |= {f"{name}_{baseline}": x for name, x in scores(guess).items()}
-        of_blends = jax.lax.map(scores, baselines.blends(found))
-        metrics |= {f"{n}_{baselines.BLEND}": x.swapaxes(0, 1) for n, x in of_blends.items()}
-        return metrics
+        return metrics | generating.continuation_scores(video, batch["video"], self.given)
 
     def pool(self, scores):
-        """The scores with one blend for all clips, that with the best mean PSNR on them.
-
-        share_of_last_blend, share_of_mean_blend [B] are its shares of the last given frame and of
-        their mean; the rest is ground.
-        """
-        best = baselines.best_blend(scores["psnr_blend"])
-        shares_3 = jnp.asarray(baselines.BLENDS_K3)[best]
-        B = len(scores["psnr_blend"])
-        return scores | {
-            **{name: scores[name][:, best] for name in ("psnr_blend", "ssim_blend")},
-            "share_of_last_blend": jnp.full(B, shares_3[0]),
-            "share_of_mean_blend": jnp.full(B, shares_3[1]),
-        }
+        """The scores with one blend for all clips; see `generating.pool`."""
+        return generating.pool(scores)
 
     def sample(self, params, rng, cond, *, frozen, frames=None):
         """Video float32 [B, frames, H, W, 3] in [-1, 1]; see `tasks.base.Task`.
@@ -671,17 +632,3 @@ class Task(Generator):
                 context_BME = jnp.concatenate([context_BME, null_BME])
             state = start(context_BME, self.model)
         return self._predict(params, rng, window, context_BME), state, given_BPNC
-
-
-def _conditions(conditioner, batch, size):
-    """The arguments of the conditioner that a batch or a sampling condition holds."""
-    if conditioner.kind == "class":
-        return {"label_B": batch["label"] if "label" in batch else jnp.zeros(size, jnp.int32)}
-    if conditioner.kind == "text":
-        if "text" not in batch:
-            raise UserError(
-                "condition.kind='text': the data has no captions; set data.text_tokens and "
-                "data.text_width, or task.condition.kind=none"
-            )
-        return {"text_BME": batch["text"]}
-    return {}

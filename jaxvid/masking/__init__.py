@@ -1,0 +1,1 @@
+"""Masked token modelling without networks: schedules, parallel decoding, conditions of pixels."""
