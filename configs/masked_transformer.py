@@ -46,6 +46,8 @@ def get_config(options=""):
         return _tokenizer(chosen, tiny)
     config = common.get_config()
     config.data.name = chosen.data
+    if chosen.data == "latents":
+        config.data.crop = "center"  # the crop of cached clips
     _data(config, tiny)
     config.data.frames = FRAMES
     width, depth, heads = SIZES[chosen.size]
@@ -56,6 +58,7 @@ def get_config(options=""):
         window=field(WINDOW, "frames that the network sees at once, at most data.frames"),
         given=field(5, "clean frames before the continuation that evaluate scores"),
         tokenizer=field("", "work folder of a trained tokenizer with codes"),
+        tokenizer_digest=field("", "digest that the tokenizer must have; '' = any"),
         critic=field(chosen.critic, "ranks tokens in sampling: none, self or network"),
     )
     config.task.model = dict(

@@ -23,7 +23,7 @@ from jaxvid.tasks.base import Generator
 DTYPES = ("float32", "bfloat16", "float16")
 LOSSES = ("masked", "all")
 CRITICS = ("none", "self", "network")
-CONDITIONS = ("label", "text", "first_frames")
+CONDITIONS = ("label", "text", "negative_text")
 LEVELS = 1024  # progresses of the mask schedule that training draws from
 BINS = 10
 MASK = {"schedule": str, "loss": str, "smoothing": float, "prefix": float, "images": float}
@@ -31,12 +31,14 @@ MASK |= {"commit": float}
 
 
 class Carry(NamedTuple):
-    """What a stream goes on from: the last latents, and where they stand.
+    """What a stream goes on from: its conditions, the last latents, and where they stand.
 
-    ids_BWN: the latents from `first` on, `count` of them; the rest is unused. done: latents of the
-    stream that were yielded; those after are finished and wait.
+    contexts: those of the condition, and of none or of a negative text. ids_BWN: the latents from
+    `first` on, `count` of them; the rest is unused. done: latents of the stream that were yielded;
+    those after are finished and wait.
     """
 
+    contexts: tuple
     ids_BWN: Any
     first: Any
     count: Any
@@ -360,43 +362,61 @@ class Task(Generator):
         B = len(video_BTHWC)
         kind_B = jnp.full(B, commit.KINDS.index(kind))
         known = self._conditioned(frozen, video_BTHWC, kind_B)
-        is_free_BTN, contexts = jnp.ones(known[0].shape, bool), self._contexts(params, cond, B)
+        is_free_BTN, contexts = jnp.ones(known[0].shape, bool), self._embed(params, cond, num=B)
         ids_BTN = self._generate(params, rng, contexts, known[0], is_free_BTN, True, known)
         filled, _ = self.decode(frozen, ids_BTN)
         is_known = commit.condition(kind, self.frames, self.size, self.given).is_known_THW
         return jnp.where(is_known[..., None], video_BTHWC, filled)
 
     def stream(self, params, rng, cond, *, frozen, frames=None, carry=None):
-        """A `Stream`; see `tasks.base.Generator`. Its latents are ids [B, t, N].
+        """A `Stream`; see `tasks.base.Generator`. Its latents are ids [B, 1, N].
 
         The network fills in one window after another. A window begins with the last `keep` latents
-        of the one before. One compiled program serves all windows.
+        of the one before. One compiled program serves all windows. A switch drops the latents that
+        are finished and were not yielded; the next window begins with those that were.
         """
-        arrays = {name: value for name, value in cond.items() if name in CONDITIONS}
         total = self.tokenizer.latents_for_frames(frames or self.frames)
         remedy = "training saw only first windows of clips; train with data.frames > task.window"
         within_window = total <= self.window or self.window < self.latents
         require(within_window, "frames", frames or self.frames, remedy)
-        contexts, given_BPN = self._begin(params, arrays, frozen, batch=cond["num"])
-        first = given_BPN if carry is None and given_BPN.shape[1] else None
-        carry = carry or self._start(given_BPN)
+        first = None
+        if carry is None:
+            contexts = self._contexts(params, cond)
+            first = self._given(frozen, cond)
+            carry = self._start(cond["num"], contexts, first)
 
         def step(carry):
             ids_BWN, first, known = self._place(carry)
             rng_window = jax.random.fold_in(rng, first + known)
-            inputs = contexts, ids_BWN, known, first == 0
+            inputs = carry.contexts, ids_BWN, known, first == 0
             ids_BWN = self._advance(params, rng_window, *inputs)
-            return Carry(ids_BWN, first, self.window, carry.done)
+            return carry._replace(ids_BWN=ids_BWN, first=first, count=self.window)
 
-        return Stream(step, carry, total, first)
+        return Stream(step, carry, total, first, functools.partial(self._contexts, params))
 
-    def _start(self, given_BPN):
+    def check_switch(self, frame, *, given, frames):
+        """UserError unless a latent ends before this frame; see `tasks.base.Generator`."""
+        del given, frames
+        self._in_latents("frame", frame, self.tokenizer.latents_for_frames)
+
+    def _given(self, frozen, cond):
+        """The ids [B, P, N] of the first frames, None without any."""
+        if "first_frames" not in cond:
+            return None
+        return self._read(frozen, cond["first_frames"])
+
+    @functools.partial(jax.jit, static_argnames="self")
+    def _read(self, frozen, video_u8):
+        return self.tokenizer.tokens(frozen, normalize(video_u8))[0]
+
+    def _start(self, B, contexts, given_BPN):
         """The Carry of a stream that begins with given latents, the last of them if many."""
-        B, P, N = given_BPN.shape
-        kept = min(P, self.window)
-        ids_BWN = np.zeros((B, self.window, N), np.int32)
-        ids_BWN = jnp.asarray(ids_BWN).at[:, :kept].set(given_BPN[:, P - kept :])
-        return Carry(ids_BWN, P - kept, kept, P)
+        W, N = self.window, self.grid[0] * self.grid[1]
+        ids_BWN, P = jnp.zeros((B, W, N), jnp.int32), 0
+        if given_BPN is not None:
+            P = given_BPN.shape[1]
+            ids_BWN = ids_BWN.at[:, : min(P, W)].set(given_BPN[:, max(P - W, 0) :])
+        return Carry(contexts, ids_BWN, max(P - W, 0), min(P, W), P)
 
     def _place(self, carry):
         """(ids_BWN of the next window, its first latent, how many of its latents are known)."""
@@ -405,18 +425,18 @@ class Task(Generator):
         moved = self.window - self.keep
         return jnp.roll(carry.ids_BWN, -moved, axis=1), carry.first + moved, self.keep
 
-    @functools.partial(jax.jit, static_argnames=("self", "batch"))
-    def _begin(self, params, cond, frozen, *, batch):
-        """(contexts of the condition and of none, ids of the first frames [B, P, N])."""
-        N = self.grid[0] * self.grid[1]
-        given_BPN = jnp.zeros((batch, 0, N), jnp.int32)
-        if "first_frames" in cond:
-            given_BPN = self.tokenizer.tokens(frozen, normalize(cond["first_frames"]))[0]
-        return self._contexts(params, cond, batch), given_BPN
+    def _contexts(self, params, cond):
+        """(context of the condition, of none or of a negative text), each None without any."""
+        arrays = {name: cond[name] for name in CONDITIONS if name in cond}
+        return self._embed(params, arrays, num=cond["num"])
 
-    def _contexts(self, params, cond, batch):
-        drop_B = jnp.zeros(batch, bool)
-        return self._context(params, drop_B, cond), self._context(params, ~drop_B, cond)
+    @functools.partial(jax.jit, static_argnames=("self", "num"))
+    def _embed(self, params, cond, *, num):
+        drop_B = jnp.zeros(num, bool)
+        null_BME = self._context(params, ~drop_B, cond)
+        if "negative_text" in cond:
+            null_BME = self._context(params, drop_B, {"text": cond["negative_text"]})
+        return self._context(params, drop_B, cond), null_BME
 
     @functools.partial(jax.jit, static_argnames="self")
     def _advance(self, params, rng, contexts, ids_BWN, known, is_first):
@@ -475,16 +495,23 @@ class Task(Generator):
 
 
 class Stream(Iterator):
-    """Yields ids [B, t, N] window after window, `total` latents in all; see `Carry`.
+    """Yields ids [B, 1, N], latent after latent, `total` in all; see `Carry`.
 
-    step: Carry -> Carry, with the next window in place. first: given ids to yield before, or None.
+    step: Carry -> Carry, with the next window in place. first: given ids to yield before, at once,
+    or None. contexts: conditions -> those of a Carry, for `switch`.
     """
 
     is_whole = True  # what is finished and was not yielded waits in `carry`
 
-    def __init__(self, step, carry: Carry, total: int, first):
-        self.carry = Carry(carry.ids_BWN, *map(int, carry[1:]))
-        self._step, self._total, self._first = step, total, first
+    def __init__(self, step, carry: Carry, total: int, first, contexts):
+        places = map(int, (carry.first, carry.count, carry.done))
+        self.carry = Carry(carry.contexts, carry.ids_BWN, *places)
+        self._step, self._total, self._first, self._contexts = step, total, first, contexts
+
+    def switch(self, cond: dict):
+        """Go on under other conditions; see `Generator.stream`."""
+        count = self.carry.done - self.carry.first
+        self.carry = self.carry._replace(contexts=self._contexts(cond), count=count)
 
     def __next__(self) -> jax.Array:
         if self._first is not None:
@@ -495,9 +522,9 @@ class Stream(Iterator):
             raise StopIteration
         if carry.done == carry.first + carry.count:
             carry = self._step(carry)
-        end = min(carry.first + carry.count, self._total)
-        self.carry = carry._replace(done=end)
-        return carry.ids_BWN[:, carry.done - carry.first : end - carry.first]
+        self.carry = carry._replace(done=carry.done + 1)
+        place = carry.done - carry.first
+        return carry.ids_BWN[:, place : place + 1]
 
 
 def masked_at(rng, is_free_BTN: jax.Array, share_B: jax.Array) -> jax.Array:
