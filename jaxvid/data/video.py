@@ -22,7 +22,7 @@ import av
 import numpy as np
 from av.filter import Graph
 from av.video.reformatter import Interpolation, VideoReformatter
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jaxvid import files
 from jaxvid.data import transforms
@@ -484,6 +484,8 @@ def read_image(path: str, size: int) -> np.ndarray:
             picture = _upright_rgb(file)
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
         clip_THWC = _Scaler(size)(frame)[None]
+    except UnidentifiedImageError as error:
+        raise UserError(f"clip={path}: is no PNG or JPEG; give a readable one") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or error
         remedy = "give a readable PNG or JPEG file"
