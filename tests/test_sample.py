@@ -194,7 +194,8 @@ def test_each_prompt_lasts_from_its_frame_to_the_next(tmp_path, monkeypatch):
 @pytest.mark.parametrize("stop", [5, 7, 11])
 def test_a_story_goes_on_and_its_later_lines_may_change(stop, tmp_path, monkeypatch):
     """Also where it stops just before a new prompt."""
-    first = told_by("0: one\n7: one two\n", 17, tmp_path, monkeypatch, stop=stop)
+    later = "one two" if stop > 7 else "of another kind"
+    first = told_by(f"0: one\n7: {later}\n", 17, tmp_path, monkeypatch, stop=stop)
     rest = told_by(STORY, 17, tmp_path, monkeypatch, resume=True)
     assert first + rest == [1] * 7 + [2] * 6 + [3] * 4 and len(first) == stop
     with pytest.raises(UserError, match=r"made with story=\[\[7, 'one two'\], \[13, .*, not None"):

@@ -136,8 +136,7 @@ def test_a_stream_goes_on_from_before_and_after_a_switch():
     params = opened(task)
     whole = told(task, params, story)
     for stop in (5, 7):
-        stream, cond = None, {"num": 2, "text": TEXTS[0]}
-        carry, frames, found = None, stop, []
+        cond, carry, found = {"num": 2, "text": TEXTS[0]}, None, []
         for frames in (stop, TOTAL):
             stream = task.stream(params, RNG, cond, frozen={}, frames=frames, carry=carry)
             for done in range(len(found), frames):
@@ -154,8 +153,9 @@ def test_frames_that_are_read_again_begin_with_the_given_ones():
     task = make()
     params, given = opened(task), batch(2)["video"][:, :2]
     apart = [told(task, params, {0: text}, first_frames=given, frames=5) for text in TEXTS[:2]]
-    story = {0: TEXTS[0], 2: TEXTS[1]}
+    story, compiled = {0: TEXTS[0], 2: TEXTS[1]}, task._advance._cache_size()
     found = told(task, params, story, first_frames=given, frames=5)
+    assert task._advance._cache_size() == compiled  # one program before and after a switch
     np.testing.assert_allclose(found, apart[1], atol=1e-5)
     assert np.abs(found - apart[0]).max() > 1e-3
 
