@@ -44,7 +44,7 @@ from jaxvid.errors import UserError
 from jaxvid.evaluators import alignment, codec, drift, fvd, recall, report, sprites
 from jaxvid.evaluators.held_out import mean, open_held_out, strongest
 from jaxvid.metrics import i3d
-from jaxvid.runs import open_run
+from jaxvid.runs import open_run, with_sampler
 from jaxvid.tasks.base import Autoencoder, Generator
 from jaxvid.training.log import figure
 
@@ -75,6 +75,7 @@ def main():
     lengths = drift.check(run, FLAGS.frames, FLAGS.clips) if is_generator else []
     gaps = recall.check(run, FLAGS.gaps) if is_generator else []
     scales = alignment.check(run, FLAGS.guidance)
+    by_scale = {scale: with_sampler(run, {"guidance": scale}) for scale in scales}
     batches = FLAGS.batches or run.config.evaluate.batches
     with jax.set_mesh(run.mesh), open_held_out(run) as clips:
         print("scoring the held-out clips", file=sys.stderr)
@@ -105,9 +106,9 @@ def main():
                 f"data {found['data']:.0%}  ({found['clips']} clips each)\n"
             )
             _write(path, document)
-        if scales:
+        if by_scale:
             print("looking for the captions in samples", file=sys.stderr)
-            document["alignment"] = found = alignment.measure(scales, clips, batches)
+            document["alignment"] = found = alignment.measure(by_scale, clips, batches)
             print(alignment.table(found) + "\n")
             _write(path, document)
         if lacking:

@@ -72,7 +72,7 @@ class Drawn(Pieceless):
 
 
 @pytest.fixture
-def run(monkeypatch):
+def run():
     config = get_config()
     config.data.update(name="sprites", size=32, batch_size=4, text_tokens=20, max_sprites=1)
     config.data.update(sizes=1, turning=False, threads=1)
@@ -80,17 +80,14 @@ def run(monkeypatch):
     fields["task"]["sampler"] = {"guidance": 1.0}
     run = base.Run(ConfigDict(fields), None, {}, {}, 0, make_mesh({}, jax.devices()[:1]))
 
-    def with_sampler(run, sampler):
-        return run._replace(task=Drawn(run, sampler["guidance"]))
-
-    monkeypatch.setattr(alignment, "with_sampler", with_sampler)
-    return with_sampler(run, {"guidance": 1.0})
+    return run._replace(task=Drawn(run, 1.0))
 
 
 def test_what_a_caption_tells_is_found_in_the_samples(run):
     """Of clips that run backwards, all but the direction."""
-    runs = alignment.check(run, ["3", "1.0"])
-    assert list(runs) == [1.0, 3.0] and [run.task.scale for run in runs.values()] == [1, 3]
+    scales = alignment.check(run, ["3", "1.0", "3.0"])
+    assert scales == [1.0, 3.0]
+    runs = {scale: run._replace(task=Drawn(run, scale)) for scale in scales}
     with open_held_out(run) as clips:
         found = alignment.measure(runs, clips, 2)
     assert found["clips"] == 8
@@ -105,15 +102,15 @@ def test_what_a_caption_tells_is_found_in_the_samples(run):
 
 
 def test_the_scale_of_the_run_is_the_default_and_other_runs_have_none(run):
-    assert list(alignment.check(run, [])) == [1.0]
+    assert alignment.check(run, []) == [1.0]
     fields = run.config.to_dict()
     fields["data"]["name"] = "folder"
     other = run._replace(config=ConfigDict(fields))
-    assert alignment.check(other, []) == {}
+    assert alignment.check(other, []) == []
     with pytest.raises(UserError, match="--guidance: scores captions of sprites, and this run"):
         alignment.check(other, ["3"])
     tokenizer = run._replace(task=SimpleNamespace(), config=ConfigDict({"task": {}, "data": {}}))
-    assert alignment.check(tokenizer, []) == {}
+    assert alignment.check(tokenizer, []) == []
 
 
 @pytest.mark.parametrize(

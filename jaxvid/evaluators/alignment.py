@@ -1,5 +1,6 @@
 """Alignment with text: whether samples show what held-out captions of sprites tell."""
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -11,7 +12,6 @@ from jaxvid.data.transforms import to_uint8
 from jaxvid.errors import UserError
 from jaxvid.evaluators import report
 from jaxvid.evaluators.held_out import HeldOut
-from jaxvid.runs import with_sampler
 from jaxvid.tasks.base import Generator, Run
 
 SCORES = (*TOLD, "caption")
@@ -26,10 +26,11 @@ def suits(run: Run) -> bool:
     return is_told and run.config.data.name == "sprites"
 
 
-def check(run: Run, scales: Sequence[str]) -> dict[float, Run]:
-    """{scale of guidance: the run with it}, by the command line; the run's own scale without any.
+def check(run: Run, scales: Sequence[str]) -> list[float]:
+    """Scales of guidance from the command line, in order; the run's own scale if there are none.
 
-    Raises UserError for what is no scale, and for a run that `suits` denies; {} without scales.
+    Raises UserError for what is no scale, and for scales of a run that `suits` denies, which has
+    none, [].
     """
     if not suits(run):
         if scales:
@@ -37,47 +38,46 @@ def check(run: Run, scales: Sequence[str]) -> dict[float, Run]:
                 "--guidance: scores captions of sprites, and this run has none; leave it out, or "
                 "train with --config=configs/ar_diffusion.py:cond=text"
             )
-        return {}
+        return []
     if not scales:
-        return {float(run.config.task.sampler.guidance): run}
+        return [float(run.config.task.sampler.guidance)]
     if len(scales) > MAX_SCALES:
         raise UserError(f"--guidance: has {len(scales)} scales; give {MAX_SCALES} or fewer")
-    found = {}
     for text in scales:
         if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text.strip()):
             raise UserError(f"--guidance={text[:20]}: write scales, such as 1,3,5")
-        scale = float(text)
-        found[scale] = with_sampler(run, {"guidance": scale})
-    return dict(sorted(found.items()))
+    return sorted(set(map(float, scales)))
 
 
 def measure(runs: dict[float, Run], held_out: HeldOut, batches: int) -> dict:
     """Scores of samples by scale of guidance -> {"clips", "chance", "real", "by_guidance"}.
 
-    Each run samples a clip for every caption of the held-out batches, without given frames, by the
-    same noise. `sprite_oracle.describe` reads it, and `agreement` with the caption is averaged over
-    clips. "real": the same of the real clips, the ceiling of the reader. "chance": of the captions
-    of other held-out clips, as of a model that draws perfect clips and does not read.
+    runs: {scale: a run with it}. Each samples a clip for every caption of the held-out batches,
+    without given frames and by the same noise. `sprite_oracle.describe` reads it, and its
+    `agreement` with the caption is averaged over clips. "real": the same of the real clips, the
+    ceiling of the reader. "chance": of the captions of other held-out clips, as of a model that
+    draws perfect clips and does not read.
     """
-    told, real, made = [], [], {scale: [] for scale in runs}
-    fields = next(iter(runs.values())).config.data
-    views = [scene(index, "validation", **kind(fields)) for index in range(GUESSES)]
-    guesses = [view.description.sprites for view in views]
-    chance = []
+    options = kind(held_out.config.data)
+
+    @functools.cache
+    def sprites_of(clip):
+        return scene(clip, "validation", **options).description.sprites
+
+    chance, real, made = [], [], {scale: [] for scale in runs}
     for rng, batch, new in held_out.batches(batches):
-        for row in new:
-            clip = int(batch["id"][row])
-            told.append(scene(clip, "validation", **kind(fields)).description.sprites)
-            others = (guess for index, guess in enumerate(guesses) if index != clip)
-            chance.append(_means([agreement(told[-1], guess) for guess in others]))
-        of_batch = told[-len(new) :]
-        real += _scores(of_batch, np.asarray(batch["video"])[new])
+        clips = np.asarray(batch["id"])[new].tolist()
+        told = list(map(sprites_of, clips))
+        for clip, sprites in zip(clips, told):
+            others = (sprites_of(other) for other in range(GUESSES) if other != clip)
+            chance.append(_means([agreement(sprites, other) for other in others]))
+        real += _scores(told, np.asarray(batch["video"])[new])
+        cond = {"num": len(batch["id"]), "text": batch["text"]}
         for scale, run in runs.items():
-            cond = {"num": len(batch["id"]), "text": batch["text"]}
             video = run.task.sample(run.params, rng, cond, frozen=run.frozen)
-            made[scale] += _scores(of_batch, to_uint8(np.asarray(video))[new])
+            made[scale] += _scores(told, to_uint8(np.asarray(video))[new])
     return {
-        "clips": len(told),
+        "clips": len(real),
         "chance": _means(chance),
         "real": _means(real),
         "by_guidance": {f"{scale:g}": _means(rows) for scale, rows in made.items()},
