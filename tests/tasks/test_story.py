@@ -9,6 +9,7 @@ import pytest
 
 from jaxvid.diffusion import samplers
 from jaxvid.errors import UserError
+from jaxvid.tasks import streaming
 from jaxvid.tasks.ar_diffusion import Task
 from tests.tasks.test_ar_diffusion import batch, fields, opened
 
@@ -99,6 +100,21 @@ def test_later_frames_read_the_new_prompt_and_the_frames_before_it(
     other = told(task, params, {0: TEXTS[0], 1: TEXTS[1]}, **cond)
     np.testing.assert_array_equal(other[:, :8], found[:, :8])
     assert np.abs(other[:, 8:] - found[:, 8:]).max((0, 2, 3)).min() > 1e-3
+
+
+@pytest.mark.parametrize("last, given", [(3, 0), (3, 2), (7, 5), (20, 0)])
+def test_what_is_kept_are_the_first_and_the_last_frames(last, given):
+    """Of pieces of which only the first frames are finished, as in overlapping schedules."""
+    frames = np.arange(1.0, 25)[None, :, None, None]
+    kept = streaming.keep(streaming.keep_nothing(2, last, (1, 1, 1)), frames[:, :given], given)
+    done = given
+    for count in (1, 0, 2, 4, 3, 1):
+        kept = streaming.keep(kept, frames[:, done : done + 4], count)
+        done += count
+        wanted = np.concatenate([np.zeros(last), np.arange(1, done + 1)])[-last:]
+        np.testing.assert_array_equal(kept.last_BRNC[0, :, 0, 0], wanted)
+        np.testing.assert_array_equal(kept.first_BSNC[0, :, 0, 0], [1, 2 * (done > 1)])
+        assert kept.total == done
 
 
 @pytest.mark.parametrize("window, sinks", [(12, 0), (3, 1)])
