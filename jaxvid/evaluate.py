@@ -21,6 +21,10 @@ clips. Prints a table with the meaning of its columns, and writes evaluate_drift
 --clips held-out clips are given up to the end of a gap of each length and continued. Prints how
 many answers are right by gap, beside the real clips and chance.
 
+A model of sprites with captions is also asked for the captions of held-out clips, without given
+frames. Prints in how many samples colour, shape and direction are right, beside the real clips and
+chance; --guidance=1,3,5 does so at each of these scales, all other figures have that of the run.
+
 --i3d=FILE, the weights of I3D as .npz or .safetensors, adds FVD between real clips and the model's
 output, with its protocol, and the same distance between halves of the real clips, which shows its
 bias. --lpips=FILE adds LPIPS of reconstructions, with this file instead of the one of the training.
@@ -37,10 +41,10 @@ from absl import flags
 
 from jaxvid import checks, cli, data, files, weights
 from jaxvid.errors import UserError
-from jaxvid.evaluators import codec, drift, fvd, recall, report, sprites
+from jaxvid.evaluators import alignment, codec, drift, fvd, recall, report, sprites
 from jaxvid.evaluators.held_out import mean, open_held_out, strongest
 from jaxvid.metrics import i3d
-from jaxvid.runs import open_run
+from jaxvid.runs import open_run, with_sampler
 from jaxvid.tasks.base import Autoencoder, Generator
 from jaxvid.training.log import figure
 
@@ -70,6 +74,8 @@ def main():
     videos = codec.long_videos(run, FLAGS.frames) if is_autoencoder else {}
     lengths = drift.check(run, FLAGS.frames, FLAGS.clips) if is_generator else []
     gaps = recall.check(run, FLAGS.gaps) if is_generator else []
+    scales = alignment.check(run, FLAGS.guidance)
+    by_scale = {scale: with_sampler(run, {"guidance": scale}) for scale in scales}
     batches = FLAGS.batches or run.config.evaluate.batches
     with jax.set_mesh(run.mesh), open_held_out(run) as clips:
         print("scoring the held-out clips", file=sys.stderr)
@@ -99,6 +105,11 @@ def main():
                 f"clips whose sprites keep colour and shape  samples {found['samples']:.0%}  "
                 f"data {found['data']:.0%}  ({found['clips']} clips each)\n"
             )
+            _write(path, document)
+        if by_scale:
+            print("looking for the captions in samples", file=sys.stderr)
+            document["alignment"] = found = alignment.measure(by_scale, clips, batches)
+            print(alignment.table(found) + "\n")
             _write(path, document)
         if lacking:
             print(f"fvd  {lacking}\n")
@@ -167,6 +178,7 @@ if __name__ == "__main__":
     cli.define_path("lpips", "Weights of LPIPS (VGG-16), for tokenizers: likewise.")
     flags.DEFINE_list("frames", [], "Lengths of videos to reconstruct or to continue as streams.")
     flags.DEFINE_list("gaps", [], "Lengths of gaps, in frames, after which memory is tested.")
+    flags.DEFINE_list("guidance", [], "Scales of guidance at which captions are scored.")
     flags.DEFINE_integer(
         "clips",
         8,

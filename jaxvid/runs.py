@@ -33,14 +33,7 @@ def open_run(workdir, sampler: dict | None = None) -> Run:
     workdir = checks.local_path("workdir", workdir)
     config = _load_config(workdir)
     if sampler and "sampler" in config.task:
-        fields = config.task.sampler
-        schema.check("task.sampler", {**fields}, {"schedule": str, schema.OPEN: None})
-        with config.ignore_type():  # s counts iterations, or parts of one for a pyramid
-            fields.update(sampler)
-        if "s" in sampler and fields.schedule in WITHOUT_S:
-            raise UserError(
-                f"s={fields.s:g}: schedule={fields.schedule} has no s; leave --s out, or use ad"
-            )
+        _set_sampler(config, sampler)
     task = make_task(config.task)
     mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
     step, params = restore_weights(workdir, config, task, mesh)
@@ -48,6 +41,24 @@ def open_run(workdir, sampler: dict | None = None) -> Run:
         frozen = task.frozen()
     frozen = jax.device_put(frozen, shard_params(frozen, mesh))
     return Run(config, task, params, frozen, step, mesh)
+
+
+def with_sampler(run: Run, sampler: dict) -> Run:
+    """The run with these values of config.task.sampler. Raises UserError."""
+    config = ConfigDict(run.config.to_dict())
+    _set_sampler(config, sampler)
+    return run._replace(config=config, task=make_task(config.task))
+
+
+def _set_sampler(config, sampler):
+    fields = config.task.sampler
+    schema.check("task.sampler", {**fields}, {"schedule": str, schema.OPEN: None})
+    with config.ignore_type():  # s counts iterations, or parts of one for a pyramid
+        fields.update(sampler)
+    if "s" in sampler and fields.schedule in WITHOUT_S:
+        raise UserError(
+            f"s={fields.s:g}: schedule={fields.schedule} has no s; leave --s out, or use ad"
+        )
 
 
 def _load_config(workdir):

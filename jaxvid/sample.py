@@ -1,7 +1,10 @@
 """Sample videos from a run: `python -m jaxvid.sample --workdir=DIR --frames=64 --num=4`.
 
     [--first_frames=clip.mp4]                    continue a clip, at the rate of the run's data
+    [--first_frames=picture.png]                 animate an image
     [--prompt="a red square moves left"] [--label=3]   what a conditional model should show
+    [--story=story.txt]                          prompts that change along the video
+    [--negative_prompt="a blue circle"]          what guidance leads away from
     [--schedule=ad --s=5 --steps=50 --guidance=1]      the frame schedule
     [--history_guidance=1.5]                     follow the frames so far more closely
     [--resume]                                   go on with a stream that was stopped, or prolong it
@@ -19,13 +22,14 @@ import re
 import sys
 import time
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import numpy as np
 from absl import flags
 
 from jaxvid import checks, cli, data
-from jaxvid.data import text, video
+from jaxvid.data import story, text, video
 from jaxvid.errors import UserError, within
 from jaxvid.layers import masks
 from jaxvid.parallel.devices import peak_bytes
@@ -58,17 +62,19 @@ def main():
         )
     out = _folder(run)
     frames = FLAGS.frames or run.config.data.frames
-    cond, fps = conditions(run, FLAGS.num)
+    lines = prompts(run)
+    cond, fps = conditions(run, FLAGS.num, lines)
     given = cond["first_frames"].shape[1] if "first_frames" in cond else 0
     if given >= frames:
         raise UserError(
             f"frames={frames}: --first_frames already has {given}; ask for more than that"
         )
     run.task.split_frames(frames)  # raises for lengths that do not suit the tokenizer
+    switches = switches_of(run, lines, given, frames)
     checks.writable("out", out)
-    recorder = Recorder(out, fps, made_with(run, cond))
+    recorder = Recorder(out, fps, made_with(run, cond, lines))
     with locked(out, "out"):
-        _sample(run, cond, frames, given, recorder)
+        _sample(run, cond, frames, given, recorder, switches)
     if recorder.frames < frames:
         saved = f"{recorder.frames} of {frames} frames are saved"
         print(f"{out}: stopped; {saved}, the same command with --resume goes on from there")
@@ -76,7 +82,7 @@ def main():
         print(f"{FLAGS.num} clips of {frames} frames at {fps:g} fps: {out}")
 
 
-def _sample(run, cond, frames, given, recorder):
+def _sample(run, cond, frames, given, recorder, switches=MappingProxyType({})):
     """Sample into the recorder's folder and print the figures of the stream, if it is whole."""
     if FLAGS.resume:
         recorder.resume()
@@ -97,10 +103,12 @@ def _sample(run, cond, frames, given, recorder):
             first = Decoded(run, cond, frames, jax.random.key(FLAGS.seed))
             for _ in itertools.islice(first, 2 if given else 1):
                 pass  # the figures below exclude it
-            pieces = Decoded(run, cond, frames, jax.random.key(FLAGS.seed))
+            if switches:
+                first.switch({})
+            pieces = Decoded(run, cond, frames, jax.random.key(FLAGS.seed), switches)
         compiling = time.perf_counter() - compiling
         if FLAGS.resume:
-            pieces.restore(recorder.restored(first.state()))
+            pieces.restore(recorder.restored(first.state()), recorder.frames)
         with interrupt.stops() as stop:
             times = record(pieces, recorder, frames, given, stop)
     if recorder.frames == frames:
@@ -124,7 +132,7 @@ def _folder(run) -> Path:
     return next(folder for folder in map(parent.joinpath, names) if not folder.exists())
 
 
-def made_with(run, cond) -> dict:
+def made_with(run, cond, lines) -> dict:
     """What the frames of a stream are a function of, as JSON; the names are those of flags."""
     fields = run.config.task.sampler
     history = fields.get("history", {})  # runs of earlier versions have none
@@ -136,22 +144,70 @@ def made_with(run, cond) -> dict:
         "seed": FLAGS.seed,
         "num": FLAGS.num,
         "label": FLAGS.label,
-        "prompt": FLAGS.prompt,
+        "prompt": lines[0].prompt,
+        "story": [[line.frame, line.prompt] for line in lines[1:]],
+        **({"negative_prompt": FLAGS.negative_prompt} if FLAGS.negative_prompt else {}),
         "first_frames": weights_digest({}, first) if first else "",
         **{name: fields[name] for name in OVERRIDES if name in fields},
         **{f"history_{name}": value for name, value in history.items()},
     }
 
 
-def conditions(run, num):
+def prompts(run) -> list[story.Line]:
+    """The lines of --story, or one line with --prompt. Raises UserError."""
+    if not FLAGS.story:
+        return [story.Line(0, FLAGS.prompt or "", "prompt")]
+    if FLAGS["prompt"].present:
+        raise UserError(f"prompt={FLAGS.prompt}: --story has the prompts; leave one of them out")
+    kind = run.config.task.condition.kind
+    if kind != "text":
+        raise UserError(
+            f"story={FLAGS.story}: this run's condition is {kind!r}, not 'text'; leave --story out"
+        )
+    return story.read(FLAGS.story)
+
+
+def switches_of(run, lines, given, frames) -> dict[int, dict]:
+    """{frame: conditions} of all prompts but the first one, as `Decoded` takes them.
+
+    Raises UserError for a frame at which the stream cannot change its prompt.
+    """
+    found = {}
+    for line in lines[1:]:
+        if line.frame >= frames:
+            raise UserError(
+                f"{line.place}: begins at frame {line.frame}, but the clips have {frames} frames; "
+                "ask for more --frames, or leave it out"
+            )
+        if line.frame <= given:
+            raise UserError(
+                f"{line.place}: begins at frame {line.frame}, but --first_frames has {given}, so "
+                f"no frame would follow the prompt before; begin after frame {given}"
+            )
+        try:
+            run.task.check_switch(line.frame, given=given, frames=frames)
+        except UserError as error:
+            raise UserError(f"{line.place}: {error}") from error
+        found[line.frame] = {"text": embedded(run, line.prompt, FLAGS.num)}
+    return found
+
+
+def embedded(run, prompt, num):
+    """float32 [num, M, E]: a prompt as the run's data embed captions."""
+    fields = run.config.task.condition
+    text_ME = text.embed(prompt, fields.tokens, fields.width)
+    return np.broadcast_to(text_ME, (num, *text_ME.shape))
+
+
+def conditions(run, num, lines):
     """(`cond` of `Task.sample` from the flags, frames per second of the clips).
 
-    First frames are read at the rate and stride of the run's data. Raises UserError for flags that
-    do not suit the run.
+    lines: see `prompts`; the stream begins with the first one. First frames are read at the rate
+    and stride of the run's data. Raises UserError for flags that do not suit the run.
     """
     cond, fields = {"num": num}, run.config.task.condition
     source, fps = run.config.data, data.clip_rate(run.config.data)
-    for flag, kind in (("label", "class"), ("prompt", "text")):
+    for flag, kind in (("label", "class"), ("prompt", "text"), ("negative_prompt", "text")):
         if FLAGS[flag].present and fields.kind != kind:
             raise UserError(
                 f"{flag}={FLAGS[flag].value}: this run's condition is {fields.kind!r}, "
@@ -162,13 +218,27 @@ def conditions(run, num):
             raise UserError(f"label={FLAGS.label}: use 0 to {fields.num_classes - 1}")
         cond["label"] = np.full(num, FLAGS.label, np.int32)
     if fields.kind == "text":
-        embedded_ME = text.embed(FLAGS.prompt, fields.tokens, fields.width)
-        cond["text"] = np.repeat(embedded_ME[None], num, axis=0)
+        cond["text"] = embedded(run, lines[0].prompt, num)
+    if FLAGS.negative_prompt:
+        if run.config.task.sampler.guidance == 1:
+            raise UserError(
+                f"negative_prompt={FLAGS.negative_prompt}: guidance leads away from it, and there "
+                "is none; add --guidance=3, or leave it out"
+            )
+        cond["negative_text"] = embedded(run, FLAGS.negative_prompt, num)
     if FLAGS.num_first_frames and not FLAGS.first_frames:
         raise UserError(
             f"num_first_frames={FLAGS.num_first_frames}: of which clip? Give --first_frames too"
         )
-    if FLAGS.first_frames:
+    if FLAGS.first_frames and Path(FLAGS.first_frames).suffix.lower() in video.IMAGES:
+        if FLAGS.num_first_frames not in (None, 1):
+            raise UserError(
+                f"num_first_frames={FLAGS.num_first_frames}: {FLAGS.first_frames} is an image and "
+                "has one; leave it out"
+            )
+        clip_THWC = video.read_image(FLAGS.first_frames, source.size)
+        cond["first_frames"] = np.repeat(clip_THWC[None], num, axis=0)
+    elif FLAGS.first_frames:
         frames = FLAGS.num_first_frames or run.config.task.given
         clip_THWC, fps = video.read_clip(
             FLAGS.first_frames, frames, source.size, source.get("fps", 0.0), source.stride
@@ -223,12 +293,16 @@ if __name__ == "__main__":
     )
     flags.DEFINE_integer("num", 4, "Clips.", lower_bound=1, upper_bound=data.MAX_CLIPS)
     flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**32 - 1)
-    cli.define_path("first_frames", "Video file whose frames begin the clips.")
+    cli.define_path("first_frames", "Video file or image (png, jpg) that begins the clips.")
     flags.DEFINE_integer(
         "num_first_frames", None, "Frames read from it. Default: task.given.", lower_bound=1
     )
     flags.DEFINE_integer("label", 0, "Class to show.")
     flags.DEFINE_string("prompt", "", "Caption to show.")
+    cli.define_path("story", "Text file of lines `first_frame: prompt`, instead of --prompt.")
+    flags.DEFINE_string(
+        "negative_prompt", "", "Caption that guidance leads away from. Default: that of no words."
+    )
     flags.DEFINE_string("schedule", None, "Overrides task.sampler.schedule.")
     flags.DEFINE_float("s", None, "Overrides task.sampler.s.")
     flags.DEFINE_integer("steps", None, "Overrides task.sampler.steps.", lower_bound=1)

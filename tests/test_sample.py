@@ -1,5 +1,6 @@
 """jaxvid.sample: the conditions and the files of its clips."""
 
+import contextlib
 import os
 import signal
 import time
@@ -11,18 +12,23 @@ import numpy as np
 import pytest
 from flax import serialization
 from ml_collections import ConfigDict
+from PIL import Image
 
-from jaxvid import sample
-from jaxvid.data import video
+from jaxvid import checks, sample
+from jaxvid.data import story, text, video
 from jaxvid.errors import UserError
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.tasks.ar_diffusion import Task
 from jaxvid.tasks.base import Run
+from jaxvid.tasks.streaming import Decoded
 from jaxvid.training import interrupt
 from jaxvid.training.recorder import DIGEST, STATE, Recorder
 from jaxvid.training.writer import write_clips
 from tests.tasks.test_ar_diffusion import fields, opened
+from tests.test_drift import Streams
 from tests.videos import frame_numbers, write_clip
+
+NO_PROMPT = [story.Line(0, "", "prompt")]
 
 
 class Flags(dict):
@@ -44,7 +50,7 @@ def test_first_frames_have_the_rate_of_the_run(tmp_path, monkeypatch, fps, strid
     monkeypatch.setattr(sample, "FLAGS", Flags(first_frames=tmp_path / "bars.mp4"))
     fields = dict(data=dict(size=48, fps=fps, stride=stride))
     fields["task"] = dict(given=3, condition=dict(kind="none"))
-    cond, found = sample.conditions(SimpleNamespace(config=ConfigDict(fields)), 2)
+    cond, found = sample.conditions(SimpleNamespace(config=ConfigDict(fields)), 2, NO_PROMPT)
     for clip_THWC in cond["first_frames"]:
         assert frame_numbers(clip_THWC, 12) == [number % 12 for number in numbers]
     assert found == rate
@@ -56,7 +62,184 @@ def test_first_frames_have_the_rate_of_the_run(tmp_path, monkeypatch, fps, strid
 def test_clips_without_a_rate_are_written_at_8(monkeypatch):
     monkeypatch.setattr(sample, "FLAGS", Flags())
     fields = dict(data=dict(size=48, stride=1), task=dict(condition=dict(kind="none")))
-    assert sample.conditions(SimpleNamespace(config=ConfigDict(fields)), 2) == ({"num": 2}, 8)
+    run = SimpleNamespace(config=ConfigDict(fields))
+    assert sample.conditions(run, 2, NO_PROMPT) == ({"num": 2}, 8)
+
+
+def test_an_image_is_a_clip_of_one_frame(tmp_path, monkeypatch):
+    Image.new("RGB", (96, 48), (255, 0, 0)).save(tmp_path / "red.PNG")
+    run = run_of_text()
+    for options, words in (({}, ""), ({"num_first_frames": 4}, "is an image and has one; leave")):
+        flags = Flags(first_frames=str(tmp_path / "red.PNG"), prompt="a", **options)
+        monkeypatch.setattr(sample, "FLAGS", flags)
+        with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+            cond, fps = sample.conditions(run, 2, sample.prompts(run))
+    assert cond["first_frames"].shape == (2, 1, 8, 8, 3) and fps == 8
+    assert (cond["first_frames"] == [255, 0, 0]).all()
+
+
+def run_of_text(kind="text", task=None, **sampler):
+    task_fields = dict(given=3, condition=dict(kind=kind, tokens=3, width=4, num_classes=5))
+    task_fields["sampler"] = {"guidance": 1.0, **sampler}
+    data = dict(size=8, stride=1, frames=6, fps=0.0)
+    fields = ConfigDict(dict(task=task_fields, data=data))
+    return Run(fields, task, {}, {}, 0, make_mesh({}, jax.devices()[:1]))
+
+
+@pytest.mark.parametrize(
+    "kind, options, words",
+    [
+        ("text", {"negative_prompt": "a"}, "^negative_prompt=a: .* none; add --guidance=3, or le"),
+        ("class", {"negative_prompt": "a"}, "^negative_prompt=a: this run's condition is 'class'"),
+        (
+            "class",
+            {"story": "s.txt"},
+            r"^story=s\.txt: this run's condition is 'class', not",
+        ),
+        ("text", {"story": "s.txt", "prompt": "a"}, "^prompt=a: --story has the prompts; leave"),
+        ("text", {"story": "s.txt", "prompt": ""}, "^prompt=: --story has the prompts"),
+    ],
+)
+def test_prompts_that_cannot_work_are_refused_in_one_line(kind, options, words, monkeypatch):
+    monkeypatch.setattr(
+        sample, "FLAGS", Flags(**({"label": 0} if kind == "class" else {}), **options)
+    )
+    run = run_of_text(kind)
+    with pytest.raises(UserError, match=words) as caught:
+        sample.conditions(run, 2, sample.prompts(run))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_negative_prompt_is_embedded_as_captions_are(monkeypatch):
+    run = run_of_text(guidance=3.0)
+    monkeypatch.setattr(sample, "FLAGS", Flags(prompt="a red square", negative_prompt="a circle"))
+    lines = sample.prompts(run)
+    cond, _ = sample.conditions(run, 2, lines)
+    for name, prompt in (("text", "a red square"), ("negative_text", "a circle")):
+        np.testing.assert_array_equal(cond[name], [text.embed(prompt, 3, 4)] * 2)
+    assert sample.made_with(run, cond, lines)["negative_prompt"] == "a circle"
+
+
+class Told(Streams):
+    """Every pixel of a frame shows how many words its text had: the frames are told apart.
+
+    Latents are groups of two frames after the first. Pieces have 1, 2, 1, 2 .. latents.
+    """
+
+    def split_frames(self, frames):
+        return frames
+
+    def check_switch(self, frame, *, given, frames):
+        checks.require(frame % 2, "frame", frame, "does not begin a group")
+
+    def stream(self, params, rng, cond, *, frozen, frames=None, carry=None):
+        return ToldStream(cond, (frames + 1) // 2, carry)
+
+    def decode(self, frozen, z_BTNC, state=None):
+        video_BTNC = jnp.repeat(z_BTNC, 2, axis=1)[:, (state is None) :]
+        return jnp.tile(video_BTNC[..., None] / 127.5 - 1, (1, 1, 16, 16, 3)), jnp.zeros(())
+
+
+class ToldStream:
+    is_whole = True
+
+    def __init__(self, cond, latents, carry):
+        done, words = (0, 0) if carry is None else carry.tolist()
+        self.latents, self.carry = latents, np.array([done, words])
+        if carry is None:
+            self.switch(cond)
+
+    def switch(self, cond):
+        self.carry = np.array([self.carry[0], np.any(cond["text"][0], axis=1).sum()])
+
+    def __next__(self):
+        done, words = self.carry
+        if done >= self.latents:
+            raise StopIteration
+        count = min(1 + done % 3 % 2, self.latents - done)  # of latents 0 | 1 2 | 3 | 4 5 | ..
+        self.carry = np.array([done + count, words])
+        return np.full((1, count, 1, 1), float(words))
+
+
+STORY = "0: one\n7: one two\n13: one two three\n"
+
+
+def told_by(story, frames, folder, monkeypatch, stop=None, resume=False, num=1):
+    """The first pixel of each frame of `sample`, in which a prompt shows as its words."""
+    run, values = run_of_text(task=Told()), []
+    (folder / "story.txt").write_text(story)
+    flags = Flags(num=num, seed=5, resume=resume, story=str(folder / "story.txt"))
+    monkeypatch.setattr(sample, "FLAGS", flags)
+    lines = sample.prompts(run)
+    cond, _ = sample.conditions(run, num, lines)
+    switches = sample.switches_of(run, lines, 0, frames)
+
+    class Watched(Recorder):
+        def write(self, clip_BTHWC):
+            super().write(clip_BTHWC)
+            values.extend(clip_BTHWC[0, :, 0, 0, 0].tolist())
+            if stop and self.frames >= stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.2)  # until a thread has answered
+
+    recorder = Watched(folder / "out", 8.0, sample.made_with(run, cond, lines))
+    sample._sample(run, cond, frames, 0, recorder, switches)
+    return values
+
+
+def test_each_prompt_lasts_from_its_frame_to_the_next(tmp_path, monkeypatch):
+    assert told_by(STORY, 17, tmp_path, monkeypatch) == [1] * 7 + [2] * 6 + [3] * 4
+
+
+@pytest.mark.parametrize("stop", [5, 7, 11])
+def test_a_story_goes_on_and_its_later_lines_may_change(stop, tmp_path, monkeypatch):
+    """Also where it stops just before a new prompt."""
+    later = "one two" if stop > 7 else "of another kind"
+    first = told_by(f"0: one\n7: {later}\n", 17, tmp_path, monkeypatch, stop=stop)
+    rest = told_by(STORY, 17, tmp_path, monkeypatch, resume=True)
+    assert first + rest == [1] * 7 + [2] * 6 + [3] * 4 and len(first) == stop
+    with pytest.raises(UserError, match=r"made with story=\[\[7, 'one two'\], \[13, .*, not None"):
+        told_by("0: one\n", 19, tmp_path, monkeypatch, resume=True)
+    more = told_by(STORY + "19: one\n", 21, tmp_path, monkeypatch, resume=True)
+    assert more == [3, 3, 1, 1]
+
+
+def test_a_piece_that_runs_past_a_switch_is_noticed(monkeypatch):
+    run = run_of_text(task=Told())
+    pieces = Decoded(run, {"text": np.ones((1, 1, 1))}, 17, None, {3: {"text": np.ones((1, 2, 1))}})
+    with pytest.raises(ValueError, match="a piece went on to frame 5, past the switch 3"):
+        list(pieces)
+
+
+@pytest.mark.parametrize(
+    "line, given, words",
+    [
+        (8, 0, r"story=.*story\.txt, line 2: frame=8: does not begin a group"),
+        (17, 0, "line 2: begins at frame 17, but the clips have 17 frames; ask for more --frames"),
+        (3, 3, "line 2: begins at frame 3, but --first_frames has 3, .* begin after frame 3"),
+    ],
+)
+def test_prompts_at_impossible_frames_are_refused(line, given, words, tmp_path, monkeypatch):
+    (tmp_path / "story.txt").write_text(f"0: a\n{line}: b")
+    monkeypatch.setattr(sample, "FLAGS", Flags(story=str(tmp_path / "story.txt"), num=1))
+    run = run_of_text(task=Told())
+    with pytest.raises(UserError, match=words):
+        sample.switches_of(run, sample.prompts(run), given, 17)
+
+
+class Pieceless(Streams):
+    """A task of which no stream is asked for."""
+
+    def stream(self, params, rng, cond, *, frozen, frames=None, carry=None):
+        raise NotImplementedError
+
+    def decode(self, frozen, z_BTNC, state=None):
+        raise NotImplementedError
+
+
+def test_tasks_that_cannot_change_their_conditions_say_so():
+    with pytest.raises(UserError, match="streams of this task cannot change their conditions"):
+        Pieceless().check_switch(5, given=0, frames=9)
 
 
 NOISE_BTHWC = np.random.default_rng(0).integers(0, 256, (2, 40, 15, 16, 3), np.uint8)

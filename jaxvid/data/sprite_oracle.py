@@ -3,6 +3,9 @@
 A colour is found by hue, a shape by moments that do not depend on position, rotation and size.
 """
 
+import itertools
+from collections.abc import Sequence
+
 import numpy as np
 
 from jaxvid.data.sprites import (
@@ -16,6 +19,7 @@ from jaxvid.data.sprites import (
 )
 
 SMALLEST, LARGEST = SIZES["small"][0], SIZES["large"][1]
+TOLD = ("colour", "shape", "direction")  # attributes that `agreement` compares
 # Limits of `steady_sprites`. Areas are shares of the picture, or of the sprite where so stated.
 SPECK = 0.25 * np.pi * SMALLEST**2  # area of a colour that counts as none
 AREA = 0.25  # change of the area of a sprite that stands alone, and coverage away from it
@@ -109,6 +113,32 @@ def describe(video_THWC: np.ndarray) -> Description:
     seen.sort(key=lambda pair: -pair[0])
     sprites = tuple(attributes for _, attributes in seen)
     return Description(caption(sprites), sprites)
+
+
+def agreement(told: Sequence[Attributes], seen: Sequence[Attributes]) -> dict[str, float]:
+    """How much of what a caption tells is seen: {"colour", "shape", "direction", "caption"}.
+
+    Every sprite of the caption is matched with one that is seen, or with none, each only once, so
+    that the most attributes agree; of equal matchings the one with more colours right, then more
+    shapes. An attribute scores the share of the sprites told that have it right. The caption scores
+    1 if these attributes of all its sprites are right and no other sprite is seen, else 0.
+    """
+    others = [*seen, *[None] * (len(told) - len(seen))]
+    best = max(
+        _agreeing(told, chosen) for chosen in map(list, itertools.permutations(others, len(told)))
+    )
+    shares = {name: count / len(told) for name, count in zip(TOLD, best[1:])}
+    is_whole = best[0] == len(TOLD) * len(told) and len(seen) == len(told)
+    return {**shares, "caption": float(is_whole)}
+
+
+def _agreeing(told, chosen):
+    """(attributes that agree, of these colours, shapes and directions) of pairs of sprites."""
+    counts = [
+        sum(getattr(one, name) == getattr(other, name, None) for one, other in zip(told, chosen))
+        for name in TOLD
+    ]
+    return sum(counts), *counts
 
 
 def lone_sprite(video_THWC: np.ndarray) -> tuple[str, str]:

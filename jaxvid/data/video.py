@@ -22,7 +22,7 @@ import av
 import numpy as np
 from av.filter import Graph
 from av.video.reformatter import Interpolation, VideoReformatter
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jaxvid import files
 from jaxvid.data import transforms
@@ -33,6 +33,7 @@ SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".flv", ".wmv"),
     *(".mpg", ".mpeg", ".ts", ".gif"),
 )
+IMAGES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,asf,mpeg,mpegvideo,mpegts,gif"
 MAX_PIXELS = 2**25  # in one picture: 8192 x 4096
 MAX_BYTES = 2**32  # of pixels in one read
@@ -471,6 +472,38 @@ def read_clip(
         raise UserError(f"clip={path}: {reason}; {remedy}") from error
     clip_THWC = transforms.Window(frames, size).augment(video_THWC, None)
     return clip_THWC, (fps or info.fps) / stride
+
+
+def read_image(path: str, size: int) -> np.ndarray:
+    """A PNG or JPEG file, cropped to a square: uint8 [1, size, size, 3], a clip of one frame.
+
+    It is turned as its EXIF data say, and what is transparent is black. Raises UserError.
+    """
+    try:
+        with opened(path) as file:
+            picture = _upright_rgb(file)
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        clip_THWC = _Scaler(size)(frame)[None]
+    except UnidentifiedImageError as error:
+        raise UserError(f"clip={path}: is no PNG or JPEG; give a readable one") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or error
+        remedy = "give a readable PNG or JPEG file"
+        raise UserError(f"clip={path}: {reason}; {remedy}") from error
+    return transforms.Window(1, size).augment(clip_THWC, None)
+
+
+def _upright_rgb(file):
+    """The uint8 [H, W, 3] of an image file; VideoError if it is too large."""
+    with Image.open(file, formats=sorted(set(IMAGES.values()))) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise VideoError(f"has more than {MAX_PIXELS} pixels")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits of grey, which convert would cut off
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        ground = Image.new("RGBA", image.size, "black")
+        picture = Image.alpha_composite(ground, image.convert("RGBA"))
+        return np.ascontiguousarray(np.asarray(picture)[..., :3])
 
 
 def encode_chunk(video_THWC: np.ndarray) -> bytes:

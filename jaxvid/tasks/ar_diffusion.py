@@ -37,7 +37,7 @@ TIMESTEPS = {
 }
 DTYPES = ("float32", "bfloat16", "float16")
 MEMORIES = ("cache", "none", "window")
-CONDITIONS = ("label", "text", "first_frames")
+CONDITIONS = ("label", "text", "negative_text", "first_frames")
 NOISE_BINS = 10
 SAMPLER = {
     **{"steps": int, "schedule": str, "s": float, "block": int},
@@ -508,6 +508,12 @@ class Task(Generator):
         Decoded in turn by `decode` its latents are the video of `sample` with memory "cache". One
         compiled program serves every number of frames, and neither memory nor the time of a frame
         grows, unless the mixer keeps all of the past (`mixer.window` is None).
+
+        A switch starts a state that has read the new condition. It then reads again the frames
+        that the next one sees, and the sinks. A mixer that sums all of the past has no such frames:
+        it reads as many as a frame of training has before it, and forgets earlier ones. In a
+        network of several layers the same holds for what the frames that are read again had seen
+        of those before them.
         """
         with within("sampler"):
             memory, remedy = self.sampler["memory"], "a stream reads its cache; use cache"
@@ -529,15 +535,31 @@ class Task(Generator):
         schedule, window = self._stream_schedule(total - P), self._window_of(total)
         plan = samplers.stream_plan(schedule)
         options = dict(batch=cond["num"], window=window, slots=plan.slots)
-        given_BPNC, x_BWNC, state = self._begin(params, rng, arrays, frozen, **options)
+        given_BPNC, x_BWNC, state, kept = self._begin(params, rng, arrays, frozen, **options)
         first = given_BPNC if P and carry is None else None
-        carry = carry or streaming.Carry(x_BWNC, state, samplers.BEGINNING)
+        carry = carry or streaming.Carry(x_BWNC, state, samplers.BEGINNING, kept)
 
         def step(x_BWNC, state, piece):
             arguments = (params, rng, x_BWNC, state, piece, P)
             return self._advance(*arguments, plan=plan, window=window)
 
-        return streaming.Stream(step, carry, schedule, total - P, first)
+        def start_anew(cond, kept):
+            remedy = "a stream without condition has none to change"
+            kind = self.condition["kind"]
+            require(kept is not None, "condition.kind", kind, remedy)
+            arrays = {name: cond[name] for name in CONDITIONS[:-1] if name in cond}
+            return self._start_anew(params, rng, arrays, kept, window=window)
+
+        return streaming.Stream(step, carry, schedule, total - P, first, start_anew)
+
+    def check_switch(self, frame, *, given, frames):
+        """UserError unless a stream can switch before this frame; see `tasks.base.Generator`."""
+        place, P = (self._in_latents("frame", self._latents, n) if n else 0 for n in (frame, given))
+        schedule = self._stream_schedule(self._latents(frames) - P)
+        is_begin = schedule.start(place - P) > schedule.start(place - P - 1)
+        remedy = f"schedule={self.sampler['schedule']} finishes it together with the frame before "
+        remedy += "it; use the first frame of a block, or --schedule=autoregressive"
+        require(is_begin, "frame", frame, remedy)
 
     @functools.partial(jax.jit, static_argnames="self")
     def decode(self, frozen, z_BTNC, state=None):
@@ -547,10 +569,33 @@ class Task(Generator):
 
     @functools.partial(jax.jit, static_argnames=("self", "batch", "window", "slots"))
     def _begin(self, params, rng, cond, frozen, *, batch, window, slots):
-        """(given latents, noise of the first slots, state that has read condition and given)."""
+        """(given latents, noise of the first slots, state that has read condition and given,
+        the given ones that a switch reads again)."""
         predict, state, given_BPNC = self._open(params, rng, cond, frozen, batch, window)
         x_BWNC = streaming.initial_noise(rng, given_BPNC, slots, solver=self.solver)
-        return given_BPNC, x_BWNC, samplers.commit(predict, given_BPNC, state)
+        kept = None
+        if self.condition["kind"] != "none":
+            B, P, *shape_NC = given_BPNC.shape
+            kept = streaming.keep_nothing(*self._frames_kept(window), (B, *shape_NC))
+            kept = streaming.keep(kept, given_BPNC, P)
+        return given_BPNC, x_BWNC, samplers.commit(predict, given_BPNC, state), kept
+
+    @functools.partial(jax.jit, static_argnames=("self", "window"))
+    def _start_anew(self, params, rng, cond, kept, *, window):
+        """A state that has read the condition and the frames of a stream that it keeps."""
+        batch = len(kept.last_BRNC)
+        predict, state, _ = self._open(params, rng, cond, {}, batch, window)
+        return streaming.read_again(predict, state, kept)
+
+    def _frames_kept(self, window):
+        """(first, last) latent frames that a switch reads again; window: see `_window_of`."""
+        if window is not None:
+            return 0, window
+        mixer = self.temporal_mixer
+        if mixer.window is None:
+            return 0, max(self._latents(self.train_frames) - 1, 1)
+        # The first frames of a convolution are exact if it reads the frames before them again.
+        return mixer.sinks, max(mixer.window - 1 + self.model.conv - 1, 1)
 
     @functools.partial(
         jax.jit,
@@ -611,7 +656,9 @@ class Task(Generator):
         """(predict, state that has read the context alone, clean latents of `first_frames`)."""
         drop_B = jnp.zeros(batch, bool)
         context_BME = self._context(params, drop_B, cond)
-        null_BME = self._context(params, ~drop_B, cond)
+        null_BME = negative_BME = self._context(params, ~drop_B, cond)
+        if "negative_text" in cond:
+            negative_BME = self._context(params, drop_B, {"text": cond["negative_text"]})
         empty_BTNC = jnp.zeros((batch, 0, self.grid[0] * self.grid[1], self.tokenizer.channels))
         given_BPNC = empty_BTNC
         if "first_frames" in cond:
@@ -624,11 +671,15 @@ class Task(Generator):
             return self._apply(params, x_BTNC, t_BT, context_BME, model=model)[1]
 
         if self.terms:
-            contexts = [context_BME if past.conditional else null_BME for past in self.terms]
+            # No history comes without any condition, a negative one too.
+            contexts = [
+                context_BME if past.conditional else null_BME if past.frames == 0 else negative_BME
+                for past in self.terms
+            ]
             models = [self._seeing(past, window) for past in self.terms]
             state = guidance.Histories(tuple(map(start, contexts, models)), jnp.int32(0))
         else:
             if self.sampler["guidance"] != 1:
-                context_BME = jnp.concatenate([context_BME, null_BME])
+                context_BME = jnp.concatenate([context_BME, negative_BME])
             state = start(context_BME, self.model)
         return self._predict(params, rng, window, context_BME), state, given_BPNC

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from jaxvid.errors import UserError
 from jaxvid.models.tokenizer import Tokenizer
 
 Tree = Any  # a pytree of arrays
@@ -90,8 +91,10 @@ class Task(abc.ABC):
         """Video float32 [B, frames, H, W, 3] in [-1, 1].
 
         cond: {"num": B} and optionally label int32 [B], text float32 [B, M, E] and first_frames
-        uint8 [B, P, H, W, 3], with which the video begins. video uint8 [B, T, H, W, 3], a real clip
-        with these conditions, is for tasks that reconstruct; tasks that generate ignore it.
+        uint8 [B, P, H, W, 3], with which the video begins. negative_text float32 [B, M, E] is what
+        classifier-free guidance leads away from, in place of no condition. video uint8
+        [B, T, H, W, 3], a real clip with these conditions, is for tasks that reconstruct; tasks
+        that generate ignore it.
         """
 
 
@@ -105,8 +108,20 @@ class Generator(Task):
         """The latents [B, t, N, C] of a video, iterated as frames finish, `first_frames` first.
 
         Its attribute `carry` is what a stream of the same arguments goes on from, after the frames
-        that the iterator has yielded, to this or another number of frames.
+        that the iterator has yielded, to this or another number of frames. Its method
+        `switch(cond)` changes the conditions between two pieces, `first_frames` aside: later frames
+        read the new ones. Frames yielded before do not depend on it, and `carry` holds what it
+        needs.
         """
+
+    def check_switch(self, frame: int, *, given: int, frames: int) -> None:
+        """Raise UserError unless a stream of `frames` video frames can switch before `frame`.
+
+        It can if a piece of the stream ends there: the frames before are finished and those from
+        there on are not. given: of `first_frames`; given < frame < frames.
+        """
+        del given, frames
+        raise UserError(f"frame={frame}: streams of this task cannot change their conditions")
 
     @abc.abstractmethod
     def decode(self, frozen, z_BTNC, state=None) -> tuple[jax.Array, Tree]:

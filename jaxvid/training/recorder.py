@@ -24,7 +24,8 @@ class Recorder:
     stream after them, so a stream that is killed goes on from there, and what it had written since
     is written anew. `finish` joins the parts. Memory holds one part and the first frames.
 
-    fps: frames per second. made_with: what the stream is a function of, as JSON.
+    fps: frames per second. made_with: what the stream is a function of, as JSON. A list there holds
+    pairs of a frame and what counts from it on; pairs after the frames made so far may change.
     """
 
     def __init__(self, folder: Path, fps: float, made_with: dict):
@@ -49,7 +50,7 @@ class Recorder:
         self.frames, self._parts = kept["frames"], json.loads(kept["parts"])
         self._leaves = [*kept["state"].values()]
         for name in made_with | self._made_with:
-            before, now = made_with.get(name), self._made_with.get(name)
+            before, now = (self._acted(made.get(name)) for made in (made_with, self._made_with))
             if before != now:
                 raise UserError(
                     f"resume: the stream in {self.folder} was made with {name}={before}, not "
@@ -59,6 +60,12 @@ class Recorder:
             part = self.folder / "parts" / name
             if not part.exists() or hashlib.sha256(part.read_bytes()).hexdigest() != digest:
                 raise UserError(f"resume: {part} is missing or damaged; sample into another --out")
+
+    def _acted(self, value):
+        """A value of `made_with`, as far as frames made so far depend on it."""
+        if isinstance(value, list):
+            return [pair for pair in value if pair[0] < self.frames] or None
+        return value
 
     def restored(self, template):
         """The state that `resume` found, in the form and on the devices of `template`."""
@@ -73,8 +80,9 @@ class Recorder:
         ]
         if forms[0] != forms[1]:
             raise UserError(
-                f"resume: the state in {self.folder} is that of another stream; a mixer without "
-                "window (task.model.mixer.window=None) ends with the --frames it began with"
+                f"resume: the state in {self.folder} is that of another stream or of an earlier "
+                "version; a mixer without window (task.model.mixer.window=None) ends with the "
+                "--frames it began with"
             )
         places = (getattr(leaf, "sharding", None) for leaf in wanted)
         leaves = [

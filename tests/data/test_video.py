@@ -157,6 +157,58 @@ def test_hostile_files_are_refused_in_one_line(tmp_path):
     assert video.read_clip(tmp_path / "tags.mp4", 4, 48)[0].shape == (4, 48, 48, 3)
 
 
+def corners(picture_HWC):
+    """Brightness of the corners, clockwise from the upper left."""
+    ends = (2, 2), (2, -3), (-3, -3), (-3, 2)
+    return [round(float(picture_HWC[end].mean())) for end in ends]
+
+
+def test_an_image_is_read_upright_and_cropped(tmp_path):
+    """Four quarters, 10, 80, 150 and 220, in all the ways that files hold pictures."""
+    quarters_HW = np.array([[10, 80], [220, 150]], np.uint8).repeat(48, 0).repeat(48, 1)
+    plain = Image.fromarray(quarters_HW).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # its display turns it clockwise
+    plain.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    plain.save(tmp_path / "plain.png")
+    plain.quantize(16).save(tmp_path / "palette.png")
+    Image.fromarray(quarters_HW.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    wide_HW = np.pad(quarters_HW, ((0, 0), (40, 40)), constant_values=255)
+    Image.fromarray(wide_HW).save(tmp_path / "wide.jpeg", quality=95)
+    for path in tmp_path.iterdir():
+        assert path.suffix in video.IMAGES
+        clip_THWC = video.read_image(path, 24)
+        assert clip_THWC.shape == (1, 24, 24, 3) and clip_THWC.dtype == np.uint8
+        np.testing.assert_allclose(corners(clip_THWC[0]), [10, 80, 150, 220], atol=2, err_msg=path)
+    clear = plain.copy()
+    clear.putalpha(Image.fromarray(np.where(quarters_HW == 80, 0, 255).astype(np.uint8)))
+    clear.save(tmp_path / "clear.png")
+    assert corners(video.read_image(tmp_path / "clear.png", 24)[0]) == [10, 0, 150, 220]
+
+
+def test_hostile_images_are_refused_in_one_line(tmp_path, monkeypatch):
+    write_hostile(tmp_path)
+    for name, size in {"large.png": (96, 48), "long.png": (99, 9), "picture.gif": (9, 9)}.items():
+        Image.new("RGB", size).save(tmp_path / name)
+    noise_HWC = np.random.default_rng(0).integers(0, 256, (30, 30, 3), np.uint8)
+    Image.fromarray(noise_HWC).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:1500])
+    monkeypatch.setattr(video, "MAX_PIXELS", 1000)
+    for name, reason in (
+        ("zero.mp4", "is no PNG or JPEG"),
+        ("text.mp4", "is no PNG or JPEG"),
+        ("picture.gif", "is no PNG or JPEG"),
+        ("none.png", "No such file or directory"),
+        ("", "Is a directory"),
+        ("large.png", "has more than 1000 pixels"),
+        ("long.png", "is too long and narrow"),
+        ("cut.png", ".*truncated"),
+    ):
+        with pytest.raises(UserError, match=f"clip=.*{name}: {reason}.*; give a rea") as caught:
+            video.read_image(tmp_path / name, 24)
+        assert "\n" not in str(caught.value)
+
+
 FORMATS = {
     ".mpg": ("mpeg2video", "yuv420p", 24),
     ".mpeg": ("mpeg1video", "yuv420p", 24),
