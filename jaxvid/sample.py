@@ -162,8 +162,7 @@ def conditions(run, num):
             raise UserError(f"label={FLAGS.label}: use 0 to {fields.num_classes - 1}")
         cond["label"] = np.full(num, FLAGS.label, np.int32)
     if fields.kind == "text":
-        embedded_ME = text.embed(FLAGS.prompt, fields.tokens, fields.width)
-        cond["text"] = np.repeat(embedded_ME[None], num, axis=0)
+        cond["text"] = np.repeat(text.reader(source)(FLAGS.prompt)[None], num, axis=0)
     if FLAGS.num_first_frames and not FLAGS.first_frames:
         raise UserError(
             f"num_first_frames={FLAGS.num_first_frames}: of which clip? Give --first_frames too"

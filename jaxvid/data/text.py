@@ -1,13 +1,23 @@
-"""Frozen word vectors: text conditioning without a network or a download."""
+"""Captions as arrays: bytes for an encoder that is trained, or frozen word vectors.
+
+In each of them the rows behind the end of a caption are zeros. Word vectors are text conditioning
+without a network or a download.
+"""
 
 import functools
 import hashlib
 import re
 import unicodedata
+from collections.abc import Callable
 
 import numpy as np
 from absl import logging
 
+from jaxvid import checks
+
+KINDS = ("bytes", "words")
+MAX_TOKENS = 2**12  # positions of a caption
+MAX_WIDTH = 2**16  # of the embedding of a position
 _WORD = re.compile(r"[^\W_]+|,")
 WARNINGS = 5  # about captions that are cut
 _WORD_OF_KINDS = re.compile("om*|w(?:j*[wm])*|,")
@@ -17,6 +27,72 @@ _ONE_BY_ONE = re.compile(
     "[\u2e80-\u2fdf\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
     "\u3041-\u309f\u0e00-\u0eff\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f\u1780-\u17ff]"
 )
+
+
+def check(config) -> None:
+    """Raise UserError for fields of config.data that no text has."""
+    checks.at_least("text_tokens", config.text_tokens, 0, at_most=MAX_TOKENS)
+    checks.at_least("text_width", config.text_width, 1, at_most=MAX_WIDTH)
+    checks.choose("text", kind(config), KINDS)
+
+
+def kind(config) -> str:
+    """How config.data asks for captions, one of KINDS; runs of earlier versions have words."""
+    return config.get("text", "words")
+
+
+def shape(config) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of a caption in a batch of config.data."""
+    if kind(config) == "bytes":
+        return (config.text_tokens,), np.dtype(np.uint8)
+    return (config.text_tokens, config.text_width), np.dtype(np.float32)
+
+
+def reader(config) -> Callable[[str], np.ndarray]:
+    """The function of a caption to its array, of `shape`, that config.data asks for.
+
+    Captions that are too long are cut, with a warning for the first few of a process. One without
+    content is all zeros, which `models.conditioning` takes for no condition.
+    """
+    if kind(config) == "bytes":
+        return functools.partial(spell, tokens=config.text_tokens)
+    return functools.partial(embed, tokens=config.text_tokens, width=config.text_width)
+
+
+def clean(caption: str) -> str:
+    """A caption as Unicode composes it (NFC), without what is no text.
+
+    Composed and decomposed spellings are equal. NUL and parts of names that are not UTF-8 become
+    spaces, and spaces around the caption are dropped.
+    """
+    caption = unicodedata.normalize("NFC", caption)
+    return re.sub("[\0\ud800-\udfff]", " ", caption).strip()
+
+
+def spell(caption: str, tokens: int) -> np.ndarray:
+    """Caption -> its UTF-8 bytes in lower case, uint8 [M], zeros after the last.
+
+    Lower case, so that a prompt may begin with a capital. A letter of several bytes is not cut.
+    """
+    found = clean(caption.lower()).encode()
+    kept = found[:tokens].decode(errors="ignore").encode()
+    if len(kept) < len(found):
+        warn_cut(len(found), "bytes", tokens, found[len(kept) :][:20].decode(errors="ignore"))
+    return np.frombuffer(kept.ljust(tokens, b"\0"), np.uint8)
+
+
+def warn_cut(length: int, unit: str, tokens: int, rest: str) -> None:
+    """Warn of a caption that is cut before `rest`; for the first few captions of a process."""
+    logging.log_first_n(
+        logging.WARNING,
+        "a caption has %d %s and text_tokens=%d: it is cut before %r; shorten it, or train with "
+        "more data.text_tokens",
+        WARNINGS,
+        length,
+        unit,
+        tokens,
+        rest,
+    )
 
 
 def words(caption: str) -> list[str]:
@@ -61,23 +137,13 @@ def _positions(tokens, width):
 def embed(caption: str, tokens: int, width: int) -> np.ndarray:
     """Caption -> float32 [M, E]: unit rows (word + position, normalised), zeros after the last.
 
-    Positions let attention bind "red" to "square". Words beyond `tokens` are dropped, with a
-    warning for the first few captions of a process. A caption without words is all zeros, which
-    `models.conditioning` takes for no condition.
+    Positions let attention bind "red" to "square". Words beyond `tokens` are dropped.
     """
     text_ME = np.zeros((tokens, width), np.float32)
     found = words(caption)
     kept, dropped = found[:tokens], found[tokens:]
     if dropped:
-        logging.log_first_n(
-            logging.WARNING,
-            "a caption has %d words and text_tokens=%d: it is cut before %r; shorten "
-            "it, or train with more data.text_tokens",
-            WARNINGS,
-            len(found),
-            tokens,
-            dropped[0],
-        )
+        warn_cut(len(found), "words", tokens, dropped[0])
     if kept:
         sum_ME = np.stack([_vector(word, width) for word in kept])
         sum_ME = sum_ME + _positions(tokens, width)[: len(kept)]
