@@ -5,8 +5,9 @@
         --config.data.path=DIR
 
 Options: size=tiny|s|b|l|xl (tiny is for two CPU cores, xl has the 672 M parameters of the paper),
-data=sprites|folder|array_record|tfds|latents, cond=none|class|text, text=bytes|words (how cond=text
-reads captions: by a trained encoder, or as frozen word vectors), noise=diffusion|flow,
+data=sprites|folder|array_record|tfds|latents, cond=none|class|text, text=bytes|words|stored (how
+cond=text reads captions: by a trained encoder, as frozen word vectors, or as embeddings of T5 that
+`jaxvid.tokenize --text` has stored), noise=diffusion|flow,
 layout=mixed|diffusion_forcing|clean_prefix|teacher_forced|images (what noisy frames read in
 training),
 steps=many|few (few: shortcut forcing, which samples with 1, 2, 4 .. steps per frame),
@@ -38,7 +39,7 @@ def get_config(options=""):
         size=tuple(SIZES),
         data=("sprites", "folder", "array_record", "tfds", "latents"),
         cond=("none", "class", "text"),
-        text=("bytes", "words"),
+        text=("bytes", "words", "stored"),
         noise=("diffusion", "flow"),
         steps=("many", "few"),
         layout=("mixed", "diffusion_forcing", "clean_prefix", "teacher_forced", "images"),

@@ -95,7 +95,7 @@ def mixer(name: str, frames) -> dict:
 def condition(config, kind: str, text: str, tiny: bool) -> dict:
     """The section of the condition of a generator, and the fields of config.data that it reads.
 
-    kind: none, class or text. text: how captions come, bytes or words.
+    kind: none, class or text. text: how captions come, bytes, words or stored.
     """
     drop = field(0.1, "probability that training drops the condition")
     classes = field(101, "rows of the class table")
@@ -106,6 +106,8 @@ def condition(config, kind: str, text: str, tiny: bool) -> dict:
     config.data.text = text
     # The longest caption of sprites has 19 words and 103 bytes.
     config.data.text_tokens = 20 if text == "words" else 128 if tiny else 256
+    if text == "stored":
+        config.data.text_width = 768  # of the base encoder of T5
     return dict(
         kind=kind_field,
         encoder=field("bytes" if text == "bytes" else "none", "of captions: bytes, or none"),
@@ -166,10 +168,12 @@ def get_config() -> ConfigDict:
         threads=field(2, "decoding threads per process"),
         text=field(
             "words",
-            "captions: bytes (for a trained encoder) or words (frozen vectors)",
+            "captions: bytes (for a trained encoder), words (frozen vectors) or stored (of T5)",
         ),
-        text_tokens=field(0, "bytes or words of a caption that the model reads; 0 = no text"),
-        text_width=field(64, "width of a word's embedding; bytes have none"),
+        text_tokens=field(0, "bytes, words or tokens of a caption that are read; 0 = no text"),
+        text_width=field(64, "width of the embeddings of words, or of stored ones"),
+        text_path=field("", "stored: the set of jaxvid.tokenize --text"),
+        text_digest=field("", "stored: digest that the encoder must have; '' = any"),
     )
     config.optim = dict(
         name=field("muon", "adamw, or muon: Muon for the matrices of layers, AdamW for the rest"),

@@ -24,8 +24,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from jaxvid import checks, cli, data
-from jaxvid.data import text, video
+from jaxvid import checks, cli, data, prompts
+from jaxvid.data import video
 from jaxvid.errors import UserError, within
 from jaxvid.layers import masks
 from jaxvid.parallel.devices import peak_bytes
@@ -162,7 +162,7 @@ def conditions(run, num):
             raise UserError(f"label={FLAGS.label}: use 0 to {fields.num_classes - 1}")
         cond["label"] = np.full(num, FLAGS.label, np.int32)
     if fields.kind == "text":
-        cond["text"] = np.repeat(text.reader(source)(FLAGS.prompt)[None], num, axis=0)
+        cond["text"] = np.repeat(prompts.read(source, [FLAGS.prompt]), num, axis=0)
     if FLAGS.num_first_frames and not FLAGS.first_frames:
         raise UserError(
             f"num_first_frames={FLAGS.num_first_frames}: of which clip? Give --first_frames too"

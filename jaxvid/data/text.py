@@ -1,7 +1,7 @@
-"""Captions as arrays: bytes for an encoder that is trained, or frozen word vectors.
+"""Captions as arrays: bytes for an encoder that is trained, frozen word vectors, or stored ones.
 
 In each of them the rows behind the end of a caption are zeros. Word vectors are text conditioning
-without a network or a download.
+without a network or a download. Stored embeddings are those of `data.captions`.
 """
 
 import functools
@@ -14,8 +14,10 @@ import numpy as np
 from absl import logging
 
 from jaxvid import checks
+from jaxvid.data.captions import Captions
+from jaxvid.errors import UserError, shown
 
-KINDS = ("bytes", "words")
+KINDS = ("bytes", "words", "stored")
 MAX_TOKENS = 2**12  # positions of a caption
 MAX_WIDTH = 2**16  # of the embedding of a position
 _WORD = re.compile(r"[^\W_]+|,")
@@ -34,6 +36,9 @@ def check(config) -> None:
     checks.at_least("text_tokens", config.text_tokens, 0, at_most=MAX_TOKENS)
     checks.at_least("text_width", config.text_width, 1, at_most=MAX_WIDTH)
     checks.choose("text", kind(config), KINDS)
+    if kind(config) == "stored":
+        remedy = "missing; name the set that jaxvid.tokenize --text wrote"
+        checks.require(config.get("text_path"), "text_path", "", remedy)
 
 
 def kind(config) -> str:
@@ -56,7 +61,45 @@ def reader(config) -> Callable[[str], np.ndarray]:
     """
     if kind(config) == "bytes":
         return functools.partial(spell, tokens=config.text_tokens)
+    if kind(config) == "stored":
+        return functools.partial(look_up, open_stored(config), tokens=config.text_tokens)
     return functools.partial(embed, tokens=config.text_tokens, width=config.text_width)
+
+
+def open_stored(config) -> Captions:
+    """The set in config.text_path. Raises UserError unless it suits config.data."""
+    stored = Captions(config.text_path)
+    remedy = f"text_path holds embeddings of the width {stored.width}; use that"
+    checks.require(config.text_width == stored.width, "text_width", config.text_width, remedy)
+    digest = config.get("text_digest", "")
+    remedy = f"text_path holds embeddings of another encoder, {stored.digest}; bring back the old"
+    checks.require(digest in ("", stored.digest), "text_digest", digest, f"{remedy} set")
+    return stored
+
+
+def binding(config) -> dict[str, str]:
+    """Fields of config.data that bind a run to the encoder of its stored captions."""
+    is_stored = config.text_tokens and kind(config) == "stored"
+    return {"text_digest": open_stored(config).digest} if is_stored else {}
+
+
+def look_up(stored: Captions, caption: str, tokens: int) -> np.ndarray:
+    """Caption -> its stored embeddings [M, E]. Raises UserError if it has none."""
+    found_ME = stored.find(clean(caption))
+    if found_ME is None:
+        raise UserError(
+            f"text='stored': the caption {shown(caption)} is not among the {len(stored)} of "
+            f"text_path={stored.path}; encode all captions with python -m jaxvid.tokenize --text"
+        )
+    return pad(found_ME, tokens)
+
+
+def pad(text_ME: np.ndarray, tokens: int) -> np.ndarray:
+    """Embeddings of a caption, of any length -> float32 [tokens, E]."""
+    if len(text_ME) > tokens:
+        warn_cut(len(text_ME), "tokens", tokens, f"token {tokens}")
+    padding = ((0, max(tokens - len(text_ME), 0)), (0, 0))
+    return np.pad(text_ME[:tokens].astype(np.float32), padding)
 
 
 def clean(caption: str) -> str:
