@@ -5,7 +5,9 @@
         --config.data.path=DIR
 
 Options: size=tiny|s|b|l|xl (tiny is for two CPU cores, xl has the 672 M parameters of the paper),
-data=sprites|folder|array_record|tfds|latents, cond=none|class|text, noise=diffusion|flow,
+data=sprites|folder|array_record|tfds|latents, cond=none|class|text, text=bytes|words|stored (how
+cond=text reads captions: by a trained encoder, as frozen word vectors, or as embeddings of T5 that
+`jaxvid.tokenize --text` has stored), noise=diffusion|flow,
 layout=mixed|diffusion_forcing|clean_prefix|teacher_forced|images (what noisy frames read in
 training),
 steps=many|few (few: shortcut forcing, which samples with 1, 2, 4 .. steps per frame),
@@ -37,6 +39,7 @@ def get_config(options=""):
         size=tuple(SIZES),
         data=("sprites", "folder", "array_record", "tfds", "latents"),
         cond=("none", "class", "text"),
+        text=("bytes", "words", "stored"),
         noise=("diffusion", "flow"),
         steps=("many", "few"),
         layout=("mixed", "diffusion_forcing", "clean_prefix", "teacher_forced", "images"),
@@ -117,7 +120,7 @@ def get_config(options=""):
         after=field(0, "training steps before they do"),
         shift=field(0.6, "below 1, these frames are made of weaker noise"),
     )
-    config.task.condition = _condition(config, chosen.cond)
+    config.task.condition = common.condition(config, chosen.cond, chosen.text, tiny)
     config.task.sampler = dict(
         steps=field(4 if few else 50, "denoising steps per frame"),
         schedule=field(
@@ -147,22 +150,6 @@ def get_config(options=""):
 def _mixed(clean_prefix):
     """Clips with and without a prefix of clean frames."""
     return f"clean_prefix={clean_prefix:g},diffusion_forcing={1 - clean_prefix:g}"
-
-
-def _condition(config, kind):
-    """The section of the condition; text shares its sizes with the data."""
-    if kind == "text":
-        config.data.text_tokens = 20  # the longest sprite caption has 19 words
-        tokens, width = config.data.get_ref("text_tokens"), config.data.get_ref("text_width")
-    else:
-        tokens, width = field(1, "context tokens"), field(64, "width of a context token")
-    return dict(
-        kind=field(kind, "none, class or text"),
-        tokens=tokens,
-        width=width,
-        num_classes=field(101, "rows of the class table"),
-        drop=field(0.1, "probability that training drops the condition"),
-    )
 
 
 def _tiny(config):

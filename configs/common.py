@@ -92,6 +92,35 @@ def mixer(name: str, frames) -> dict:
     return dict(name=field(name, meaning), **MIXERS[name](frames))
 
 
+def condition(config, kind: str, text: str, tiny: bool) -> dict:
+    """The section of the condition of a generator, and the fields of config.data that it reads.
+
+    kind: none, class or text. text: how captions come, bytes, words or stored.
+    """
+    drop = field(0.1, "probability that training drops the condition")
+    classes = field(101, "rows of the class table")
+    kind_field = field(kind, "none, class or text")
+    if kind != "text":
+        tokens, width = field(1, "context tokens"), field(64, "width of a context token")
+        return dict(kind=kind_field, tokens=tokens, width=width, num_classes=classes, drop=drop)
+    config.data.text = text
+    # The longest caption of sprites has 19 words and 103 bytes.
+    config.data.text_tokens = 20 if text == "words" else 128 if tiny else 256
+    if text == "stored":
+        config.data.text_width = 768  # of the base encoder of T5
+    return dict(
+        kind=kind_field,
+        encoder=field("bytes" if text == "bytes" else "none", "of captions: bytes, or none"),
+        tokens=config.data.get_ref("text_tokens"),
+        queries=field(8 if tiny else 16, "context tokens, which read the text; 0 = the text as is"),
+        width=field(64 if tiny else 512, "width of a context token"),
+        depth=field(2 if tiny else 4, "bytes: layers of the encoder"),
+        heads=field(4 if tiny else 8, "heads of the encoder and of the queries"),
+        num_classes=classes,
+        drop=drop,
+    )
+
+
 def parse(options: str, **choices: tuple[str, ...]) -> ConfigDict:
     """ "size=s,data=folder" -> {size: "s", data: "folder"}; a key not given has its first choice.
 
@@ -137,8 +166,14 @@ def get_config() -> ConfigDict:
         num_clips=field(4096, "generated clips in the training split"),
         workers=field(0, "decoding processes; 0 decodes in threads of the main process"),
         threads=field(2, "decoding threads per process"),
-        text_tokens=field(0, "words of the caption that the model reads; 0 = no text"),
-        text_width=field(64, "width of a word's embedding"),
+        text=field(
+            "words",
+            "captions: bytes (for a trained encoder), words (frozen vectors) or stored (of T5)",
+        ),
+        text_tokens=field(0, "bytes, words or tokens of a caption that are read; 0 = no text"),
+        text_width=field(64, "width of the embeddings of words, or of stored ones"),
+        text_path=field("", "stored: the set of jaxvid.tokenize --text"),
+        text_digest=field("", "stored: digest that the encoder must have; '' = any"),
     )
     config.optim = dict(
         name=field("muon", "adamw, or muon: Muon for the matrices of layers, AdamW for the rest"),

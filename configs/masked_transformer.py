@@ -6,11 +6,12 @@
 
 Options: size=tiny|s|b|l|xl (tiny is for two CPU cores, xl has the 1.8 B parameters of Phenaki),
 data=sprites|folder|array_record|tfds|latents, cond=text|class|none,
+text=bytes|words|stored (how captions are read, as in configs/ar_diffusion.py),
 decoding=maskgit|magvit|phenaki (the settings of one sampler, in task.sampler), critic=none|self|
 network, stage=model|tokenizer (the tokenizer that the first command trains, on the same clips).
 """
 
-from configs import ar_diffusion, common, tokenizer
+from configs import common, tokenizer
 from configs.common import field
 
 # size -> width, depth, heads
@@ -27,7 +28,7 @@ DECODING = {
     "magvit": (12, "floor", 1.0, False, 4.5, 0, 0.95),
     "phenaki": (18, "nearest", 0.9, True, 0.0, 0, 1.0),
 }
-FRAMES, WINDOW = 33, 17  # of a clip, and those that the network sees at once
+FRAMES, WINDOW = 17, 9  # of a clip, and those that the network sees at once
 
 
 def get_config(options=""):
@@ -37,6 +38,7 @@ def get_config(options=""):
         size=tuple(SIZES),
         data=("sprites", "folder", "array_record", "tfds", "latents"),
         cond=("text", "class", "none"),
+        text=("bytes", "words", "stored"),
         decoding=tuple(DECODING),
         critic=("none", "self", "network"),
         stage=("model", "tokenizer"),
@@ -71,7 +73,7 @@ def get_config(options=""):
         remat=field(not tiny, "recompute activations in the backward pass, to save memory"),
         scan=field(not tiny, "compile one layer for all; False is faster on CPU"),
     )
-    config.task.condition = ar_diffusion._condition(config, chosen.cond)
+    config.task.condition = common.condition(config, chosen.cond, chosen.text, tiny)
     config.task.mask = dict(
         schedule=field(
             "cosine", "share of masked tokens: cosine, uniform, square, cubic, sqrt, log or exp"
@@ -87,7 +89,7 @@ def get_config(options=""):
     config.task.sampler = dict(
         schedule=field("cosine", "share of masked tokens by step, as in task.mask"),
         guidance=field(1.0 if chosen.cond == "none" else 3.0, "classifier-free guidance; 1 = none"),
-        keep=field(3, "latents of a window that the next one is given"),
+        keep=field(2, "latents of a window that the next one is given"),
         **{
             name: field(value, meaning) for (name, value), meaning in zip(preset.items(), _MEANINGS)
         },
@@ -114,6 +116,7 @@ def _data(config, tiny):
         config.data.sizes = 1
         config.data.turning = False
         config.data.num_clips = 100_000
+        config.data.batch_size = 16
         config.evaluate.every = 2000
         return
     config.steps = 500_000
@@ -134,7 +137,6 @@ def _tokenizer(chosen, tiny):
     config = tokenizer.get_config(f"quantizer=fsq,size={size},data={chosen.data}")
     _data(config, tiny)
     if tiny:
-        config.steps = 1500
-        config.task.network.patch = 6
+        config.steps, config.data.batch_size = 1800, 8
     config.task.quantizer.levels = (8, 5, 5, 5) if tiny else (8, 8, 8, 5, 5, 5)
     return config

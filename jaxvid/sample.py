@@ -28,8 +28,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from jaxvid import checks, cli, data
-from jaxvid.data import story, text, video
+from jaxvid import checks, cli, data, prompts
+from jaxvid.data import story, video
 from jaxvid.errors import UserError, within
 from jaxvid.layers import masks
 from jaxvid.parallel.devices import peak_bytes
@@ -62,7 +62,7 @@ def main():
         )
     out = _folder(run)
     frames = FLAGS.frames or run.config.data.frames
-    lines = prompts(run)
+    lines = lines_of(run)
     cond, fps = conditions(run, FLAGS.num, lines)
     given = cond["first_frames"].shape[1] if "first_frames" in cond else 0
     if given >= frames:
@@ -153,7 +153,7 @@ def made_with(run, cond, lines) -> dict:
     }
 
 
-def prompts(run) -> list[story.Line]:
+def lines_of(run) -> list[story.Line]:
     """The lines of --story, or one line with --prompt. Raises UserError."""
     if not FLAGS.story:
         return [story.Line(0, FLAGS.prompt or "", "prompt")]
@@ -193,16 +193,14 @@ def switches_of(run, lines, given, frames) -> dict[int, dict]:
 
 
 def embedded(run, prompt, num):
-    """float32 [num, M, E]: a prompt as the run's data embed captions."""
-    fields = run.config.task.condition
-    text_ME = text.embed(prompt, fields.tokens, fields.width)
-    return np.broadcast_to(text_ME, (num, *text_ME.shape))
+    """[num, ...]: a prompt as the "text" of a batch of the run's data."""
+    return np.repeat(prompts.read(run.config.data, [prompt]), num, axis=0)
 
 
 def conditions(run, num, lines):
     """(`cond` of `Task.sample` from the flags, frames per second of the clips).
 
-    lines: see `prompts`; the stream begins with the first one. First frames are read at the rate
+    lines: see `lines_of`; the stream begins with the first one. First frames are read at the rate
     and stride of the run's data. Raises UserError for flags that do not suit the run.
     """
     cond, fields = {"num": num}, run.config.task.condition

@@ -16,6 +16,16 @@ float32 latents; for validation also the frames, lossless.
 The same command resumes after a kill, also in the middle of a video. A kill loses the work
 since the last save, five minutes at most, and the clips in progress, which start again. The set
 appears at --out only when it is complete.
+
+    python -m jaxvid.tokenize --text=T5 --src=CLIPS --out=TEXT
+    python -m jaxvid.train --config=configs/ar_diffusion.py:cond=text,text=stored \\
+        --config.data.text_path=TEXT
+
+encodes captions instead, each of them once. T5 is a folder with the weights of T5 1.1 of any size
+(*.safetensors) and its tokenizer (tokenizer.json or spiece.model, which need the library tokenizers
+or sentencepiece). --src is a data set of `jaxvid.prepare`, of this command or of TensorFlow
+Datasets, a directory of videos, whose classes are the captions, or a text file with a caption in
+each line.
 """
 
 import dataclasses
@@ -39,6 +49,7 @@ from jaxvid.data.source import SPLITS
 from jaxvid.data.transforms import Window, mirror, normalize
 from jaxvid.errors import UserError, printable
 from jaxvid.runs import open_tokenizer
+from jaxvid.tools import captions
 
 FLAGS = flags.FLAGS
 
@@ -60,6 +71,10 @@ class Recipe:
 
 def main():
     """Entry point."""
+    if FLAGS.text:
+        _encode_captions()
+        return
+    checks.require(FLAGS.workdir, "workdir", "", "missing; name the run of a tokenizer, or --text")
     manifest = tokenize(
         FLAGS.workdir,
         FLAGS.src,
@@ -77,6 +92,16 @@ def main():
     for done in ("cut", "skipped"):
         for entry in manifest[done]:
             print(printable(f"{done} {entry['name']}: {entry['reason']}"))
+
+
+def _encode_captions():
+    """Entry point of --text."""
+    for name in ("workdir", "size", "frames", "fps", "flip"):
+        if FLAGS[name].present:
+            raise UserError(f"{name}={FLAGS[name].value}: is for clips; leave it out with --text")
+    options = dict(tokens=FLAGS.text_tokens, batch=FLAGS.batch)
+    manifest = captions.encode(FLAGS.text, FLAGS.src, FLAGS.out, **options)
+    print(f"{manifest['captions']} captions, of each token {manifest['width']} numbers")
 
 
 def tokenize(
@@ -358,12 +383,18 @@ def _write_frames(pieces, writers):
 
 
 if __name__ == "__main__":
-    cli.define_path("workdir", "Folder of the tokenizer's run.", required=True)
-    cli.define_path("src", "Prepared set, directory of videos, or sprites.", required=True)
+    cli.define_path("workdir", "Folder of the tokenizer's run.")
+    cli.define_path("text", "Folder with the files of T5 1.1: encode captions, not clips.")
+    cli.define_path(
+        "src",
+        "Prepared set, directory of videos, or sprites; of captions also a file or a set of tfds.",
+        required=True,
+    )
     cli.define_path("out", "Directory of the new data set.", required=True)
     flags.DEFINE_integer("size", None, "Pixels along each side. Default: as trained.")
     flags.DEFINE_integer("frames", None, "Frames of a clip. Default: as trained.")
     flags.DEFINE_float("fps", 8.0, "Frames per second of videos; 0 keeps the rate of the source.")
     flags.DEFINE_boolean("flip", False, "Encode each clip mirrored too.")
-    flags.DEFINE_integer("batch", 8, "Clips encoded at once.")
+    flags.DEFINE_integer("batch", 8, "Clips or captions encoded at once.")
+    flags.DEFINE_integer("text_tokens", 128, "Tokens of a caption, of which longer ones are cut.")
     cli.run(main)

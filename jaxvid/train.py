@@ -18,6 +18,7 @@ from absl import flags
 
 from jaxvid import checks, cli, data, files
 from jaxvid import config as config_lib
+from jaxvid.data import text
 from jaxvid.errors import UserError, within
 from jaxvid.evaluators.held_out import HeldOut
 from jaxvid.parallel import multihost
@@ -69,6 +70,7 @@ def _train(config, workdir, mesh, stack):
     with within("data"):
         source = data.make_source(config.data, "train")
         _check_hosts(source, config.data)
+        config.data.update(text.binding(config.data))
     if "fps" in config.data:
         config.data.fps = float(source.fps)  # sampling conditions and shows clips at this rate
     with within("task"):
@@ -79,7 +81,9 @@ def _train(config, workdir, mesh, stack):
         tx, schedule = make_optimizer(config.optim, config.steps)
     checkpoints = stack.enter_context(Checkpoints(workdir, config, source.digest))
     checkpoints.check_config()
-    shapes = _batch_of(data.row(source, config.data), config, mesh)
+    with within("data"):
+        row = data.row(source, config.data)
+    shapes = _batch_of(row, config, mesh)
     with within("task"):
         init, shardings = make_init(task, tx, shapes, config, mesh)
         target = _placed(jax.eval_shape(init), shardings)

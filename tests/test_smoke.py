@@ -75,3 +75,12 @@ def test_train_resume_evaluate_and_sample(tmp_path):
     out = run("sample", workdir, *flags, f"--out={tmp_path / 'clips'}")
     assert "1 clips of 6 frames" in out
     assert list((tmp_path / "clips").glob("*.mp4"))
+
+
+@pytest.mark.slow
+def test_train_with_captions_and_sample_a_prompt(tmp_path):
+    workdir, small = f"--workdir={tmp_path / 'run'}", [*SMALL, "--config.steps=1"]
+    small[0] += ":cond=text"
+    assert "finished at step 1" in run("train", workdir, *small)
+    flags = ("--prompt=A red square moves left", "--guidance=2", "--frames=6", "--num=1")
+    assert "1 clips of 6 frames" in run("sample", workdir, *flags)

@@ -4,20 +4,20 @@ The module jaxvid.data.<name> holds the source called <name>, a class `Source` w
 `jaxvid.data.source`. Errors name the fields of config.data without the section.
 """
 
+import math
 import time
 
 import numpy as np
 
 from jaxvid import checks, memory, modules
 from jaxvid.data import source as source_lib
+from jaxvid.data import text
 from jaxvid.data.transforms import Window
 from jaxvid.errors import UserError
 
 MAX_CLIPS = 2**20  # of a batch or of samples
 MAX_TRAINED = 2**13  # frames of a clip; tables of frames by frames are made for them
 MAX_LOADERS = 1024  # processes, and threads in each
-MAX_WORDS = 2**12  # of a caption
-MAX_WIDTH = 2**16  # of the embedding of a word
 
 
 def check(config) -> None:
@@ -27,8 +27,7 @@ def check(config) -> None:
     checks.at_least("batch_size", config.batch_size, 1, at_most=MAX_CLIPS)
     checks.at_least("workers", config.workers, 0, at_most=MAX_LOADERS)
     checks.at_least("threads", config.threads, 1, at_most=MAX_LOADERS)
-    checks.at_least("text_tokens", config.text_tokens, 0, at_most=MAX_WORDS)
-    checks.at_least("text_width", config.text_width, 1, at_most=MAX_WIDTH)
+    text.check(config)
     if "fps" in config:
         checks.between("fps", config.fps, 0, 1000)
     if "difficulty" in config:  # also if another source than sprites leaves it unused
@@ -68,11 +67,11 @@ def make_iterator(
     """Checkpointable grain iterator over this host's rows of the global batches; never ends.
 
     A batch: video uint8 [b, T, H, W, 3] (for encoded clips latents float32 [b, T, N, Z] or tokens
-    int32 [b, T, N]), id int32 [b], label int32 [b] and, with text_tokens > 0, text float32
-    [b, M, E]; b = batch_size / process_count. Training clips are shuffled again in every epoch;
-    validation clips come in order. The content depends on (seed, position in the global order)
-    alone: any number of hosts, workers and threads sees the same global batches, and get_state and
-    set_state resume exactly. Raises UserError.
+    int32 [b, T, N]), id int32 [b], label int32 [b] and, with text_tokens > 0, text (bytes uint8
+    [b, M], or embeddings float32 [b, M, E]); b = batch_size / process_count. Training clips are
+    shuffled again in every epoch; validation clips come in order. The content depends on (seed,
+    position in the global order) alone: any number of hosts, workers and threads sees the same
+    global batches, and get_state and set_state resume exactly. Raises UserError.
     """
     # Imported here, because processes that only decode video start faster without grain and jax.
     from jaxvid.data import pipeline
@@ -115,14 +114,15 @@ def batch_shapes(config, size: int) -> dict:
         "label": jax.ShapeDtypeStruct((size,), np.int32),
     }
     if config.text_tokens:
-        shape = (size, config.text_tokens, config.text_width)
-        batch["text"] = jax.ShapeDtypeStruct(shape, np.float32)
+        shape, dtype = text.shape(config)
+        batch["text"] = jax.ShapeDtypeStruct((size, *shape), dtype)
     return batch
 
 
 def check_memory(config, rows: int) -> None:
     """Raise UserError unless the batches of `rows` clips of video that wait in memory fit there."""
-    clip = 3 * config.frames * config.size**2 + 4 * config.text_tokens * config.text_width
+    shape, dtype = text.shape(config)
+    clip = 3 * config.frames * config.size**2 + dtype.itemsize * math.prod(shape)
     fields = f"batch_size={config.batch_size}, frames={config.frames}, size={config.size}"
     batches = waiting_batches(config)
     memory.require(fields, f"{batches} batches that are read ahead", batches * rows * clip)

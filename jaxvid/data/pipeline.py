@@ -13,14 +13,14 @@ class Load:
 
     def __init__(self, source, config):
         self._source = source
-        self._tokens, self._width = config.text_tokens, config.text_width
+        self._read_caption = text.reader(config) if config.text_tokens else None
 
     def __call__(self, index, rng=None):
         example = self._source.read(index, rng)
         row = {name: example[name] for name in ARRAYS if name in example}
         row |= {"id": np.int32(index), "label": np.int32(example["label"])}
-        if self._tokens > 0:
-            row["text"] = text.embed(example["caption"], self._tokens, self._width)
+        if self._read_caption:
+            row["text"] = self._read_caption(example["caption"])
         return row
 
 

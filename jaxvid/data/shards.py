@@ -1,4 +1,4 @@
-"""The files of a data set that `jaxvid.prepare` or `jaxvid.tokenize` writes.
+"""The files of a set of clips or captions that `jaxvid.prepare` or `jaxvid.tokenize` writes.
 
 Shards are ArrayRecord files; dataset.json, the manifest, lists them. A record is the length of its
 header (4 bytes, little-endian), the header (JSON: name, label, ...) and its content. A set grows in
@@ -26,7 +26,11 @@ from jaxvid.schema import Choice, Real, Whole
 
 SCHEMA = 1
 MANIFEST = "dataset.json"
-COMMANDS = {"h264": "jaxvid.prepare", "latents": "jaxvid.tokenize"}  # codec -> its command
+COMMANDS = {  # codec -> its command
+    "h264": "jaxvid.prepare",
+    "latents": "jaxvid.tokenize",
+    "text": "jaxvid.tokenize --text",
+}
 SHARD_BYTES = 2**28
 COPY = "copy or prepare the set again"
 
@@ -38,11 +42,16 @@ _SPLIT = {"clips?": Whole(), "records": Whole(), "shards": [_SHARD]}
 FORM = {
     **{"schema": int, "codec": str, "splits": {"train": _SPLIT, "validation": _SPLIT}},
     **{"skipped": _FILES, "cut?": _FILES, "digest?": str},
-    **{"size": Whole(1, MAX_SIZE), "frames": Whole(1, MAX_FRAMES), "fps": Real(0, 1000)},
 }
+_CLIPS = {"size": Whole(1, MAX_SIZE), "frames": Whole(1, MAX_FRAMES), "fps": Real(0, 1000)}
 FORMS = {
-    "h264": {"classes": [str]},
+    "h264": {**_CLIPS, "classes": [str]},
+    "text": {
+        **{"src": str, "encoder": str, "encoder_digest": str},
+        **{"captions": Whole(1), "tokens": Whole(1, 2**12), "width": Whole(1, 2**16)},
+    },
     "latents": {
+        **_CLIPS,
         **{"dtype": Choice("uint16", "int32", "float32"), "shape": [Whole(1, 2**24)]},
         **{"frames_per_latent": Whole(1, MAX_FRAMES), "mirrored": bool},
         **{"src": str, "tokenizer": str, "num_classes": Whole(), "captions": bool},
@@ -87,7 +96,7 @@ def read_manifest(path: str, codec: str) -> dict:
 
     Raises UserError unless it has this schema and codec, and is as it was written.
 
-    codec: of the records, "h264" (`jaxvid.prepare`) or "latents" (`jaxvid.tokenize`).
+    codec: of the records, a key of COMMANDS.
     """
     remedy = f"write it with python -m {COMMANDS[codec]}"
     try:

@@ -49,5 +49,9 @@ class Source:
         """
         raise NotImplementedError
 
+    def caption(self, index: int) -> str:
+        """The caption of clip `index` alone."""
+        return self.read(index)["caption"]
+
     def __getitem__(self, index: int) -> dict:
         return self.read(index)

@@ -55,13 +55,18 @@ class Source(source.Source):
         except video.VideoError as error:
             name = self._name(index, example)
             raise UserError(f"clip={name}: {error}; rebuild {self._path} without it") from error
-        label = int(example["label"]) if self._classes else 0
-        caption = self._classes[label] if self._classes else ""
         return {
             "video": self._window.augment(video_THWC, rng),
-            "label": label,
-            "caption": _text(example.get("caption", caption)),
+            "label": int(example["label"]) if self._classes else 0,
+            "caption": self._caption(example),
         }
+
+    def caption(self, index):
+        return self._caption(self._examples[index])
+
+    def _caption(self, example):
+        of_class = self._classes[int(example["label"])] if self._classes else ""
+        return _text(example.get("caption", of_class))
 
     def _frames(self, example, rng):
         """The frames of the window, scaled so that the shorter side has its size."""

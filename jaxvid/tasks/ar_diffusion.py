@@ -59,8 +59,8 @@ class Task(Generator):
     nothing, and a clip draws its prefix.
     train_frames: most frames of a clip that a step trains on; of a longer clip it takes as many
     from a random frame on (`training_clip.part`), but a `tokenizer` needs whole clips.
-    condition: kind, tokens, width, num_classes (`models.conditioning`), and drop, the probability
-    of the null condition. history_dropout: the probability that a batch begins at a random frame of
+    condition: the fields of `models.conditioning.Conditioner`, and drop, the probability of the
+    null condition. history_dropout: the probability that a batch begins at a random frame of
     its clips, which keeps its position and has no past, and that a clip has independent noise
     levels, so that frames read noisier ones; history guidance needs both. sampler: steps, schedule,
     s, block (`diffusion.frame_schedules.make_frame_schedule`), guidance, eta, end
@@ -283,8 +283,9 @@ class Task(Generator):
         B, T = batch["id"].shape[0], self._latents(self.frames)
         H, W = self.grid
         rng_model, rng_context = jax.random.split(rng)
-        cond = generating.conditions(self.conditioner, batch, B)
-        context = self.conditioner.init(rng_context, jnp.zeros(B, bool), **cond)
+        with within("condition"):
+            cond = self.conditioner.arguments(batch, B)
+            context = self.conditioner.init(rng_context, jnp.zeros(B, bool), **cond)
         context_BME = self.conditioner.apply(context, jnp.zeros(B, bool), **cond)
         x_BTNC = jnp.zeros((B, T, H * W, self.tokenizer.channels))
         model = self.model.init(rng_model, x_BTNC, jnp.zeros((B, T), jnp.int32), context_BME)
@@ -307,7 +308,7 @@ class Task(Generator):
         return self._encode(frozen, batch["video"])
 
     def _context(self, params, drop_B, batch):
-        cond = generating.conditions(self.conditioner, batch, drop_B.shape[0])
+        cond = self.conditioner.arguments(batch, drop_B.shape[0])
         return self.conditioner.apply({"params": params["conditioner"]}, drop_B, **cond)
 
     def _apply(self, params, x_BTNC, t_BT, context_BME=None, state=None, model=None, **options):

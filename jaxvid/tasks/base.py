@@ -22,8 +22,8 @@ class Task(abc.ABC):
     `config.task`.
 
     batch: {"video": uint8 [B, T, H, W, 3], "id": int32 [B], "label": int32 [B]}, with "text"
-    float32 [B, M, E] if the data set embeds captions, and "latents" or "tokens" if it caches those
-    of a tokenizer. params, extra, frozen: trees of arrays.
+    (bytes uint8 [B, M] or embeddings float32 [B, M, E]) if captions are read, and "latents" or
+    "tokens" if the data set caches those of a tokenizer. params, extra, frozen: trees of arrays.
     """
 
     given = 0

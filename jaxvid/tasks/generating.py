@@ -1,4 +1,4 @@
-"""What the tasks that generate share: their conditions, and the scores of continued clips."""
+"""What the tasks that generate share: checks of their data, and scores of continued clips."""
 
 import jax
 import jax.numpy as jnp
@@ -9,23 +9,6 @@ from jaxvid.errors import UserError, within
 from jaxvid.metrics import baselines, quality
 
 BASELINES = (*baselines.NAMES, baselines.BLEND)
-
-
-def conditions(conditioner, batch, size: int) -> dict:
-    """The arguments of a `Conditioner` that a batch, or a sampling condition, of `size` clips has.
-
-    Raises UserError for data without captions.
-    """
-    if conditioner.kind == "class":
-        return {"label_B": batch["label"] if "label" in batch else jnp.zeros(size, jnp.int32)}
-    if conditioner.kind == "text":
-        if "text" not in batch:
-            raise UserError(
-                "condition.kind='text': the data has no captions; set data.text_tokens and "
-                "data.text_width, or task.condition.kind=none"
-            )
-        return {"text_BME": batch["text"]}
-    return {}
 
 
 def check_source(source, conditioner, digest: str) -> None:

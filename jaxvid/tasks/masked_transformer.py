@@ -51,7 +51,7 @@ class Task(Generator):
     size, frames: pixels and frames of the training clips. window: frames that the network sees at
     once; of a longer clip, training takes as many from a random latent on, so that a stream can go
     on without limit. model: options of `models.masked_transformer.MaskedTransformer`. condition:
-    kind, tokens, width, num_classes (`models.conditioning`), and drop, the probability of the null
+    the fields of `models.conditioning.Conditioner`, and drop, the probability of the null
     condition. mask: schedule, of `masking.schedules`; loss, of "masked" tokens or "all"; smoothing
     of labels; prefix, the share of clips whose first latents are known, as in a continuation;
     images, the share of steps on first latents alone, each an image; commit, the share of clips
@@ -161,8 +161,9 @@ class Task(Generator):
         """(params, {}) for a batch of arrays or of their shapes; see `tasks.base.Task`."""
         B, W, N = batch["id"].shape[0], self.window, self.grid[0] * self.grid[1]
         rng_model, rng_context, rng_critic = jax.random.split(rng, 3)
-        cond = generating.conditions(self.conditioner, batch, B)
-        context = self.conditioner.init(rng_context, jnp.zeros(B, bool), **cond)
+        with within("condition"):
+            cond = self.conditioner.arguments(batch, B)
+            context = self.conditioner.init(rng_context, jnp.zeros(B, bool), **cond)
         context_BME = self.conditioner.apply(context, jnp.zeros(B, bool), **cond)
         inputs = jnp.zeros((B, W, N), jnp.int32), True, context_BME
         params = {
@@ -180,7 +181,7 @@ class Task(Generator):
         return self.tokenizer.tokens(frozen, normalize(batch["video"]))[0]
 
     def _context(self, params, drop_B, batch):
-        cond = generating.conditions(self.conditioner, batch, drop_B.shape[0])
+        cond = self.conditioner.arguments(batch, drop_B.shape[0])
         return self.conditioner.apply({"params": params["conditioner"]}, drop_B, **cond)
 
     def loss(self, params, batch, rng, *, step, frozen, extra):

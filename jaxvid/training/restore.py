@@ -32,6 +32,7 @@ FREE = (
     "compile_cache",
     "data.workers",
     "data.threads",
+    "data.text_path",  # may move, or grow; its encoder's digest may not change
     "task.sampler",
     "task.given",
     "task.tokenizer",  # may move; its digest may not

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from jaxvid.data import text
+from jaxvid.errors import UserError
+from tests.videos import data_config
 
 
 def test_rows_are_unit_then_zero():
@@ -64,3 +66,30 @@ def test_words_of_other_scripts(caption, wanted):
     wanted = [unicodedata.normalize("NFC", word) for word in wanted.split("|") if word]
     for form in ("NFC", "NFD"):
         assert text.words(unicodedata.normalize(form, caption)) == wanted
+
+
+def test_bytes_are_utf_8_in_lower_case():
+    np.testing.assert_array_equal(text.spell("A Ä", 6), [97, 32, 0xC3, 0xA4, 0, 0])
+    assert text.spell("A Ä", 6).dtype == np.uint8
+    np.testing.assert_array_equal(text.spell("A\u0308", 3), text.spell("ä", 3))  # NFD and NFC
+    for empty in ("", "  ", "\0", "\udcff"):
+        assert not text.spell(empty, 4).any()
+    np.testing.assert_array_equal(text.spell("a\0b\udcffc\0", 8), [97, 32, 98, 32, 99, 0, 0, 0])
+
+
+def test_long_bytes_are_cut_between_letters_with_a_warning(caplog):
+    with caplog.at_level("WARNING", "absl"):
+        np.testing.assert_array_equal(text.spell("aé", 3), [97, 0xC3, 0xA9])
+        assert not caplog.records
+        np.testing.assert_array_equal(text.spell("aéo", 2), [97, 0])
+    (record,) = caplog.records
+    assert "has 4 bytes and text_tokens=2: it is cut before 'éo'" in record.getMessage()
+
+
+def test_readers_give_the_shape_that_they_promise():
+    for fields in (dict(text="bytes", text_tokens=9), dict(text_tokens=5, text_width=8)):
+        config = data_config("sprites", **fields)
+        row = text.reader(config)("a red square")
+        assert (row.shape, row.dtype) == text.shape(config)
+    with pytest.raises(UserError, match=r"^text='letters': unknown; use one of"):
+        text.check(data_config("sprites", text="letters"))

@@ -1,0 +1,120 @@
+"""Text for generators: encoders of captions, and a reader that leaves the padding out."""
+
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxvid.layers.bias import MASKED, attend
+from jaxvid.layers.embed import rotary_angles, rotate
+from jaxvid.layers.linear import Linear
+from jaxvid.models.blocks import FeedForward, LayerNorm
+
+BYTES = 256
+CONV = 7  # bytes under the convolution before the layers, about a word
+READS = 2  # times that queries read the text
+
+_xavier = nn.initializers.xavier_uniform()
+
+
+class TextEncoder(Protocol):
+    """Captions as embeddings: ids_BM, integers with 0 as padding at the end -> x_BME float32.
+
+    Padding is masked everywhere: its rows of x are zeros, and more of it changes no other row.
+    """
+
+    def __call__(self, ids_BM: jax.Array) -> jax.Array: ...
+
+
+class ByteEncoder(nn.Module):
+    """A `TextEncoder` of the UTF-8 bytes of captions, trained with its generator.
+
+    Bytes need no vocabulary (ByT5, Xue et al. 2022). A convolution over CONV of them and then
+    `depth` pre-norm layers of attention among all bytes, with rotary positions, -> width E.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids_BM):
+        valid_BM = ids_BM > 0
+        keep_BM1 = valid_BM[..., None]
+        embed = nn.Embed(
+            BYTES, self.width, embedding_init=nn.initializers.normal(1.0), name="bytes"
+        )
+        x_BMD = embed(ids_BM.astype(jnp.int32)) * keep_BM1
+        x_BMD = x_BMD + nn.gelu(nn.Conv(self.width, (CONV,), dtype=self.dtype, name="conv")(x_BMD))
+        for layer in range(self.depth):
+            h_BMD = LayerNorm(dtype=self.dtype, name=f"norm_{layer}")(x_BMD)
+            attention = _Attention(self.heads, rotary=True, dtype=self.dtype, name=f"layer_{layer}")
+            x_BMD = x_BMD + attention(h_BMD, h_BMD, valid_BM)
+            x_BMD = x_BMD + FeedForward(_hidden(self.width), self.dtype, name=f"mlp_{layer}")(x_BMD)
+        return keep_BM1 * LayerNorm(name="norm")(x_BMD)
+
+
+class TextReader(nn.Module):
+    """A text of any length as a fixed number of embeddings: x_BME, valid_BM -> y_BQD float32.
+
+    Learned `queries` read the valid positions and each other, READS times (Perceiver, Jaegle et al.
+    2021; that keys and values are those of text and queries together is Alayrac et al. 2022).
+    Whoever reads y needs no mask.
+    """
+
+    queries: int
+    width: int
+    heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BME, valid_BM):
+        text_BMD = Linear(self.width, dtype=self.dtype, name="embed")(x_BME)
+        text_BMD = LayerNorm(dtype=self.dtype, name="norm_text")(text_BMD)
+        shape, init = (self.queries, self.width), nn.initializers.normal(1.0)
+        y_BQD = jnp.broadcast_to(self.param("queries", init, shape), (len(x_BME), *shape))
+        valid = jnp.concatenate([valid_BM, jnp.ones(y_BQD.shape[:2], bool)], axis=1)
+        for read in range(READS):
+            h_BQD = LayerNorm(dtype=self.dtype, name=f"norm_{read}")(y_BQD)
+            seen = jnp.concatenate([text_BMD, h_BQD], axis=1)
+            attention = _Attention(self.heads, dtype=self.dtype, name=f"read_{read}")
+            y_BQD = y_BQD + attention(h_BQD, seen, valid)
+            y_BQD = y_BQD + FeedForward(_hidden(self.width), self.dtype, name=f"mlp_{read}")(y_BQD)
+        return LayerNorm(name="norm")(y_BQD)
+
+
+class _Attention(nn.Module):
+    """Attention of x_BLD to the valid ones of m_BMD -> y_BLD. rotary: x and m have places."""
+
+    heads: int
+    rotary: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BLD, m_BMD, valid_BM):
+        D = x_BLD.shape[-1]
+        dense = dict(use_bias=False, dtype=self.dtype, kernel_init=_xavier)
+
+        def project(name, x):
+            return Linear(D, name=name, **dense)(x).reshape(*x.shape[:2], self.heads, -1)
+
+        q_BLAK, k_BMAK, v_BMAK = project("q", x_BLD), project("k", m_BMD), project("v", m_BMD)
+        if self.rotary:
+            q_BLAK, k_BMAK = (_rotate(x_BMAK) for x_BMAK in (q_BLAK, k_BMAK))
+        bias_BALM = jnp.where(valid_BM, 0.0, MASKED)[:, None, None]
+        y_BLAK = attend(q_BLAK, k_BMAK, v_BMAK, bias_BALM)
+        return Linear(D, name="out", **dense)(y_BLAK.reshape(x_BLD.shape))
+
+
+def _rotate(x_BMAK):
+    """Rotary positions of a sequence, which is a video of one token per frame."""
+    angle_TNK = rotary_angles(np.arange(x_BMAK.shape[1]), (1, 1), x_BMAK.shape[-1])
+    return rotate(x_BMAK[:, :, None], angle_TNK)[:, :, 0]
+
+
+def _hidden(width):
+    """Hidden units of a GEGLU with about the parameters of an MLP four times as wide."""
+    return max(8 * width // 3, 1)
