@@ -16,7 +16,7 @@ from configs.common import field
 
 # size -> width, depth, heads
 SIZES = {
-    "tiny": (128, 6, 4),
+    "tiny": (128, 4, 4),
     "s": (384, 12, 6),
     "b": (768, 12, 12),
     "l": (1024, 24, 16),
@@ -111,12 +111,11 @@ _MEANINGS = (
 def _data(config, tiny):
     """Clips and optimizer; for two CPU cores, clips of one large upright sprite."""
     if tiny:
-        config.steps = 4000
+        config.steps = 6000
         config.data.max_sprites = 1
         config.data.sizes = 1
         config.data.turning = False
         config.data.num_clips = 100_000
-        config.data.batch_size = 16
         config.evaluate.every = 2000
         return
     config.steps = 500_000
@@ -137,6 +136,6 @@ def _tokenizer(chosen, tiny):
     config = tokenizer.get_config(f"quantizer=fsq,size={size},data={chosen.data}")
     _data(config, tiny)
     if tiny:
-        config.steps, config.data.batch_size = 1800, 8
+        config.steps = 1800
     config.task.quantizer.levels = (8, 5, 5, 5) if tiny else (8, 8, 8, 5, 5, 5)
     return config

@@ -2,7 +2,7 @@
 
     python -m jaxvid.bench step --config=configs/ar_diffusion.py     training step, MFU, memory
     python -m jaxvid.bench data --config=configs/ar_diffusion.py     input pipeline, waiting share
-    python -m jaxvid.bench sample --config=configs/ar_diffusion.py   cached and uncached sampling
+    python -m jaxvid.bench sample --config=configs/ar_diffusion.py   sampling, or parallel decoding
     python -m jaxvid.bench encode --config=configs/tokenizer.py      clips to latents
     python -m jaxvid.bench stream --config=configs/ar_diffusion.py   a long stream, frame by frame
     python -m jaxvid.bench stream --config=configs/tokenizer.py      long videos through a tokenizer
@@ -22,7 +22,7 @@ from pathlib import Path
 from absl import flags
 
 from jaxvid import cli, files
-from jaxvid.bench import forcing, kernels, mixers, runs, timing
+from jaxvid.bench import forcing, kernels, masked, mixers, runs, timing
 from jaxvid.evaluators import report
 from jaxvid.layers import masks
 
@@ -39,8 +39,12 @@ def main(command):
     """Runs a benchmark, prints its table and writes <workdir>/bench_<command>.json."""
     if command in RUNS:
         config, workdir = cli.config_from_flags()
+        is_masked = config.task.name == "masked_transformer" and command == "sample"
         options = {"frames": flags.FLAGS.frames} if command == "stream" else {}
-        figures = RUNS[command](config, runs.stand_in(flags.FLAGS.latents), **options)
+        if is_masked:
+            figures = masked.sample(config)
+        else:
+            figures = RUNS[command](config, runs.stand_in(flags.FLAGS.latents), **options)
         if "by_frame" in figures:
             timing.plot_stream(figures["by_frame"], Path(workdir, f"bench_{command}.png"))
     elif command == "forcing":

@@ -153,6 +153,10 @@ class Task(Generator):
         """Raise UserError for data without the condition, or with another tokenizer's latents."""
         generating.check_source(source, self.conditioner, self.tokenizer.digest)
 
+    def split_frames(self, frames):
+        """None, as mesh.seq cannot split a clip; UserError for frames that are no whole latents."""
+        self._in_latents("frames", frames, self.tokenizer.latents_for_frames)
+
     def frozen(self):
         """The weights of the tokenizer."""
         return self.tokenizer.params
