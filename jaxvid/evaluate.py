@@ -25,6 +25,9 @@ A model of sprites with captions is also asked for the captions of held-out clip
 frames. Prints in how many samples colour, shape and direction are right, beside the real clips and
 chance; --guidance=1,3,5 does so at each of these scales, all other figures have that of the run.
 
+A masked transformer that was trained on conditions of pixels (task.mask.commit) also completes
+held-out clips: PSNR of what it fills in, and the steps at the seams.
+
 --i3d=FILE, the weights of I3D as .npz or .safetensors, adds FVD between real clips and the model's
 output, with its protocol, and the same distance between halves of the real clips, which shows its
 bias. --lpips=FILE adds LPIPS of reconstructions, with this file instead of the one of the training.
@@ -41,7 +44,7 @@ from absl import flags
 
 from jaxvid import checks, cli, data, files, weights
 from jaxvid.errors import UserError
-from jaxvid.evaluators import alignment, codec, drift, fvd, recall, report, sprites
+from jaxvid.evaluators import alignment, codec, drift, filling, fvd, recall, report, sprites
 from jaxvid.evaluators.held_out import mean, open_held_out, strongest
 from jaxvid.metrics import i3d
 from jaxvid.runs import open_run, with_sampler
@@ -110,6 +113,11 @@ def main():
             print("looking for the captions in samples", file=sys.stderr)
             document["alignment"] = found = alignment.measure(by_scale, clips, batches)
             print(alignment.table(found) + "\n")
+            _write(path, document)
+        if filling.suits(run):
+            print("completing clips from some of their pixels", file=sys.stderr)
+            document["filling"] = found = filling.measure(run, clips, batches)
+            print(filling.table(found) + "\n")
             _write(path, document)
         if lacking:
             print(f"fvd  {lacking}\n")

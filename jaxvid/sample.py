@@ -5,6 +5,7 @@
     [--prompt="a red square moves left"] [--label=3]   what a conditional model should show
     [--story=story.txt]                          prompts that change along the video
     [--negative_prompt="a blue circle"]          what guidance leads away from
+    [--fill=inpaint_central --first_frames=clip.mp4]   complete a clip from some of its pixels
     [--schedule=ad --s=5 --steps=50 --guidance=1]      the frame schedule
     [--history_guidance=1.5]                     follow the frames so far more closely
     [--resume]                                   go on with a stream that was stopped, or prolong it
@@ -30,8 +31,11 @@ from absl import flags
 
 from jaxvid import checks, cli, data, prompts
 from jaxvid.data import story, video
+from jaxvid.data.transforms import to_uint8
 from jaxvid.errors import UserError, within
+from jaxvid.evaluators import filling
 from jaxvid.layers import masks
+from jaxvid.masking import commit
 from jaxvid.parallel.devices import peak_bytes
 from jaxvid.runs import open_run, weights_digest
 from jaxvid.tasks.base import Generator
@@ -61,6 +65,9 @@ def main():
             "use python -m jaxvid.evaluate to score it"
         )
     out = _folder(run)
+    if FLAGS.fill:
+        fill(run, out)
+        return
     frames = FLAGS.frames or run.config.data.frames
     lines = lines_of(run)
     cond, fps = conditions(run, FLAGS.num, lines)
@@ -80,6 +87,37 @@ def main():
         print(f"{out}: stopped; {saved}, the same command with --resume goes on from there")
     else:
         print(f"{FLAGS.num} clips of {frames} frames at {fps:g} fps: {out}")
+
+
+def fill(run, out):
+    """Complete the clip of --first_frames from the pixels that --fill knows, and write it to out.
+
+    Raises UserError for a run that cannot, and for flags that mean nothing then.
+    """
+    if not filling.suits(run):
+        raise UserError(
+            f"fill={FLAGS.fill}: this run had no conditions of pixels; train one with "
+            "--config=configs/masked_transformer.py and task.mask.commit=0.5"
+        )
+    for name in ("resume", "story", "frames", "num_first_frames"):
+        if FLAGS[name].present:
+            raise UserError(
+                f"{name}={FLAGS[name].value}: --fill completes a whole clip; leave it out"
+            )
+    if not FLAGS.first_frames:
+        raise UserError(f"fill={FLAGS.fill}: of which clip? Give --first_frames too")
+    FLAGS.num_first_frames = run.config.data.frames
+    cond, fps = conditions(run, FLAGS.num, lines_of(run))
+    cond["video"] = cond.pop("first_frames")
+    checks.writable("out", out)
+    with locked(out, "out"), jax.set_mesh(run.mesh), within("task"):
+        rng = jax.random.key(FLAGS.seed)
+        video_BTHWC = run.task.fill(run.params, rng, cond, FLAGS.fill, frozen=run.frozen)
+        recorder = Recorder(out, fps, {"fill": FLAGS.fill})
+        recorder.write(to_uint8(np.asarray(video_BTHWC)))
+        recorder.save(None)
+        recorder.finish(FLAGS.num)
+    print(f"{FLAGS.num} clips, completed by {FLAGS.fill}: {out}")
 
 
 def _sample(run, cond, frames, given, recorder, switches=MappingProxyType({})):
@@ -301,6 +339,7 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "negative_prompt", "", "Caption that guidance leads away from. Default: that of no words."
     )
+    flags.DEFINE_enum("fill", None, commit.KINDS, "Pixels that are known of --first_frames.")
     flags.DEFINE_string("schedule", None, "Overrides task.sampler.schedule.")
     flags.DEFINE_float("s", None, "Overrides task.sampler.s.")
     flags.DEFINE_integer("steps", None, "Overrides task.sampler.steps.", lower_bound=1)

@@ -297,10 +297,8 @@ class Task(Generator):
 
     def _conditioned(self, frozen, video_BTHWC, kind_B):
         """(tokens of the clips padded as their kind says, whether known pixels reach them)."""
-        frames = video_BTHWC.shape[1]
-        latents = self.tokenizer.latents_for_frames(frames)
-        every = [commit.condition(k, frames, self.size, self.given) for k in commit.KINDS]
-        cells = np.stack([commit.cells(c.is_known_THW, latents, self.grid) for c in every])
+        every = [self.known(kind) for kind in commit.KINDS]
+        cells = np.stack([commit.cells(c.is_known_THW, self.latents, self.grid) for c in every])
         table = commit.stacked(every)
         chosen = jax.tree.map(lambda field: jnp.asarray(field)[kind_B], table)
         ids_BTN, _ = self.tokenizer.tokens(frozen, commit.padded(video_BTHWC, chosen))
@@ -370,8 +368,11 @@ class Task(Generator):
         is_free_BTN, contexts = jnp.ones(known[0].shape, bool), self._embed(params, cond, num=B)
         ids_BTN = self._generate(params, rng, contexts, known[0], is_free_BTN, True, known)
         filled, _ = self.decode(frozen, ids_BTN)
-        is_known = commit.condition(kind, self.frames, self.size, self.given).is_known_THW
-        return jnp.where(is_known[..., None], video_BTHWC, filled)
+        return jnp.where(self.known(kind).is_known_THW[..., None], video_BTHWC, filled)
+
+    def known(self, kind: str) -> commit.Condition:
+        """What a kind of `masking.commit` knows of a training clip."""
+        return commit.condition(kind, self.frames, self.size, self.given)
 
     def stream(self, params, rng, cond, *, frozen, frames=None, carry=None):
         """A `Stream`; see `tasks.base.Generator`. Its latents are ids [B, 1, N].
@@ -406,12 +407,11 @@ class Task(Generator):
 
     def _given(self, frozen, cond):
         """The ids [B, P, N] of the first frames, None without any."""
-        if "first_frames" not in cond:
-            return None
-        return self._read(frozen, cond["first_frames"])
+        return self.tokens(frozen, cond["first_frames"]) if "first_frames" in cond else None
 
     @functools.partial(jax.jit, static_argnames="self")
-    def _read(self, frozen, video_u8):
+    def tokens(self, frozen, video_u8):
+        """The ids [B, T, N] of video uint8 [B, F, H, W, 3]."""
         return self.tokenizer.tokens(frozen, normalize(video_u8))[0]
 
     def _start(self, B, contexts, given_BPN):
