@@ -79,8 +79,8 @@ def open_stored(config) -> Captions:
 
 def binding(config) -> dict[str, str]:
     """Fields of config.data that bind a run to the encoder of its stored captions."""
-    is_stored = config.text_tokens and kind(config) == "stored"
-    return {"text_digest": open_stored(config).digest} if is_stored else {}
+    is_bound = config.text_tokens and kind(config) == "stored" and "text_digest" in config
+    return {"text_digest": open_stored(config).digest} if is_bound else {}
 
 
 def look_up(stored: Captions, caption: str, tokens: int) -> np.ndarray:

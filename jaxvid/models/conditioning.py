@@ -85,9 +85,10 @@ class Conditioner(nn.Module):
         if has_bytes:
             encoder = ByteEncoder(self.width, self.depth, self.heads, name="encoder")
             return encoder(text), text > 0
-        E = text.shape[-1]
-        remedy = f"the data has embeddings of the width {E}; use {E}, or queries=8"
-        require(self.queries or self.width == E, "width", self.width, remedy)
+        if not self.queries:  # the text is the context
+            for field, size in zip(("tokens", "width"), text.shape[1:]):
+                remedy = f"the text of the data has {size}; use {size}, or queries=8"
+                require(getattr(self, field) == size, field, getattr(self, field), remedy)
         return text.astype(jnp.float32), text.any(-1)
 
     def arguments(self, batch: Mapping[str, jax.Array], size: int) -> dict[str, jax.Array]:

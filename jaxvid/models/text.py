@@ -49,11 +49,8 @@ class ByteEncoder(nn.Module):
         )
         x_BMD = embed(ids_BM.astype(jnp.int32)) * keep_BM1
         x_BMD = x_BMD + nn.gelu(nn.Conv(self.width, (CONV,), dtype=self.dtype, name="conv")(x_BMD))
-        for layer in range(self.depth):
-            h_BMD = LayerNorm(dtype=self.dtype, name=f"norm_{layer}")(x_BMD)
-            attention = _Attention(self.heads, rotary=True, dtype=self.dtype, name=f"layer_{layer}")
-            x_BMD = x_BMD + attention(h_BMD, h_BMD, valid_BM)
-            x_BMD = x_BMD + FeedForward(_hidden(self.width), self.dtype, name=f"mlp_{layer}")(x_BMD)
+        layers = _stack(_EncoderLayer, self.depth)
+        x_BMD, _ = layers(self.heads, self.dtype, name="layers")(x_BMD, valid_BM)
         return keep_BM1 * LayerNorm(name="norm")(x_BMD)
 
 
@@ -77,13 +74,49 @@ class TextReader(nn.Module):
         shape, init = (self.queries, self.width), nn.initializers.normal(1.0)
         y_BQD = jnp.broadcast_to(self.param("queries", init, shape), (len(x_BME), *shape))
         valid = jnp.concatenate([valid_BM, jnp.ones(y_BQD.shape[:2], bool)], axis=1)
-        for read in range(READS):
-            h_BQD = LayerNorm(dtype=self.dtype, name=f"norm_{read}")(y_BQD)
-            seen = jnp.concatenate([text_BMD, h_BQD], axis=1)
-            attention = _Attention(self.heads, dtype=self.dtype, name=f"read_{read}")
-            y_BQD = y_BQD + attention(h_BQD, seen, valid)
-            y_BQD = y_BQD + FeedForward(_hidden(self.width), self.dtype, name=f"mlp_{read}")(y_BQD)
+        layers = _stack(_ReaderLayer, READS)
+        y_BQD, _ = layers(self.heads, self.dtype, name="layers")(y_BQD, text_BMD, valid)
         return LayerNorm(name="norm")(y_BQD)
+
+
+def _stack(layer, length):
+    """The class of `length` layers with stacked parameters, one program for all of them."""
+    axes, rngs = {"params": 0}, {"params": True}
+    return nn.scan(layer, length=length, variable_axes=axes, split_rngs=rngs, in_axes=nn.broadcast)
+
+
+class _EncoderLayer(nn.Module):
+    """Attention among the valid ones of x_BMD and a GEGLU, each added to x."""
+
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BMD, valid_BM):
+        h_BMD = LayerNorm(dtype=self.dtype, name="norm")(x_BMD)
+        attention = _Attention(self.heads, rotary=True, dtype=self.dtype, name="attention")
+        x_BMD = x_BMD + attention(h_BMD, h_BMD, valid_BM)
+        return x_BMD + _feed_forward(self, x_BMD), None
+
+
+class _ReaderLayer(nn.Module):
+    """Attention of the queries y_BQD to the valid ones of text and y, and a GEGLU, added to y."""
+
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, y_BQD, text_BMD, valid):
+        h_BQD = LayerNorm(dtype=self.dtype, name="norm")(y_BQD)
+        seen = jnp.concatenate([text_BMD, h_BQD], axis=1)
+        attention = _Attention(self.heads, dtype=self.dtype, name="attention")
+        y_BQD = y_BQD + attention(h_BQD, seen, valid)
+        return y_BQD + _feed_forward(self, y_BQD), None
+
+
+def _feed_forward(layer, x):
+    """A GEGLU with about the parameters of an MLP whose hidden width is four times that of x."""
+    return FeedForward(max(8 * x.shape[-1] // 3, 1), layer.dtype, name="mlp")(x)
 
 
 class _Attention(nn.Module):
@@ -113,8 +146,3 @@ def _rotate(x_BMAK):
     """Rotary positions of a sequence, which is a video of one token per frame."""
     angle_TNK = rotary_angles(np.arange(x_BMAK.shape[1]), (1, 1), x_BMAK.shape[-1])
     return rotate(x_BMAK[:, :, None], angle_TNK)[:, :, 0]
-
-
-def _hidden(width):
-    """Hidden units of a GEGLU with about the parameters of an MLP four times as wide."""
-    return max(8 * width // 3, 1)

@@ -113,8 +113,9 @@ def test_text_of_another_kind_is_refused():
         module = Conditioner(encoder=encoder, **SIZES)
         with pytest.raises(UserError, match=message):
             jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(4, bool), text=inputs)
-    module = Conditioner(**{**SIZES, "queries": 0})
-    with pytest.raises(UserError, match=r"^width=16: the data has embeddings of the width 12"):
-        jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(4, bool), text=embedded())
+    for tokens, message in ((32, "tokens=32: the text of the data has 8"), (8, "width=16: .* 12")):
+        module = Conditioner(**{**SIZES, "queries": 0, "tokens": tokens})
+        with pytest.raises(UserError, match=f"^{message}"):
+            jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(4, bool), text=embedded())
     with pytest.raises(UserError, match=r"^kind='text': the data has no captions"):
         module.arguments({}, 4)

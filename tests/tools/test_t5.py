@@ -222,7 +222,7 @@ def test_folders_that_lack_files_are_refused(tmp_path):
 
 
 def config(path, **changes):
-    fields = dict(text="stored", text_path=str(path), text_tokens=6, text_width=D)
+    fields = dict(text="stored", text_path=str(path), text_tokens=6, text_width=D, text_digest="")
     return data_config("sprites", **fields | changes)
 
 
