@@ -570,8 +570,7 @@ class Task(Generator):
 
     @functools.partial(jax.jit, static_argnames=("self", "batch", "window", "slots"))
     def _begin(self, params, rng, cond, frozen, *, batch, window, slots):
-        """(given latents, noise of the first slots, state that has read condition and given,
-        the given ones that a switch reads again)."""
+        """(given latents, noise of the first slots, state after condition and given, `Kept`)."""
         predict, state, given_BPNC = self._open(params, rng, cond, frozen, batch, window)
         x_BWNC = streaming.initial_noise(rng, given_BPNC, slots, solver=self.solver)
         kept = None
