@@ -30,6 +30,7 @@ from jaxvid.parallel.sharding import shard
 
 MAX_DEPTH, MAX_EXPANSION, MAX_CHUNK, MAX_PERSISTENT = 16, 64, 2**10, 2**10
 _STEP, _MOMENTUM = -2.2, 2.2  # logits: step sizes start near 0.1, momentum near 0.9
+_KEPT = 4  # chunks for each state that the backward pass keeps; states are larger than frames
 # Fast forgetting makes weights small, and the norm after them divides by their size. So gradients
 # grow with every frame, the faster the more is forgotten.
 _decay_biases = functools.partial(decay_biases, fastest=0.1)
@@ -119,6 +120,7 @@ class NeuralMemory(Recurrent):
             read="after" if chunk == 1 else "causal",
             step_scale=self.heads / self.width,
             writes="mean",
+            remat=_KEPT,
         )
 
     def _weights(self):
