@@ -48,6 +48,14 @@ EARLIER = {
     "data.turning": True,
     "task.model.conv": 1,
     "task.model.mixer.positions": "absolute",
+    **{
+        f"task.{network}.mixer.{field}": value
+        for network in ("model", "network")
+        for field, value in {
+            **{"every": 0, "attention.window": 4, "attention.sinks": 0},
+            "attention.positions": "absolute",
+        }.items()
+    },
     "task.history_dropout": 0.0,
     "task.sampler.history.guidance": 1.0,
     "task.sampler.history.level": 0.0,
