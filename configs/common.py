@@ -36,6 +36,8 @@ def memory(chunk: bool = True, attention: bool = False, local: int | None = None
         options["persistent"] = field(4, "learned tokens that attention sees before every stream")
     if local is not None:
         options["local"] = field(local, "frames that attention sees, its own included")
+        meaning = "when a frame enters the memory: committed, or evicted from those frames"
+        options["write"] = field("committed", meaning)
     return options
 
 

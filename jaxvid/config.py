@@ -53,7 +53,7 @@ EARLIER = {
         for network in ("model", "network")
         for field, value in {
             **{"every": 0, "attention.window": 4, "attention.sinks": 0},
-            "attention.positions": "absolute",
+            **{"attention.positions": "absolute", "write": "committed"},
         }.items()
     },
     "task.history_dropout": 0.0,
