@@ -563,8 +563,8 @@ class Task(Generator):
         if total > trained and seen is not None and seen >= trained:
             logging.log_first_n(
                 logging.WARNING,
-                "task.model.mixer.window=%d: in training every frame saw the first of its clip, so "
-                "streams of over %d frames may drift; train with a window of fewer frames",
+                "task.model.mixer: the window is %d latent frames. In training every frame saw the "
+                "first of its clip, so streams of over %d frames may drift; use a shorter window",
                 1,
                 seen,
                 trained,
