@@ -36,12 +36,14 @@ def memory(chunk: bool = True, attention: bool = False, local: int | None = None
         options["persistent"] = field(4, "learned tokens that attention sees before every stream")
     if local is not None:
         options["local"] = field(local, "frames that attention sees, its own included")
+        meaning = "when a frame enters the memory: committed, or evicted from those frames"
+        options["write"] = field("committed", meaning)
     return options
 
 
-# Temporal mixers: name -> options, given the frames of a training clip.
-MIXERS = {
-    "softmax": lambda frames: dict(
+def softmax(frames) -> dict:
+    """The options of softmax attention that streams. frames: of its window."""
+    return dict(
         window=field(frames, "frames that a frame sees, its own included"),
         sinks=field(0, "first frames that stay visible beyond the window"),
         positions=field(
@@ -49,6 +51,13 @@ MIXERS = {
             "absolute, anchored (sinks stay just before the window) or cyclic (distances repeat "
             "after window + sinks frames)",
         ),
+    )
+
+
+# Temporal mixers: name -> options, given the frames of a training clip.
+MIXERS = {
+    "softmax": lambda frames: dict(
+        **softmax(frames),
         mask=field("causal", "causal, or full, which cannot stream"),
     ),
     "linear": lambda frames: {},
@@ -89,7 +98,11 @@ MIXERS = {
 def mixer(name: str, frames) -> dict:
     """The section of a temporal mixer. frames: of a training clip, a number or a reference."""
     meaning = "temporal mixer, a name in jaxvid.mixers; set it by the config's option"
-    return dict(name=field(name, meaning), **MIXERS[name](frames))
+    options = dict(name=field(name, meaning), **MIXERS[name](frames))
+    if name == "softmax":
+        return options
+    meaning = "each layer of this number is softmax attention instead, by mixer.attention; 0 = none"
+    return options | dict(every=field(0, meaning), attention=softmax(4))
 
 
 def condition(config, kind: str, text: str, tiny: bool) -> dict:

@@ -56,6 +56,14 @@ EARLIER = {
     "task.condition.queries": 0,
     "task.condition.depth": 2,
     "task.condition.heads": 4,
+    **{
+        f"task.{network}.mixer.{field}": value
+        for network in ("model", "network")
+        for field, value in {
+            **{"every": 0, "attention.window": 4, "attention.sinks": 0},
+            **{"attention.positions": "absolute", "write": "committed"},
+        }.items()
+    },
     "task.history_dropout": 0.0,
     "task.sampler.history.guidance": 1.0,
     "task.sampler.history.level": 0.0,

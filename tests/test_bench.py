@@ -16,7 +16,7 @@ import pytest
 
 from jaxvid import config as config_lib
 from jaxvid.bench import __main__ as main
-from jaxvid.bench import forcing, kernels, mixers, runs, timing
+from jaxvid.bench import forcing, kernels, memory, mixers, runs, timing
 from jaxvid.diffusion import samplers
 from jaxvid.diffusion.frame_schedules import block_causal
 from jaxvid.diffusion.noise import make_noise_schedule
@@ -291,6 +291,33 @@ def test_mixers(settings, monkeypatch):
         found = {name for name in figures if name.endswith(unit)}
         assert found == names | {f"gla_efficiency_length_{unit}"}
         assert all(figures[name] > 0 for name in names)
+
+
+@pytest.fixture
+def small_memory(monkeypatch):
+    for name, value in dict(LENGTHS=(16,), ROWS=1, HEADS=2, WIDTH=4, FRAME=8).items():
+        monkeypatch.setattr(memory, name, value)
+
+
+def test_memory(settings, small_memory, monkeypatch):
+    figures = memory.measure()
+    for name in ("memory", "tokens", "naive", "layer", "softmax"):
+        for direction in ("forward", "both"):
+            run = f"{name}_16_{direction}"
+            seconds = figures[f"{run}_ms"] / 1e3
+            assert figures[f"{run}_tokens_per_s"] == pytest.approx(16 / seconds)
+            assert figures[f"{run}_mib"] > 0
+    largest = max(value for name, value in figures.items() if name.endswith("_mib"))
+    monkeypatch.setattr(memory, "device_bytes", lambda *_: (largest * 2**20 - 1) / memory.SHARE)
+    assert len(memory.measure()) == len(figures) - 3
+
+
+def test_the_naive_memory_is_the_same_function(small_memory):
+    operands = memory._operands(16)
+    got, wanted = memory.naive(operands), memory.by_frames(operands, tokens=1)
+    np.testing.assert_allclose(got, wanted[:, :, 0], atol=1e-5)
+    first, whole = got[:, :8], memory.by_frames(operands, tokens=8)[:, 0]
+    assert np.abs(first - whole).max() > 1e-3
 
 
 def test_efficiency_length_is_where_the_costs_cross():

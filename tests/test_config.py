@@ -286,15 +286,19 @@ NO_CONFIGS = (
 )
 
 
-def test_a_config_of_an_earlier_version_says_the_same_today(tmp_path):
-    now = config_lib.read("configs/ar_diffusion.py:size=s")
+@pytest.mark.parametrize("options", ["size=s", "size=s,mixer=gla"])
+def test_a_config_of_an_earlier_version_says_the_same_today(tmp_path, options):
+    now = config_lib.read(f"configs/ar_diffusion.py:{options}")
     before = json.loads(now.to_json())
-    for field in (*config_lib.EARLIER, "task.layout", "task.train_frames"):
+    fields = [field for field in config_lib.EARLIER if field in config_lib.flatten(now)]
+    for field in (*fields, "task.layout", "task.train_frames"):
         section = before
         *path, name = field.split(".")
         for part in path:
             section = section[part]
         del section[name]
+    if "gla" in options:
+        assert before["task"]["model"]["mixer"].pop("attention") == {}
     before["task"]["clean_prefix"] = 0.5
     (tmp_path / "config.json").write_text(json.dumps(before))
     then = config_lib.load(tmp_path / "config.json")

@@ -143,7 +143,7 @@ def test_options_of_the_config_suit_each_other(name):
         task.check(source)
         assert task.layout.teacher_forced == 1 and task.train_frames == config.data.frames
         if mixer == "softmax":
-            reach = config.task.model.depth * (task.temporal_mixer.window - 1)
+            reach = config.task.model.depth * (task.mixers.window - 1)
             assert config.data.gap[0] <= reach < config.data.gap[1]
 
 

@@ -9,6 +9,7 @@
     python -m jaxvid.bench kernels --op=linear_attention             kernels beside softmax, a plot
     python -m jaxvid.bench kernels --op=gated_delta --device=gpu     another one, on that platform
     python -m jaxvid.bench mixers                                    mixers by length of the stream
+    python -m jaxvid.bench memory                                    the neural memory by length
     python -m jaxvid.bench forcing --seeds=3                         layouts of training by quality
 
 `--latents=32x4` puts 32 latent tokens of 4 channels in the place of a frame's patches, so that the
@@ -22,7 +23,7 @@ from pathlib import Path
 from absl import flags
 
 from jaxvid import cli, files
-from jaxvid.bench import forcing, kernels, masked, mixers, runs, timing
+from jaxvid.bench import forcing, kernels, masked, memory, mixers, runs, timing
 from jaxvid.evaluators import report
 from jaxvid.layers import masks
 
@@ -54,7 +55,10 @@ def main(command):
         workdir = flags.FLAGS.workdir
         if flags.FLAGS.device:
             timing.use(flags.FLAGS.device)
-        figures = mixers.measure() if command == "mixers" else kernels.measure(flags.FLAGS.op)
+        if command == "kernels":
+            figures = kernels.measure(flags.FLAGS.op)
+        else:
+            figures = {"mixers": mixers, "memory": memory}[command].measure()
         timing.plot(figures, Path(workdir, f"bench_{command}.png"))
     facts = timing.circumstances()
     print(f"bench {command} on {facts['devices']} x {facts['device']}, {facts['date']}")
@@ -103,6 +107,11 @@ def mixer_flags(folder="runs/mixers"):
     cli.define_path("workdir", "Folder for the figures and the plot.", default=folder)
 
 
+def memory_flags():
+    """Flags of the command memory."""
+    mixer_flags("runs/memory")
+
+
 def forcing_flags():
     """Flags of the command forcing."""
     cli.define_path("workdir", "Folder of the runs and figures.", default="runs/forcing")
@@ -119,6 +128,6 @@ def kernel_flags():
 if __name__ == "__main__":
     others = {
         **{"stream": stream_flags, "kernels": kernel_flags, "mixers": mixer_flags},
-        "forcing": forcing_flags,
+        **{"forcing": forcing_flags, "memory": memory_flags},
     }
     cli.run(main, dict.fromkeys(RUNS, run_flags) | others)

@@ -35,13 +35,17 @@ def use(platform):
         raise UserError(f"device={platform}: JAX finds no such device on this machine")
 
 
-def take_turns(*functions):
-    """Seconds of every call of every function, called in turn for SECONDS: one list each."""
+def take_turns(*functions, fewest=None):
+    """Seconds of every call of every function, called in turn for SECONDS: one list each.
+
+    fewest: repetitions, however long they take; FEWEST unless given.
+    """
     for function in functions:
         jax.block_until_ready(function())
     times = [[] for _ in functions]
     deadline = time.perf_counter() + SECONDS
-    while len(times[0]) < FEWEST or time.perf_counter() < deadline:
+    fewest = FEWEST if fewest is None else fewest
+    while len(times[0]) < fewest or time.perf_counter() < deadline:
         for function, seconds in zip(functions, times):
             begin = time.perf_counter()
             jax.block_until_ready(function())

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvid.checks import at_least
+from jaxvid.checks import at_least, choose
 from jaxvid.kernels.neural_memory import Memory, neural_memory, recall
 from jaxvid.layers import masks, pairs
 from jaxvid.layers.conv import MAX_CONV
@@ -28,8 +28,10 @@ from jaxvid.mixers.attention import Attention
 from jaxvid.mixers.recurrent import Recurrent, decay_biases, unit_length
 from jaxvid.parallel.sharding import shard
 
+WRITES = ("committed", "evicted")
 MAX_DEPTH, MAX_EXPANSION, MAX_CHUNK, MAX_PERSISTENT = 16, 64, 2**10, 2**10
 _STEP, _MOMENTUM = -2.2, 2.2  # logits: step sizes start near 0.1, momentum near 0.9
+_KEPT = 4  # chunks for each state that the backward pass keeps; states are larger than frames
 # Fast forgetting makes weights small, and the norm after them divides by their size. So gradients
 # grow with every frame, the faster the more is forgotten.
 _decay_biases = functools.partial(decay_biases, fastest=0.1)
@@ -51,15 +53,21 @@ class NeuralMemory(Recurrent):
     chunk: frames whose gradients are taken at the same weights. Longer chunks make larger matrix
     products and another model, coarser within the chunk. How a stream is cut does not matter.
 
+    delay: frames after which a frame is written; a frame then reads the frames that lie at least as
+    far back. 0 = it reads itself.
+
     State: (`kernels.neural_memory.State` in float32, the past of each convolution
-    [B, conv - 1, N, D]). The context is written as a frame before the first; the convolutions do
-    not reach back into it. Raises UserError for options below 1.
+    [B, conv - 1, N, D]), and with a delay what the last `delay` frames will write, as a list of
+    arrays [B, delay, N, ..]. The context is written as a frame before the first, or not at all with
+    a delay; the convolutions do not reach back into it. Raises UserError for options below 1, and
+    for a negative delay.
     """
 
     conv: int = 4
     depth: int = 2
     expansion: int = 4
     chunk: int = 1
+    delay: int = 0
 
     momentum: ClassVar[bool] = True
 
@@ -68,11 +76,15 @@ class NeuralMemory(Recurrent):
         at_least("depth", self.depth, 1, at_most=MAX_DEPTH)
         at_least("expansion", self.expansion, 1, at_most=MAX_EXPANSION)
         at_least("chunk", self.chunk, 1, at_most=MAX_CHUNK)
+        at_least("delay", self.delay, 0, at_most=masks.MAX_WINDOW)
         super().__post_init__()
 
     def prefill(self, context_BMD, tokens: int):
         """Write the context as a frame before the first -> (y_BMD, state); it sees only itself."""
-        y_B1MD, (memory, _) = self._layer(context_BMD[:, None], None, chunk=1)
+        y_B1MD, (memory, *_) = self._layer(context_BMD[:, None], None, chunk=1)
+        if self.delay:  # it has read and not written
+            empty_B0ND = jnp.zeros((len(context_BMD), 0, tokens, self.width), self.dtype)
+            return y_B1MD[:, 0], self._layer(empty_B0ND, None, self.chunk)[1]
         if self.chunk > 1:
             memory = memory._replace(start=memory.weights, position=np.int32(0))
         return y_B1MD[:, 0], (memory, self._empty_pasts(len(context_BMD), tokens))
@@ -99,18 +111,22 @@ class NeuralMemory(Recurrent):
             q_BTNAK = nn.silu(self._dense(self.width, "q")(x_BTND)).reshape(heads)
             y_BTNAK = recall(unit_length(q_BTNAK), state[0], **shared)
             return self._norm("recall_norm")(y_BTNAK).reshape(x_BTND.shape)
-        state, pasts = (None, None) if state is None else state
+        state, pasts, *late = (None, None) if state is None else state
         (q, k, v), pasts = self._convolved_qkv(x_BTND, pasts, paired)
         weights = self._weights()
         operands = (unit_length(q), unit_length(k), v, *self._gates(x_BTND), self._radius(x_BTND))
 
-        def run(operands, state):
+        def run(operands, state, mask_BTN=None):
             *operands, radius = operands
-            own = dict(weights=weights, radius_BTNA=radius, state=state)
+            own = dict(weights=weights, radius_BTNA=radius, state=state, write_mask_BTN=mask_BTN)
             return neural_memory(*operands, **own, **shared)
 
-        y_BTNAK, state = (_in_pairs if paired else _at_once)(run, operands, state)
-        return self._gated_out(y_BTNAK, x_BTND, nn.silu), (state, pasts)
+        if self.delay:
+            late = late[0] if late else None
+            y_BTNAK, state, *late = _late(run, operands, state, late, self.delay, paired)
+        else:
+            y_BTNAK, state = (_in_pairs if paired else _at_once)(run, operands, state)
+        return self._gated_out(y_BTNAK, x_BTND, nn.silu), (state, pasts, *late)
 
     def _memory(self, chunk: int) -> Memory:
         """The kind of memory. After a chunk of one frame retention applies before it is read."""
@@ -119,6 +135,7 @@ class NeuralMemory(Recurrent):
             read="after" if chunk == 1 else "causal",
             step_scale=self.heads / self.width,
             writes="mean",
+            remat=_KEPT,
         )
 
     def _weights(self):
@@ -186,6 +203,34 @@ def _in_pairs(run, operands, state):
     return pairs.join(*(y_TBNAK.swapaxes(0, 1) for y_TBNAK in ys)), state
 
 
+def _late(run, operands, state, late, delay, paired):
+    """(y_BTNAK, state, late) of a stream whose frames are written after `delay` frames.
+
+    late: what the last frames will write, and whether there is such a frame; None at the start.
+    paired: with copies in between, which read the same memory as their frames and write nothing.
+    """
+    q, *writes = jax.tree.map(_whole, operands)
+    if paired:
+        q, copies = pairs.split(q)
+        writes = jax.tree.map(lambda x: pairs.split(x)[0], writes)
+    B, T, N = q.shape[:3]
+    writes = [*writes, jnp.ones((B, T, N), bool)]
+    if late is None:
+        late = jax.tree.map(lambda x: jnp.zeros((B, delay, *x.shape[2:]), x.dtype), writes)
+    seen = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), late, writes)
+    k, v, step, decay, momentum, radius, mask_BTN = jax.tree.map(lambda x: x[:, :T], seen)
+    if paired:
+        q = jnp.concatenate([q, copies], axis=2)
+        k, v, step, radius, mask_BTN = jax.tree.map(
+            lambda x: jnp.concatenate([x, jnp.zeros_like(x)], axis=2),
+            (k, v, step, radius, mask_BTN),
+        )
+    y_BTNAK, state = run((q, k, v, step, decay, momentum, radius), state, mask_BTN)
+    if paired:
+        y_BTNAK = pairs.join(y_BTNAK[:, :, :N], y_BTNAK[:, :, N:])
+    return y_BTNAK, state, jax.tree.map(lambda x: x[:, T:], seen)
+
+
 class _WithAttention(Recurrent):
     """A memory and attention, and what their combinations share.
 
@@ -201,18 +246,22 @@ class _WithAttention(Recurrent):
 
     chunk: ClassVar[int] = 1
     local: ClassVar[int] = 1
+    write: ClassVar[str] = "committed"
 
     def __post_init__(self):
         at_least("local", self.local, 1, at_most=masks.MAX_WINDOW)
         at_least("persistent", self.persistent, 1, at_most=MAX_PERSISTENT)
-        own = dict(conv=self.conv, depth=self.depth, expansion=self.expansion, chunk=self.chunk)
-        NeuralMemory(self.width, self.heads, **own, parent=None)  # which checks them
+        choose("write", self.write, WRITES)
+        NeuralMemory(self.width, self.heads, **self._of_memory(), parent=None)  # which checks them
         super().__post_init__()
+
+    def _of_memory(self):
+        own = dict(conv=self.conv, depth=self.depth, expansion=self.expansion, chunk=self.chunk)
+        return own | {"delay": self.local if self.write == "evicted" else 0}
 
     def setup(self):
         shared = dict(grid=self.grid, qk_norm=self.qk_norm, dtype=self.dtype)
-        own = dict(conv=self.conv, depth=self.depth, expansion=self.expansion, chunk=self.chunk)
-        self.memory = NeuralMemory(self.width, self.heads, **shared, **own)
+        self.memory = NeuralMemory(self.width, self.heads, **shared, **self._of_memory())
         self.attention = Attention(self.width, self.heads, window=self.local, **shared)
         shape = (self.persistent, self.width)
         self.first = self.param("persistent", nn.initializers.normal(1.0), shape)
@@ -224,10 +273,16 @@ class _WithAttention(Recurrent):
 
 
 class _SideBySide(_WithAttention):
-    """Memory and attention with a state each. A subclass says how their outputs meet."""
+    """Memory and attention with a state each. A subclass says how their outputs meet.
+
+    write: when a frame enters the memory: "committed", at once; "evicted", when attention no longer
+    sees it, as in VideoSSM (2512.04519), so that the window and the memory share out the past.
+    Attention always sees the persistent tokens and the context, so they do not enter it then.
+    """
 
     chunk: int = 1
     local: int = 4
+    write: str = "committed"
 
     def prefill(self, context_BMD, tokens: int):
         """Read the persistent tokens and then the context -> (y_BMD, state)."""
@@ -261,7 +316,7 @@ class MemoryAsGate(_SideBySide):
     persistent tokens first. Attention is `mixers.attention.Attention` over `local` frames.
 
     State: (that of `NeuralMemory`, `mixers.cache.KVCache`). Options and errors are those of
-    `_WithAttention`.
+    `_WithAttention` and `_SideBySide`.
     """
 
     def _read_context(self, x_BMD, tokens):

@@ -20,7 +20,7 @@ from jaxvid.layers.bias import COSINE_SCALE, MASKED, CosineNorm, TableBias, atte
 from jaxvid.layers.conv import depthwise_conv3d
 from jaxvid.layers.embed import rotary_angles, rotate
 from jaxvid.layers.linear import Linear
-from jaxvid.mixers import MAX_RATIO, check_depth, check_heads, make_mixer
+from jaxvid.mixers import MAX_RATIO, check_depth, check_heads, kinds, make_mixer
 from jaxvid.parallel.sharding import shard
 
 LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5)
@@ -257,10 +257,32 @@ class TemporalBlock(nn.Module):
         return shard(x_BTHWD, "BTHWD"), (peg_state, mixer_state)
 
 
+class TemporalGroup(nn.Module):
+    """Temporal blocks with different mixers, which a scan repeats as one.
+
+    mixers: the mixer of each. shared: the other options of `TemporalBlock`. The state is a tuple
+    with that of each block.
+    """
+
+    mixers: tuple[Mapping[str, Any], ...]
+    shared: Mapping[str, Any]
+
+    @nn.compact
+    def __call__(self, x_BTHWD, states=None):
+        after = []
+        for i, (mixer, state) in enumerate(zip(self.mixers, states or (None,) * len(self.mixers))):
+            block = TemporalBlock(mixer=mixer, **self.shared, name=f"block_{i}")
+            x_BTHWD, state = block(x_BTHWD, state)
+            after.append(state)
+        return x_BTHWD, tuple(after)
+
+
 class TemporalTransformer(nn.Module):
     """Causal blocks over time and a LayerNorm, x_BTHWD, state -> x_BTHWD, state.
 
-    State: the states of all blocks, stacked along a leading depth axis as the parameters are.
+    mixer: the name and the options of a mixer, and with `every` those of some layers that are
+    softmax instead (`jaxvid.mixers`); depth is then a multiple of that. State: the states of all
+    blocks, stacked along a leading depth axis as the parameters are.
     """
 
     depth: int
@@ -273,19 +295,19 @@ class TemporalTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTHWD, state=None):
+        block, mixers = TemporalBlock, kinds(self.mixer)
+        options = dict(heads=self.heads, hidden=self.hidden, peg=self.peg, dtype=self.dtype)
+        if len(mixers) > 1:
+            block, options = TemporalGroup, dict(mixers=mixers, shared=options)
+        else:
+            options["mixer"] = mixers[0]
+        length = self.depth // len(mixers)
         layers = nn.scan(
-            nn.remat(TemporalBlock, prevent_cse=False) if self.remat else TemporalBlock,
-            length=self.depth,
+            nn.remat(block, prevent_cse=False) if self.remat else block,
+            length=length,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            unroll=1 if self.remat else self.depth,
-        )(
-            heads=self.heads,
-            hidden=self.hidden,
-            mixer=self.mixer,
-            peg=self.peg,
-            dtype=self.dtype,
-            name="blocks",
-        )
+            unroll=1 if self.remat else length,
+        )(**options, name="blocks")
         x_BTHWD, state = layers(x_BTHWD, state)
         return LayerNorm(dtype=self.dtype, name="norm")(x_BTHWD), state

@@ -64,10 +64,10 @@ class CViViT(nn.Module):
         blocks.check_blocks("encode_blocks", self.encode_blocks)
         blocks.check_blocks("decode_blocks", self.decode_blocks)
         masks.check_window(self.window)
-        mixers.check_depth("temporal_depth", self.temporal_depth)
         checks.choose("position", self.position, POSITIONS)
         with within("mixer"):
             mixers.check_options(self.mixer, self.heads)
+        mixers.check_depth("temporal_depth", self.temporal_depth, self.mixer.get("every", 0))
         super().__post_init__()
 
     def setup(self):

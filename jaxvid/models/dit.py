@@ -14,7 +14,15 @@ from jaxvid.layers import pairs
 from jaxvid.layers.conv import MAX_CONV, CausalConv
 from jaxvid.layers.embed import grid_sincos, sinusoid
 from jaxvid.layers.linear import Linear
-from jaxvid.mixers import MAX_RATIO, cache, check_depth, check_heads, check_options, make_mixer
+from jaxvid.mixers import (
+    MAX_RATIO,
+    cache,
+    check_depth,
+    check_heads,
+    check_options,
+    kinds,
+    make_mixer,
+)
 from jaxvid.mixers.attention import Attention
 from jaxvid.parallel.sharding import frames_are_split, shard
 
@@ -150,6 +158,33 @@ _RematBlock = nn.remat(Block, prevent_cse=False)
 _JitBlock, _JitRematBlock = nn.jit(Block), nn.jit(_RematBlock)
 
 
+class Group(nn.Module):
+    """Layers with different mixers, which a scan repeats as one; arguments as those of `Block`.
+
+    mixers: the options of `Block` for the mixer of each. shared: its other options. The state is a
+    tuple with that of each layer.
+    """
+
+    mixers: tuple[Mapping[str, Any], ...]
+    shared: Mapping[str, Any]
+    remat: bool
+
+    @nn.compact
+    def __call__(self, carry, states, c_BTD):
+        return in_turn(self, self.mixers, self.shared, self.remat, carry, states, c_BTD)
+
+
+def in_turn(module, mixers, shared, remat, carry, states, c_BTD):
+    """Blocks layer_0, layer_1, .. of the module whose method calls this -> (carry, states)."""
+    layer, after = (_RematBlock if remat else Block), []
+    if not module.is_initializing():  # where each layer draws its own parameters
+        layer = _JitRematBlock if remat else _JitBlock
+    for i, (mixer, state) in enumerate(zip(mixers, states or (None,) * len(mixers))):
+        carry, state = layer(mixer=mixer, **shared, name=f"layer_{i}")(carry, state, c_BTD)
+        after.append(state)
+    return carry, tuple(after)
+
+
 class DiT(nn.Module):
     """Diffusion transformer over video tokens with one noise level per frame (AR-Diffusion, 3.2).
 
@@ -169,16 +204,18 @@ class DiT(nn.Module):
     width: D. depth: layers. heads: A, divides D into even heads. grid: (H, W) of the tokens of a
     frame, H * W = N. mlp_ratio: hidden width of the MLPs over D. arrangement: "joint" (all tokens
     of all frames mix, as in the paper) or "factorised" (attention per frame, then the temporal
-    mixer per location). mixer: the name in `mixers.MIXERS` and the options of that mixer.
+    mixer per location). mixer: the name in `mixers.MIXERS` and the options of that mixer; with
+    `every`, each such layer is softmax instead (`jaxvid.mixers`).
     input_skip: adds the input to the output, by a learned share per channel that depends on the
     timestep (after Karras et al. 2022, who use a formula). Layers normalise and so lose the norm of
     a token, which matters little for latents of unit norm and much for pixels. conv: frames that a
     convolution over the embedded tokens of a location spans, so that the first layer already sees
     the frames before; 1 = none. step_sizes: how many
     sizes of a step the model tells apart; 0 = it does not know the size. remat: recomputes each
-    layer in the backward pass. scan: compiles one layer for all and stacks their parameters along a
-    leading depth axis. Without it each layer has a subtree of its own; this compiles more slowly
-    and runs about a tenth faster on CPU. Raises UserError for values that cannot work.
+    layer in the backward pass. scan: compiles one layer for all, or one of each in a `Group`, and
+    stacks their parameters along a leading depth axis. Without it each layer has a subtree of its
+    own; this compiles more slowly and runs about a tenth faster on CPU. Raises UserError for values
+    that cannot work.
     """
 
     width: int
@@ -197,7 +234,6 @@ class DiT(nn.Module):
     scan: bool = True
 
     def __post_init__(self):
-        check_depth("depth", self.depth)
         at_least("conv", self.conv, 1, at_most=MAX_CONV)
         check_heads(self.width, self.heads)
         at_least("mlp_ratio", self.mlp_ratio, 0, at_most=MAX_RATIO)
@@ -206,6 +242,7 @@ class DiT(nn.Module):
         choose("arrangement", self.arrangement, ARRANGEMENTS)
         with within("mixer"):
             check_options(self.mixer, self.heads)
+        check_depth("depth", self.depth, self.mixer.get("every", 0))
         super().__post_init__()
 
     @nn.compact
@@ -231,35 +268,33 @@ class DiT(nn.Module):
         if context_BME is not None:
             context_BMD = Linear(self.width, name="context", **dense)(context_BME)
 
-        layer = _RematBlock if self.remat else Block
-        options = dict(
+        shared = dict(
             heads=self.heads,
             grid=self.grid,
             hidden=int(self.mlp_ratio * self.width),
             factorised=self.arrangement == "factorised",
-            mixer=self.mixer,
             qk_norm=self.qk_norm,
             dtype=self.dtype,
             paired=paired,
         )
-        carry = (context_BMD, x_BTND)
+        carry, mixers = (context_BMD, x_BTND), kinds(self.mixer)
         if self.scan:
+            if len(mixers) == 1:
+                layer = _RematBlock if self.remat else Block
+                options = dict(mixer=mixers[0], **shared)
+            else:
+                layer, options = Group, dict(mixers=mixers, shared=shared, remat=self.remat)
             layers = nn.scan(
                 layer,
-                length=self.depth,
+                length=self.depth // len(mixers),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast),
             )
             carry, state = layers(**options, name="layers")(carry, state, c_BTD)
         else:
-            states = []
-            if not self.is_initializing():  # where each layer draws its own parameters
-                layer = _JitRematBlock if self.remat else _JitBlock
-            for i, old in enumerate(state or (None,) * self.depth):
-                carry, new = layer(**options, name=f"layer_{i}")(carry, old, c_BTD)
-                states.append(new)
-            state = tuple(states)
+            mixers *= self.depth // len(mixers)
+            carry, state = in_turn(self, mixers, shared, self.remat, carry, state, c_BTD)
         x_BTND = carry[1]
         if paired:
             x_BTND, x_BTNC, c_BTD = (pairs.split(part)[1] for part in (x_BTND, x_BTNC, c_BTD))

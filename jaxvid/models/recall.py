@@ -10,7 +10,7 @@ from jaxvid.checks import at_least
 from jaxvid.errors import within
 from jaxvid.layers.conv import CausalConv
 from jaxvid.layers.linear import Linear
-from jaxvid.mixers import check_depth, check_heads, check_options, make_mixer
+from jaxvid.mixers import check_depth, check_heads, check_options, kinds, make_mixer
 from jaxvid.parallel.sharding import shard
 
 CONV = 3  # frames that the convolution reads
@@ -22,8 +22,8 @@ class Recall(nn.Module):
     ids_BT int32 -> (logits_BTV float32, state); the state None starts a stream. The convolution
     shows a layer the symbols just before; mixers without positions could not otherwise join a value
     to its key. state: (past of the convolution, memory of the mixer) for every layer. mixer: the
-    name in `mixers.MIXERS` and the options of that mixer. Raises UserError for values that cannot
-    work.
+    name in `mixers.MIXERS` and the options of that mixer; with `every`, each such layer is softmax
+    instead (`jaxvid.mixers`). Raises UserError for values that cannot work.
     """
 
     vocabulary: int
@@ -35,10 +35,10 @@ class Recall(nn.Module):
 
     def __post_init__(self):
         at_least("vocabulary", self.vocabulary, 1)
-        check_depth("depth", self.depth)
         check_heads(self.width, self.heads)
         with within("mixer"):
             check_options(self.mixer, self.heads)
+        check_depth("depth", self.depth, self.mixer.get("every", 0))
         super().__post_init__()
 
     @nn.compact
@@ -47,12 +47,12 @@ class Recall(nn.Module):
         norm = dict(dtype=self.dtype)
         x_BTD = nn.Embed(self.vocabulary, self.width, dtype=self.dtype, name="embed")(ids_BT)
         x_BTND, states = shard(x_BTD[:, :, None], "BTND"), []
+        mixers = kinds(self.mixer)
         for i, (past, memory) in enumerate(state or ((None, None),) * self.depth):
             h_BTND = nn.RMSNorm(**norm, name=f"norm_{i}")(x_BTND)
             y_BTND, past = CausalConv(CONV, self.dtype, name=f"conv_{i}")(h_BTND, past)
-            y_BTND, memory = make_mixer(self.mixer, name=f"mixer_{i}", **shared)(
-                h_BTND + y_BTND, memory
-            )
+            mixer = make_mixer(mixers[i % len(mixers)], name=f"mixer_{i}", **shared)
+            y_BTND, memory = mixer(h_BTND + y_BTND, memory)
             x_BTND = shard(x_BTND + y_BTND, "BTND")
             states.append((past, memory))
         x_BTD = nn.RMSNorm(**norm, name="norm")(x_BTND[:, :, 0])

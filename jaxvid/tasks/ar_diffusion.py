@@ -20,8 +20,7 @@ from jaxvid.diffusion.resampling import Resampling
 from jaxvid.diffusion.shortcut import Shortcut
 from jaxvid.errors import UserError, within
 from jaxvid.layers import masks
-from jaxvid.mixers import make_mixer, skip
-from jaxvid.mixers.recurrent import Recurrent
+from jaxvid.mixers import Stack, skip, through_window
 from jaxvid.models.conditioning import Conditioner
 from jaxvid.models.dit import DiT
 from jaxvid.models.pixels import PixelTokenizer
@@ -146,7 +145,7 @@ class Task(Generator):
         require(of_pixels or not self.layout.images, "layout", layout, remedy)
         self.model = self._make_model(model)
         remedy = "this mixer sees later frames, so no frame has a past of its own; use clean_prefix"
-        streams = self.temporal_mixer.streams
+        streams = self.mixers.streams
         require(streams or not self.layout.teacher_forced, "layout", layout, remedy)
         remedy = "this mixer sees later frames, so no frame has a history; use 0"
         require(streams or not history_dropout, "history_dropout", history_dropout, remedy)
@@ -161,14 +160,22 @@ class Task(Generator):
         options = {**options, "mixer": mixer}
         with within("model"):
             choose("dtype", options.get("dtype"), DTYPES)
-            if mixer.get("window"):
-                schema.check("mixer.window", mixer["window"], int)
-                mixer["window"] = self._in_latents("mixer.window", self._latents, mixer["window"])
+            self._count_in_latents("mixer", mixer)
+            if mixer.get("every"):
+                mixer["attention"] = schema.section("mixer.attention", mixer.get("attention", {}))
+                self._count_in_latents("mixer.attention", mixer["attention"])
             options["dtype"] = jnp.dtype(options["dtype"])
             sizes = self.shortcut.sizes
             model = schema.build(DiT, options, grid=self.grid, step_sizes=sizes)
-            self.temporal_mixer = make_mixer(mixer, width=model.width, heads=model.heads)
+            self.mixers = Stack(mixer, width=model.width, heads=model.heads)
         return model
+
+    def _count_in_latents(self, field, mixer):
+        """Turn the window of a mixer, if it has one, from video frames into latent ones."""
+        if mixer.get("window"):
+            schema.check(f"{field}.window", mixer["window"], int)
+            latents = self._in_latents(f"{field}.window", self._latents, mixer["window"])
+            mixer["window"] = latents
 
     def _check_sampler(self):
         options, kind = self.sampler, self.condition["kind"]
@@ -196,7 +203,7 @@ class Task(Generator):
                     options["schedule"],
                 )
             require(
-                self.temporal_mixer.streams or options["memory"] != "cache",
+                self.mixers.streams or options["memory"] != "cache",
                 "memory",
                 options["memory"],
                 "this mixer sees later frames and cannot stream; use none",
@@ -220,11 +227,11 @@ class Task(Generator):
             require(self.sampler["memory"] == "cache", "guidance", scale, remedy)
             remedy = "teacher-forced frames read clean ones alone; use 0"
             require(not level or self.layout.together, "level", level, remedy)
-            mixer = self.temporal_mixer
             remedy = "this mixer sums all of the past and cannot take frames out; use 0"
-            require(not window or not isinstance(mixer, Recurrent), "window", window, remedy)
-            remedy = f"the mixer itself has a window of {mixer.window}; use fewer, or 0"
-            require(window < (mixer.window or masks.MAX_WINDOW), "window", window, remedy)
+            require(not window or not self.mixers.sums_up, "window", window, remedy)
+            own = self.mixers.window
+            remedy = f"the mixer itself has a window of {own}; use fewer, or 0"
+            require(window < (own or masks.MAX_WINDOW), "window", window, remedy)
         past = guidance.Past(window or None, round(level * (self.noise.num_steps - 1)))
         return guidance.history_terms(scale, self.sampler["guidance"], past)
 
@@ -241,7 +248,7 @@ class Task(Generator):
     @property
     def window(self) -> int:
         """Latent frames that may be noisy at once: the least window, else a training clip."""
-        own = self.temporal_mixer.window or self._latents(self.frames)
+        own = self.mixers.window or self._latents(self.frames)
         return min([own, *(past.frames for past in self.terms if past.frames)])
 
     def schedule(self, frames: int) -> FrameSchedule:
@@ -331,13 +338,12 @@ class Task(Generator):
 
     def _draw(self, rng, z_BFNC, step):
         """The `TrainingClip` of a step on these clean clips."""
-        mixer = self.temporal_mixer
         return training_clip.draw(
             rng,
             z_BFNC,
             step,
             frames=self.split_frames(self.frames),
-            sinks=mixer.sinks if getattr(mixer, "positions", "") == "anchored" else 0,
+            sinks=self.mixers.anchored_sinks,
             draw_timesteps=self.draw_timesteps,
             num_steps=self.noise.num_steps,
             layout=self.layout,
@@ -521,12 +527,12 @@ class Task(Generator):
             require(memory == "cache", "memory", memory, remedy)
         arrays = {name: value for name, value in cond.items() if name in CONDITIONS}
         total = self._latents(frames or self.frames)
-        trained, seen = self._latents(self.train_frames), self.temporal_mixer.window
+        trained, seen = self._latents(self.train_frames), self.mixers.window
         if total > trained and seen is not None and seen >= trained:
             logging.log_first_n(
                 logging.WARNING,
-                "task.model.mixer.window=%d: in training every frame saw the first of its clip, so "
-                "streams of over %d frames may drift; train with a window of fewer frames",
+                "task.model.mixer: the window is %d latent frames. In training every frame saw the "
+                "first of its clip, so streams of over %d frames may drift; use a shorter window",
                 1,
                 seen,
                 trained,
@@ -591,11 +597,13 @@ class Task(Generator):
         """(first, last) latent frames that a switch reads again; window: see `_window_of`."""
         if window is not None:
             return 0, window
-        mixer = self.temporal_mixer
-        if mixer.window is None:
-            return 0, max(self._latents(self.train_frames) - 1, 1)
-        # The first frames of a convolution are exact if it reads the frames before them again.
-        return mixer.sinks, max(mixer.window - 1 + self.model.conv - 1, 1)
+        mixers, last = self.mixers, 1
+        if mixers.sums_up or mixers.window is None:
+            last = max(last, self._latents(self.train_frames) - 1)
+        if mixers.window is not None:
+            # The first frames of a convolution are exact if it reads the frames before them again.
+            last = max(last, mixers.window - 1 + self.model.conv - 1)
+        return mixers.sinks, last
 
     @functools.partial(
         jax.jit,
@@ -612,18 +620,11 @@ class Task(Generator):
 
         Nothing leaves a window as long as the stream, and a scan needs a cache of one size.
         """
-        return None if self.temporal_mixer.constant_state else total
+        return None if self.mixers.constant_state else total
 
     def _with_window(self, window, sinks=None) -> DiT:
         """The network with another window, and other sinks, if its mixer has them."""
-        mixer = dict(self.model.mixer)
-        if "window" in mixer:
-            mixer["window"] = window
-        if sinks is not None:
-            mixer["sinks"] = sinks
-        if mixer.get("positions") == "cyclic":
-            mixer["cycle"] = self.temporal_mixer.period  # the angles of training
-        return self.model.clone(mixer=mixer)
+        return self.model.clone(mixer=through_window(self.model.mixer, window, sinks))
 
     def _seeing(self, past, window):
         """The network as it sees a `guidance.Past` in a stream of this window (`_window_of`)."""
@@ -639,7 +640,7 @@ class Task(Generator):
             if self.shortcut.finest:  # frames without noise are read and take no step
                 size = self.shortcut.size_of(self.sampler["steps"])
                 options["size_BT"] = jnp.where(t_BT > 0, size, 0)
-            if self.temporal_mixer.streams:
+            if self.mixers.streams:
                 return self._apply(params, x_BTNC, t_BT, state=state, **options)
             # A mixer that sees the future cannot continue: every call reads everything.
             return self._apply(params, x_BTNC, t_BT, context_BME, **options)[0], state

@@ -218,6 +218,8 @@ ROWS = [
     ),
     ("swiglu", dict(retention="rows", chunk=2, remat=2), dict(N=2, masked=True)),
     ("swiglu", dict(objective="dot", retention="muon", chunk=1, read="after"), dict(N=3)),
+    ("mlp", dict(chunk=1, read="after", remat=2), dict(N=1, masked=True)),
+    ("linear", dict(chunk=7), {}),  # as long as the stream
 ]
 
 
@@ -273,7 +275,7 @@ def value_and_grads(memory, implementation, arrays, weights):
     return found, grads
 
 
-GRADIENTS = (2, 4, 5, 9)  # rows of the inner loop; between them every branch of the dual form
+GRADIENTS = (2, 4, 5, 9, 12)  # rows of the inner loop; between them every branch of the dual form
 
 
 @pytest.mark.parametrize(

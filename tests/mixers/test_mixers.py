@@ -13,9 +13,17 @@ from jaxvid.errors import UserError
 from jaxvid.kernels.attention import attention
 from jaxvid.layers import masks
 from jaxvid.layers.embed import rotary_angles, rotate
-from jaxvid.mixers import MIXERS, cache, check_heads, check_options, make_mixer, skip
+from jaxvid.mixers import (
+    MIXERS,
+    cache,
+    check_heads,
+    check_options,
+    make_mixer,
+    skip,
+)
 from jaxvid.mixers.linear_attention import decay_slopes
 from jaxvid.mixers.recurrent import Recurrent
+from jaxvid.mixers.titans import NeuralMemory
 from tests import laws
 
 GRID = (2, 3)
@@ -33,7 +41,8 @@ VARIANTS = {
     "lightnet": [{"lrpe": False, "tpe": 0}],
     "routing": [{"clusters": 2, "members": 5}],
     "titans_lmm": [{"chunk": 3, "depth": 1}],
-    "titans_mag": [{"chunk": 3, "local": 2}],
+    "titans_mag": [{"chunk": 3, "local": 2}, {"chunk": 2, "local": 3, "write": "evicted"}],
+    "titans_mal": [{"local": 3, "write": "evicted"}],
 }
 ROWS = [(name, {}) for name in MIXERS]
 ROWS += [(name, options) for name, variants in VARIANTS.items() for options in variants]
@@ -410,6 +419,9 @@ REFUSED = [
     ("titans_lmm", {"chunk": 0}, r"chunk=0: must be at least 1"),
     ("titans_mag", {"chunk": 0}, r"chunk=0: must be at least 1"),
     ("titans_mag", {"local": 0}, r"local=0: must be at least 1"),
+    ("titans_mag", {"write": "never"}, r"write='never': unknown; use one of committed, evicted"),
+    ("titans_mac", {"write": "evicted"}, r"write='evicted': titans_mac has no such option"),
+    ("titans_lmm", {"delay": -1}, r"delay=-1: must be at least 0"),
     ("titans_mal", {"persistent": 0}, r"persistent=0: must be at least 1"),
     ("memora", {"chunk": 2}, r"chunk=2: must be 1 for memora"),
     ("lact", {"expansion": 0}, r"expansion=0: must be at least 1"),
@@ -436,6 +448,33 @@ def test_options_that_cannot_work_are_refused_in_one_line():
     for heads in (0, 3, 8):  # 8 heads of 8 have one channel each
         with pytest.raises(UserError, match=rf"^heads={heads}: "):
             check_heads(8, heads)
+
+
+def test_evicted_frames_are_those_that_attention_does_not_see():
+    """With a gate that ignores the memory MAG is window attention, exactly.
+
+    After T frames the memory is what it would be after T - local frames if they were committed.
+    """
+    local = 3
+    mixer, params, x = build("titans_mag", local=local, write="evicted")
+    own = laws.disturbed(params)["params"]
+    own["memory_norm"] = jax.tree.map(jnp.zeros_like, own["memory_norm"])
+
+    @jax.jit
+    def compute(own, x):
+        bound = mixer.bind({"params": own})
+        first_BMD = jnp.broadcast_to(bound.first, (2, *bound.first.shape))
+        _, cache = bound.attention.prefill(first_BMD, 6)
+        wanted = bound.attention_norm(bound.attention(x, cache)[0]) / 2  # a gate of sigmoid(0)
+        y, ((memory, _, late), _) = mixer.apply({"params": own}, x)
+        committed = NeuralMemory(16, 2, grid=GRID).apply({"params": own["memory"]}, x[:, :-local])
+        return y, wanted, memory.weights, committed[1][0].weights, late
+
+    y, wanted, evicted, committed, late = compute(own, x)
+    np.testing.assert_array_equal(y, wanted)
+    for got, weights in zip(evicted, committed):
+        np.testing.assert_allclose(got, weights, atol=1e-6)
+    assert {part.shape[1] for part in jax.tree.leaves(late)} == {local}
 
 
 LEAST = {

@@ -10,11 +10,17 @@ from jax.tree_util import Partial
 
 from jaxvid.errors import UserError
 from jaxvid.layers.embed import rotary_angles, rotate
+from jaxvid.mixers import cache
 from jaxvid.models.dit import ARRANGEMENTS, DiT
 from tests import laws
 
 # One mixer per kind of state: a cache of one size, a matrix, a matrix and pasts of convolutions.
 MIXERS = [{"name": "softmax", "window": 3, "sinks": 1}, {"name": "linear"}, {"name": "gated_delta"}]
+# Softmax in every second layer, of a matrix and of a network whose weights are the state.
+HYBRIDS = [
+    {"name": "gated_delta", "every": 2, "attention": {"window": 3}},
+    {"name": "titans_lmm", "every": 2, "attention": {"window": 3, "sinks": 1}},
+]
 FRAMES = 7
 
 
@@ -36,20 +42,29 @@ def build(frames=FRAMES, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-def test_obeys_the_laws(arrangement):
+@pytest.mark.parametrize(
+    "arrangement, mixer",
+    [(arrangement, MIXERS[0]) for arrangement in ARRANGEMENTS]
+    + [("joint", HYBRIDS[0]), ("factorised", HYBRIDS[1])],
+)
+def test_obeys_the_laws(arrangement, mixer):
     """Two layers with a window of 3 and a convolution over 2 frames see at least 5 frames back."""
-    _, layer, x = build(arrangement=arrangement, depth=2, conv=2, mixer=MIXERS[0])
+    _, layer, x = build(arrangement=arrangement, depth=2, conv=2, mixer=mixer)
     laws.streaming(layer, x, [[1, 2, 4], [0, 1, 6]])
     laws.causality(layer, x, reach=6)
     laws.gradients(layer, x)
 
 
-@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-@pytest.mark.parametrize("mixer", MIXERS, ids=lambda mixer: mixer["name"])
+@pytest.mark.parametrize(
+    "arrangement, mixer",
+    [(arrangement, mixer) for arrangement in ARRANGEMENTS for mixer in MIXERS]
+    + [("factorised", HYBRIDS[0]), ("joint", HYBRIDS[1])],
+)
 def test_streams_with_every_kind_of_state(arrangement, mixer):
     """The state keeps its shapes, even through a call of no frame."""
-    _, layer, x = build(arrangement=arrangement, depth=1, conv=3, mixer=mixer, scan=False)
+    every = mixer.get("every", 1)
+    options = dict(depth=every, conv=3, mixer=mixer, scan=every > 1)
+    _, layer, x = build(arrangement=arrangement, **options)
 
     @jax.jit
     def both(layer, x):
@@ -66,10 +81,14 @@ def test_streams_with_every_kind_of_state(arrangement, mixer):
     assert shapes[0] == shapes[1] == shapes[2]
 
 
-@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-def test_teacher_forcing_is_denoising_and_committing_frame_by_frame(arrangement):
+@pytest.mark.parametrize(
+    "arrangement, mixer",
+    [(arrangement, {"name": "linear"}) for arrangement in ARRANGEMENTS]
+    + [pytest.param("joint", mixer, marks=pytest.mark.slow) for mixer in HYBRIDS],
+)
+def test_teacher_forcing_is_denoising_and_committing_frame_by_frame(arrangement, mixer):
     """Clean frames have timestep 0."""
-    options = dict(arrangement=arrangement, depth=1, conv=2, mixer={"name": "linear"})
+    options = dict(arrangement=arrangement, depth=mixer.get("every", 1), conv=2, mixer=mixer)
     model, layer, x = build(10, **options)
     context = jax.random.normal(jax.random.key(0), (1, 3, 5))
 
@@ -133,6 +152,26 @@ def test_remat_and_separate_layers_change_no_result():
             np.testing.assert_allclose(got, wanted, atol=1e-6)
 
 
+def test_every_nth_layer_is_softmax_and_the_scan_of_groups_is_their_loop():
+    """Four layers, of which the second and the fourth hold a cache."""
+    x, t = jnp.ones((1, 3, 2, 3)), jnp.zeros((1, 3), jnp.int32)
+    model = DiT(width=16, depth=4, heads=2, grid=(2, 1), mixer=HYBRIDS[0])
+    params = laws.disturbed(jax.jit(model.init)(jax.random.key(0), x, t))["params"]
+    y, (_, groups) = jax.jit(model.apply)({"params": params}, x, t)
+    own = dict(params)
+    stack = own.pop("layers")
+    for i in range(4):
+        own[f"layer_{i}"] = jax.tree.map(lambda p, i=i: p[i // 2], stack[f"layer_{i % 2}"])
+    for options in ({"scan": False}, {"scan": False, "remat": True}):
+        apply = jax.jit(model.clone(**options).apply)
+        y_loop, (_, states) = apply({"params": own}, x, t)
+        np.testing.assert_allclose(y_loop, y, atol=1e-6)
+        assert [isinstance(state, cache.KVCache) for state in states] == [False, True] * 2
+    assert groups[1].k_BSNAK.shape == (2, 1, 2, 2, 2, 8)
+    y_remat, _ = jax.jit(model.clone(remat=True).apply)({"params": params}, x, t)
+    np.testing.assert_allclose(y_remat, y, atol=1e-6)
+
+
 def test_the_timestep_of_a_frame_modulates_that_frame():
     """Later frames see the change through the mixer; earlier ones do not."""
     model = DiT(width=16, depth=1, heads=2, grid=(2, 1))
@@ -156,6 +195,15 @@ def test_options_that_cannot_work_are_refused_in_one_line():
         ("mlp_ratio", float("nan"), "must be a finite number"),
         ("arrangement", "mixed", "unknown; use one of joint, factorised"),
         ("mixer", {"name": "gla", "feature": "elu"}, "mixer.feature='elu': unknown; use one of"),
+        ("mixer", {"name": "gla", "every": 1}, "mixer.every=1: must be at least 2"),
+        ("mixer", {"name": "gla", "every": 2.0}, "mixer.every=2.0: must be "),
+        ("mixer", {"name": "softmax", "every": 2}, "mixer.every=2: this mixer is attention in"),
+        ("mixer", HYBRIDS[0] | {"attention": {"window": 0}}, "mixer.attention.window=0: must be"),
+        ("mixer", {"name": "gla", "attention": {"window": 0}}, "mixer.attention.window=0: must"),
+        ("mixer", HYBRIDS[0] | {"attention": {"local": 2}}, "mixer.attention.local=2: softmax has"),
+        ("mixer", HYBRIDS[0] | {"attention": {"name": "gla"}}, "mixer.attention.name='gla': leave"),
+        ("mixer", HYBRIDS[0] | {"attention": 4}, "mixer.attention=4: must be a section"),
+        ("mixer", HYBRIDS[0], "depth=1: must be a multiple of mixer.every=2"),
         ("mixer", {"name": "lightning", "slopes": "1"}, "mixer.slopes='1': has 1 numbers; give 2"),
     ):
         line = words if field == "mixer" else f"{field}={value!r}: {words}"

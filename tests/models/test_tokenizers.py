@@ -25,12 +25,15 @@ SIZE = (6, 10)  # of frames: grids of 3 x 5
 SMALL = dict(features=8, channels=4, width=16, heads=2)
 VIT = dict(patch=2, temporal_depth=1, encode_blocks="t", decode_blocks="t", **SMALL)
 
-# name -> (network, frames in a latent). One mixer with a cache, one with a recurrent state.
+HYBRID = {"name": "linear", "every": 2, "attention": {"window": 3}}
+
+# name -> (network, frames in a latent). One mixer with a cache, and one with a recurrent state in
+# turn with softmax.
 NETWORKS = {
     "cvivit": (CViViT(**VIT | dict(mixer={"name": "alibi", "window": 3})), 2),
     "omnitokenizer": (
         OmniTokenizer(
-            **VIT | dict(encode_blocks="tw", window=2, mixer={"name": "linear"}),
+            **VIT | dict(encode_blocks="tw", window=2, temporal_depth=2, mixer=HYBRID),
             stem="shared",
             patchify="haar",
             patch_norm=True,
@@ -334,6 +337,7 @@ def encoded(frames, is_first):
         (cvivit(patchify="haar", patch=3), "patch=3: Haar bands need powers of two"),
         (cvivit(patchify="haar", t_patch=6), "t_patch=6: Haar bands need powers of two"),
         (cvivit(mixer={"name": "rnn"}), "mixer.name='rnn': unknown"),
+        (cvivit(mixer=HYBRID), "temporal_depth=1: must be a multiple of mixer.every=2"),
         (cvivit(mixer={"name": "gla", "window": 8}), "mixer.window=8: gla has no such option"),
         (ar_vae(heads=3), "heads=3: does not divide width=16 into even heads"),
         (ar_vae(patch=0), "patch=0: must be at least 1"),

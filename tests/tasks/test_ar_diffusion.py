@@ -343,11 +343,21 @@ def test_a_caption_without_words_is_the_null_context():
     np.testing.assert_array_equal(context_BME[1], params["params"]["null"])
 
 
-@pytest.mark.parametrize("options", ["", "cond=text"])
-def test_a_sample_equals_its_stream_and_begins_with_the_given_frames(options):
-    guidance = 2.0 if "text" in options else 1.0
+HYBRID = dict(model__depth=2, model__mixer__every=2)
+
+
+@pytest.mark.parametrize(
+    "options, changes",
+    [
+        ("", {}),
+        ("cond=text", {"sampler__guidance": 2.0}),
+        ("mixer=gated_delta", {**HYBRID, "model__mixer__attention__sinks": 1}),
+        pytest.param("mixer=titans_lmm", HYBRID, marks=pytest.mark.slow),
+    ],
+)
+def test_a_sample_equals_its_stream_and_begins_with_the_given_frames(options, changes):
     # Three of four slots are busy at times: a stream then evaluates the one that waits too.
-    options = dict(options=options, sampler__guidance=guidance, sampler__s=1)
+    options = dict(options=options, sampler__s=1, **changes)
     task = Task(**fields(**options))
     params = opened(task)
     data = batch()
@@ -496,11 +506,19 @@ def test_a_mask_that_sees_the_future_samples_without_a_cache():
     assert np.isfinite(video).all() and video.shape == (1, 6, 8, 8, 3)
 
 
-@pytest.mark.parametrize("mixer", ["gla", "gated_delta"])  # a matrix; with past inputs
-def test_a_recurrent_mixer_samples_the_same_from_its_state_as_from_all_frames(mixer):
+@pytest.mark.parametrize(
+    "mixer, changes",
+    [
+        ("gla", {}),  # a matrix
+        ("gated_delta", {}),  # with past inputs
+        ("gla", {**HYBRID, "model__mixer__attention__window": None}),  # with all frames
+    ],
+)
+def test_a_recurrent_mixer_samples_the_same_from_its_state_as_from_all_frames(mixer, changes):
     videos = []
     for memory in ("cache", "none"):
-        task = Task(**fields(f"cond=class,mixer={mixer}", sampler__memory=memory))
+        changes["sampler__memory"] = memory
+        task = Task(**fields(f"cond=class,mixer={mixer}", **changes))
         cond = {"num": 2, "label": np.arange(2)}
         videos.append(task.sample(opened(task), jax.random.key(0), cond, frozen={}, frames=9))
     np.testing.assert_allclose(*videos, atol=1e-4)
@@ -521,6 +539,14 @@ FEW = {
         ({"patch": 3}, "^size=8: patch=3 does not divide it; use a multiple"),
         ({"patch": 0}, "^patch=0: "),
         ({"model__depth": 0}, "^model.depth=0: must be at least 1"),
+        (
+            {"options": "mixer=gla", "model__mixer__every": 2},
+            "^model.depth=1: must be a multiple of mixer.every=2",
+        ),
+        (
+            {"options": "mixer=gla", **HYBRID, "model__mixer__attention__window": 0},
+            "^model.mixer.attention.window=0: must be at least 1",
+        ),
         ({"model__heads": 3}, "^model.heads=3: does not divide width=16"),
         ({"model__mlp_ratio": float("nan")}, "^model.mlp_ratio=nan"),
         ({"model__arrangement": "x"}, "^model.arrangement='x': unknown; use one of joint"),

@@ -53,9 +53,11 @@ def test_symbols_above_a_byte_are_read_back():
     np.testing.assert_array_equal(read(jnp.asarray(symbols.paint(ids, 3))[None])[0], ids)
 
 
-@pytest.mark.parametrize("mixer", ["softmax", "gated_delta"])
+@pytest.mark.parametrize(
+    "mixer", [{"name": "softmax"}, {"name": "gated_delta"}, {"name": "gla", "every": 2}]
+)
 def test_the_model_streams(mixer):
-    model = Recall(12, width=8, depth=2, heads=2, mixer={"name": mixer})
+    model = Recall(12, width=8, depth=2, heads=2, mixer=mixer)
     ids = jax.random.randint(jax.random.key(0), (2, laws.FRAMES), 0, 12)
     params = disturbed(jax.jit(model.init)(jax.random.key(1), ids))
     layer = functools.partial(model.apply, params)

@@ -46,6 +46,9 @@ def neural_memory(memory, tokens, frames, flags, offset, norm_AV, initial, carry
     frames = jax.tree.map(lambda x_BTA: split(place(x_BTA, axis=1), G), frames)
     ends_SG, fresh_SG = (place(flag_T, axis=0).reshape(-1, G) for flag_T in flags)
     flags = (ends_SG[:, -1], fresh_SG.any(axis=1))
+    whole = aligned and offset == 0 and T % memory.chunk == 0
+    if whole:  # every chunk starts with the weights that the one before has left
+        carry = (*carry[:2], None)
 
     chunk = functools.partial(_chunk, memory, surprise)
     heads = jax.vmap(chunk, in_axes=(0, 0, 0, 0, 0, None))
@@ -56,6 +59,8 @@ def neural_memory(memory, tokens, frames, flags, offset, norm_AV, initial, carry
         (tokens, frames, flags),
         memory.remat,
     )
+    if whole:
+        carry = (*carry[:2], carry[0])
     if surprise:
         surprise_SBAG = tokens_of_call(surprise_SBAG[..., None])[..., 0]
     return tokens_of_call(y_SBAGV), surprise_SBAG, carry
@@ -80,9 +85,14 @@ def _scan(step, carry, chunks, every):
 
 
 def _chunk(memory, surprise, norm_V, initial, carry, tokens, frames, flags):
-    """One chunk of one head, G frames of N tokens, L in all -> (carry, (y_LV, surprise_L))."""
+    """One chunk of one head, G frames of N tokens, L in all -> (carry, (y_LV, surprise_L)).
+
+    The last part of the carry is None if it equals the first, as every chunk starts and ends here.
+    """
     q_LK, k_LK, v_LV, step_LI, radius_L = tokens
     ends, fresh = flags
+    whole = carry[2] is None
+    carry = (*carry[:2], carry[0] if whole else carry[2])
     old, momentum, start = parts.begin(memory, fresh, initial, carry)
     anchor, scales = parts.weights(memory, start), [parts.scale(memory, part) for part in start]
     inputs, errors = _gradients(memory, anchor, norm_V, k_LK, v_LV, radius_L)
@@ -92,7 +102,8 @@ def _chunk(memory, surprise, norm_V, initial, carry, tokens, frames, flags):
         surprise_L = jnp.sqrt(jax.lax.stop_gradient(sum(squares)))
     errors = [step_L[:, None] * d_LF for step_L, d_LF in zip(step_LI.T, errors)]
 
-    keep_G, carried_G, mix_GH, momentum_G, momentum_mix_H = _coefficients(*frames)
+    coefficients = _coefficients(*frames)
+    keep_G, carried_G, mix_GH, *_ = coefficients
     of_tokens = functools.partial(jnp.repeat, repeats=len(k_LK) // len(keep_G), axis=0)
 
     def written(mix_H):
@@ -100,11 +111,7 @@ def _chunk(memory, surprise, norm_V, initial, carry, tokens, frames, flags):
         factor_L1 = of_tokens(mix_H)[:, None]
         return [x_LK.T @ (factor_L1 * d_LF) for x_LK, d_LF in zip(inputs, errors)]
 
-    new = [keep_G[-1] * w - g for w, g in zip(old, written(mix_GH[-1]))]
-    new_momentum = None
-    if momentum is not None:
-        new = [w + carried_G[-1] * m for w, m in zip(new, momentum)]
-        new_momentum = [momentum_G[-1] * m - g for m, g in zip(momentum, written(momentum_mix_H))]
+    new, new_momentum = _after(old, momentum, coefficients, frames[2], written)
     retained = parts.retain(memory, new, start, keep_G[-1], initial)
 
     def product(i, x_LK):
@@ -125,8 +132,23 @@ def _chunk(memory, surprise, norm_V, initial, carry, tokens, frames, flags):
         y_LV = parts.recall(memory, reads, q_LK, norm_V)
     else:
         y_LV = parts.apply(memory, product, len(anchor), q_LK, norm_V)
-    carry = (parts.choose(ends, retained, new), new_momentum, parts.choose(ends, retained, start))
-    return carry, (y_LV, surprise_L)
+    start = None if whole else parts.choose(ends, retained, start)
+    return (parts.choose(ends, retained, new), new_momentum, start), (y_LV, surprise_L)
+
+
+def _after(old, momentum, coefficients, writes_G, written):
+    """The accumulated and the momentum, or None, after the chunk; see `_coefficients`.
+
+    written(mix_H): the sum of the gradients of all tokens, each times the factor of its frame.
+    """
+    keep_G, carried_G, mix_GH, momentum_G, momentum_mix_H = coefficients
+    if momentum is None:
+        return [keep_G[-1] * w - g for w, g in zip(old, written(mix_GH[-1]))], None
+    new_momentum = [momentum_G[-1] * m - g for m, g in zip(momentum, written(momentum_mix_H))]
+    if len(keep_G) == 1:  # the same as below, of one sum instead of two
+        return [keep_G[0] * w + writes_G[0] * m for w, m in zip(old, new_momentum)], new_momentum
+    new = [keep_G[-1] * w - g for w, g in zip(old, written(mix_GH[-1]))]
+    return [w + carried_G[-1] * m for w, m in zip(new, momentum)], new_momentum
 
 
 def _gradients(memory, anchor, norm_V, k_LK, v_LV, radius_L):
