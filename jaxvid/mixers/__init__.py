@@ -139,9 +139,9 @@ class Stack:
     """The facts of the layers of a network together; they are named as those of a mixer.
 
     window: the least of any layer, None if all see all of the past. sinks: the most of any layer.
-    anchored_sinks: frames that every layer sees wherever it stands, just before its window. sums_up: whether a layer has a sum
-    of the past, out of which frames cannot be taken. Arguments and errors are those of `kinds` and
-    `make_mixer`.
+    anchored_sinks: frames that every layer sees wherever it stands, just before its window.
+    sums_up: whether a layer has a sum of the past, out of which frames cannot be taken. Arguments
+    and errors are those of `kinds` and `make_mixer`.
     """
 
     def __init__(self, section: Mapping[str, Any], **shared):
