@@ -267,6 +267,9 @@ class DiT(nn.Module):
         context_BMD = None
         if context_BME is not None:
             context_BMD = Linear(self.width, name="context", **dense)(context_BME)
+            # Without a constraint its gradient is wrong on a mesh of data, fsdp and tensor
+            # (XLA of jax 0.10.2): the tests compare it with that of one device.
+            context_BMD = shard(context_BMD, "BMD")
 
         shared = dict(
             heads=self.heads,

@@ -122,6 +122,9 @@ class MaskedTransformer(nn.Module):
         if context_BME is not None:
             dense = dict(dtype=self.dtype, kernel_init=_xavier)
             context_BMD = Linear(self.width, name="context", **dense)(context_BME)
+            # Without a constraint its gradient is wrong on a mesh of data, fsdp and tensor
+            # (XLA of jax 0.10.2): the tests compare it with that of one device.
+            context_BMD = shard(context_BMD, "BMD")
         layer = nn.remat(Block, prevent_cse=False) if self.remat else Block
         options = (self.heads, self.grid, int(self.mlp_ratio * self.width), self.dtype)
         if self.scan:

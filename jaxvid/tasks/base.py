@@ -105,13 +105,13 @@ class Generator(Task):
     def stream(
         self, params, rng, cond: dict, *, frozen, frames: int | None = None, carry: Tree = None
     ) -> Iterator[jax.Array]:
-        """The latents [B, t, N, C] of a video, iterated as frames finish, `first_frames` first.
+        """The latents [B, t, N, C] of a video, or their ids [B, t, N], iterated as frames finish.
 
-        Its attribute `carry` is what a stream of the same arguments goes on from, after the frames
-        that the iterator has yielded, to this or another number of frames. Its method
-        `switch(cond)` changes the conditions between two pieces, `first_frames` aside: later frames
-        read the new ones. Frames yielded before do not depend on it, and `carry` holds what it
-        needs.
+        `first_frames` come first. Its attribute `carry` is what a stream of the same arguments goes
+        on from, after the frames that the iterator has yielded, to this or another number of
+        frames. Its method `switch(cond)` changes the conditions between two pieces, `first_frames`
+        aside: later frames read the new ones. Frames yielded before do not depend on it, and
+        `carry` holds what it needs.
         """
 
     def check_switch(self, frame: int, *, given: int, frames: int) -> None:

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxvid.config import read
 from jaxvid.data import batch_shapes
+from jaxvid.models.dit import DiT
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.sharding import (
     PARAM_RULES,
@@ -21,6 +23,7 @@ from jaxvid.parallel.sharding import (
     shard_params,
 )
 from jaxvid.runs import make_task
+from tests import laws
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,3 +104,25 @@ def test_shard_refuses_letters_that_do_not_fit(mesh):
 def test_a_batch_is_split_over_data_and_fsdp(mesh):
     rows = jax.device_put(jnp.arange(8), batch_sharding(mesh))
     assert {shard.data.shape for shard in rows.addressable_shards} == {(2,)}
+
+
+@pytest.mark.parametrize("arrangement", ["joint", "factorised"])
+def test_eight_devices_compute_the_gradients_of_a_context(arrangement):
+    mixer = {"name": "softmax", "window": 4}
+    model = DiT(16, 1, 2, (3, 3), scan=False, mixer=mixer, arrangement=arrangement)
+    inputs = jax.random.normal(jax.random.key(0), (4, 2, 9, 5)), jnp.full((4, 2), 7)
+    context_BME = jax.random.normal(jax.random.key(1), (4, 8, 64))
+    params = laws.disturbed(model.init(jax.random.key(2), *inputs, context_BME))
+    weight = jax.random.normal(jax.random.key(3), inputs[0].shape)
+
+    def loss(params, context_BME, inputs):
+        return (model.apply(params, *inputs, context_BME)[0] * weight).sum()
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    expected = gradient(params, context_BME, inputs)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, shard_params(params, mesh))
+        context_BME, inputs = jax.device_put((context_BME, inputs), batch_sharding(mesh))
+        found = gradient(params, context_BME, inputs)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), found, expected)

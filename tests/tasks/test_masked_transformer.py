@@ -12,6 +12,8 @@ from jaxvid import data
 from jaxvid.data.transforms import normalize, to_uint8
 from jaxvid.errors import UserError
 from jaxvid.masking import commit
+from jaxvid.parallel.mesh import make_mesh
+from jaxvid.parallel.sharding import batch_sharding, shard_params
 from jaxvid.runs import make_task, open_tokenizer
 from jaxvid.tasks.masked_transformer import Carry, masked_at
 from tests.tokenizer_runs import FAST, coded, encoded, gaussian
@@ -303,6 +305,24 @@ def test_cached_tokens_give_the_loss_of_video():
             for x in (batch, cached)
         ]
         np.testing.assert_allclose(*losses, rtol=1e-6)
+
+
+def test_eight_devices_compute_the_loss_of_one():
+    _, task, params, batch = made()
+    batch = {name: np.concatenate([x, x]) for name, x in batch.items()}
+
+    @jax.jit
+    def loss(params, batch):
+        rng = jax.random.key(3)
+        return task.loss(params, batch, rng, step=0, frozen=task.frozen(), extra={})[0]
+
+    expected = jax.value_and_grad(loss)(params, batch)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, shard_params(params, mesh))
+        batch = jax.device_put(batch, batch_sharding(mesh))
+        found = jax.value_and_grad(loss)(params, batch)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=3e-4), found, expected)
 
 
 def test_evaluation_of_cached_and_sampled_clips():
