@@ -1,8 +1,7 @@
 """The masked transformer on the tokens of a causal tokenizer (Villegas et al. 2023, Phenaki)."""
 
 import functools
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +12,13 @@ from jaxvid import schema
 from jaxvid.checks import at_least, below, between, choose, require
 from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError, within
-from jaxvid.masking import commit, decoding, schedules
+from jaxvid.masking import commit, decoding, draws, schedules
 from jaxvid.models.conditioning import Conditioner
 from jaxvid.models.masked_transformer import MaskedTransformer
 from jaxvid.models.tokenizer import FrozenTokenizer
 from jaxvid.tasks import generating
 from jaxvid.tasks.base import Generator
+from jaxvid.tasks.windows import Carry, Stream
 
 DTYPES = ("float32", "bfloat16", "float16")
 LOSSES = ("masked", "all")
@@ -28,21 +28,6 @@ LEVELS = 1024  # progresses of the mask schedule that training draws from
 BINS = 10
 MASK = {"schedule": str, "loss": str, "smoothing": float, "prefix": float, "images": float}
 MASK |= {"commit": float}
-
-
-class Carry(NamedTuple):
-    """What a stream goes on from: its conditions, the last latents, and where they stand.
-
-    contexts: those of the condition, and of none or of a negative text. ids_BWN: the latents from
-    `first` on, `count` of them; the rest is unused. done: latents of the stream that were yielded;
-    those after are finished and wait.
-    """
-
-    contexts: tuple
-    ids_BWN: Any
-    first: Any
-    count: Any
-    done: Any
 
 
 class Task(Generator):
@@ -219,7 +204,7 @@ class Task(Generator):
         rng_mask, rng_prefix, rng_draw = jax.random.split(rng, 3)
         is_free_BTN = jnp.ones(ids_BTN.shape, bool)
         if self.mask["prefix"] and ids_BTN.shape[1] > 1:
-            is_free_BTN = self._after_prefix(rng_prefix, ids_BTN.shape)
+            is_free_BTN = draws.after_prefix(rng_prefix, ids_BTN.shape, self.mask["prefix"])
         is_masked_BTN = self._draw_mask(rng_mask, is_free_BTN)
         fill_BTN, is_condition_BTN = self.codes, None
         if known is not None:
@@ -266,21 +251,13 @@ class Task(Generator):
         model, weights = (self.critic_model, "critic") if own else (self.model, "model")
         return model.apply({"params": params[weights]}, ids_BTN, is_first, context_BME)[1]
 
-    def _after_prefix(self, rng, shape):
-        """Tokens that may be masked: in a share of the clips, those after some first latents."""
-        B, T, _ = shape
-        rng_share, rng_length = jax.random.split(rng)
-        length_B = jax.random.randint(rng_length, (B,), 1, T)
-        length_B *= jax.random.bernoulli(rng_share, self.mask["prefix"], (B,))
-        return jnp.broadcast_to((jnp.arange(T) >= length_B[:, None])[..., None], shape)
-
     def _draw_mask(self, rng, is_free_BTN):
         """A random mask over free tokens, whose share the schedule gives at a random progress."""
         B, T, N = is_free_BTN.shape
         rng_level, rng_order = jax.random.split(rng)
         shares_S = schedules.training_shares(self.mask["schedule"], LEVELS, T * N)
         level_B = jax.random.randint(rng_level, (B,), 0, LEVELS)
-        return masked_at(rng_order, is_free_BTN, jnp.asarray(shares_S)[level_B])
+        return draws.masked_at(rng_order, is_free_BTN, jnp.asarray(shares_S)[level_B])
 
     def _condition(self, frozen, batch, rng):
         """(tokens of padded clips, whether known pixels reach them) [B, T, N]; see `commit`.
@@ -318,7 +295,7 @@ class Task(Generator):
 
         def score(share):
             all_BWN = jnp.ones(ids_BWN.shape, bool)
-            is_masked_BWN = masked_at(rng_mask, all_BWN, jnp.full(B, share))
+            is_masked_BWN = draws.masked_at(rng_mask, all_BWN, jnp.full(B, share))
             inputs_BWN = jnp.where(is_masked_BWN, self.codes, ids_BWN)
             inputs = {"params": params["model"]}, inputs_BWN, True, context_BME
             error_BWN, is_right_BWN = self._errors(self.model.apply(*inputs)[0], ids_BWN)
@@ -497,46 +474,3 @@ class Task(Generator):
         z_BTNZ = self.tokenizer.from_stored(frozen, z_BTNC)
         video, state = self.tokenizer.decode(frozen, z_BTNZ, self.grid, state)
         return jnp.clip(video, -1, 1), state
-
-
-class Stream(Iterator):
-    """Yields ids [B, 1, N], latent after latent, `total` in all; see `Carry`.
-
-    step: Carry -> Carry, with the next window in place. first: given ids to yield before, at once,
-    or None. contexts: conditions -> those of a Carry, for `switch`.
-    """
-
-    is_whole = True  # what is finished and was not yielded waits in `carry`
-
-    def __init__(self, step, carry: Carry, total: int, first, contexts):
-        places = map(int, (carry.first, carry.count, carry.done))
-        self.carry = Carry(carry.contexts, carry.ids_BWN, *places)
-        self._step, self._total, self._first, self._contexts = step, total, first, contexts
-
-    def switch(self, cond: dict):
-        """Go on under other conditions; see `Generator.stream`."""
-        count = self.carry.done - self.carry.first
-        self.carry = self.carry._replace(contexts=self._contexts(cond), count=count)
-
-    def __next__(self) -> jax.Array:
-        if self._first is not None:
-            first, self._first = self._first, None
-            return first
-        carry = self.carry
-        if carry.done >= self._total:
-            raise StopIteration
-        if carry.done == carry.first + carry.count:
-            carry = self._step(carry)
-        self.carry = carry._replace(done=carry.done + 1)
-        place = carry.done - carry.first
-        return carry.ids_BWN[:, place : place + 1]
-
-
-def masked_at(rng, is_free_BTN: jax.Array, share_B: jax.Array) -> jax.Array:
-    """A random mask bool [B, T, N] over a share of the free tokens of each clip, at least one."""
-    is_free_BL = is_free_BTN.reshape(len(is_free_BTN), -1)
-    free_B = is_free_BL.sum(1)
-    count_B = jnp.clip(jnp.round(share_B * free_B), 1, free_B)
-    order_BL = jnp.where(is_free_BL, jax.random.uniform(rng, is_free_BL.shape), 2)
-    rank_BL = jnp.argsort(jnp.argsort(order_BL, axis=1), axis=1)
-    return (rank_BL < count_B[:, None]).reshape(is_free_BTN.shape)

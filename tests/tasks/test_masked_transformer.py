@@ -11,11 +11,11 @@ from configs import masked_transformer
 from jaxvid import data
 from jaxvid.data.transforms import normalize, to_uint8
 from jaxvid.errors import UserError
-from jaxvid.masking import commit
+from jaxvid.masking import commit, draws
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.sharding import batch_sharding, shard_params
 from jaxvid.runs import make_task, open_tokenizer
-from jaxvid.tasks.masked_transformer import Carry, masked_at
+from jaxvid.tasks.windows import Carry
 from tests.tokenizer_runs import FAST, coded, encoded, gaussian
 
 pytestmark = pytest.mark.slow
@@ -109,11 +109,21 @@ def test_only_free_tokens_are_masked_and_as_many_as_asked():
     is_free_BTN[0] = False
     is_free_BTN[0, 0, 0] = True
     share_B = jnp.asarray(rng.random(64), jnp.float32).at[:2].set(0)
-    masked = np.asarray(masked_at(jax.random.key(0), jnp.asarray(is_free_BTN), share_B))
+    masked = np.asarray(draws.masked_at(jax.random.key(0), jnp.asarray(is_free_BTN), share_B))
     assert not (masked & ~is_free_BTN).any()
     free_B = is_free_BTN.sum((1, 2))
     expected = np.maximum(np.round(np.float32(share_B) * free_B), 1)
     np.testing.assert_array_equal(masked.sum((1, 2)), expected)
+
+
+def test_known_first_latents_are_as_frequent_as_asked():
+    is_free_BTN = np.asarray(draws.after_prefix(jax.random.key(0), (4000, 5, 3), 0.3))
+    known_B = 5 - is_free_BTN[:, :, 0].sum(1)
+    np.testing.assert_array_equal(is_free_BTN[:, :, 0], np.arange(5) >= known_B[:, None])
+    assert (is_free_BTN == is_free_BTN[:, :, :1]).all()
+    shares = np.bincount(known_B, minlength=5) / 4000
+    expected = np.array([0.7, *[0.3 / 4] * 4])
+    assert (np.abs(shares - expected) < 4 * (expected * (1 - expected) / 4000) ** 0.5).all()
 
 
 def test_conditions_are_dropped_at_the_stated_rate(monkeypatch):
