@@ -73,7 +73,7 @@ def test_an_image_is_a_clip_of_one_frame(tmp_path, monkeypatch):
         flags = Flags(first_frames=str(tmp_path / "red.PNG"), prompt="a", **options)
         monkeypatch.setattr(sample, "FLAGS", flags)
         with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
-            cond, fps = sample.conditions(run, 2, sample.prompts(run))
+            cond, fps = sample.conditions(run, 2, sample.lines_of(run))
     assert cond["first_frames"].shape == (2, 1, 8, 8, 3) and fps == 8
     assert (cond["first_frames"] == [255, 0, 0]).all()
 
@@ -81,7 +81,7 @@ def test_an_image_is_a_clip_of_one_frame(tmp_path, monkeypatch):
 def run_of_text(kind="text", task=None, **sampler):
     task_fields = dict(given=3, condition=dict(kind=kind, tokens=3, width=4, num_classes=5))
     task_fields["sampler"] = {"guidance": 1.0, **sampler}
-    data = dict(size=8, stride=1, frames=6, fps=0.0)
+    data = dict(size=8, stride=1, frames=6, fps=0.0, text="words", text_tokens=3, text_width=4)
     fields = ConfigDict(dict(task=task_fields, data=data))
     return Run(fields, task, {}, {}, 0, make_mesh({}, jax.devices()[:1]))
 
@@ -106,14 +106,14 @@ def test_prompts_that_cannot_work_are_refused_in_one_line(kind, options, words, 
     )
     run = run_of_text(kind)
     with pytest.raises(UserError, match=words) as caught:
-        sample.conditions(run, 2, sample.prompts(run))
+        sample.conditions(run, 2, sample.lines_of(run))
     assert "\n" not in str(caught.value)
 
 
 def test_a_negative_prompt_is_embedded_as_captions_are(monkeypatch):
     run = run_of_text(guidance=3.0)
     monkeypatch.setattr(sample, "FLAGS", Flags(prompt="a red square", negative_prompt="a circle"))
-    lines = sample.prompts(run)
+    lines = sample.lines_of(run)
     cond, _ = sample.conditions(run, 2, lines)
     for name, prompt in (("text", "a red square"), ("negative_text", "a circle")):
         np.testing.assert_array_equal(cond[name], [text.embed(prompt, 3, 4)] * 2)
@@ -170,7 +170,7 @@ def told_by(story, frames, folder, monkeypatch, stop=None, resume=False, num=1):
     (folder / "story.txt").write_text(story)
     flags = Flags(num=num, seed=5, resume=resume, story=str(folder / "story.txt"))
     monkeypatch.setattr(sample, "FLAGS", flags)
-    lines = sample.prompts(run)
+    lines = sample.lines_of(run)
     cond, _ = sample.conditions(run, num, lines)
     switches = sample.switches_of(run, lines, 0, frames)
 
@@ -224,7 +224,7 @@ def test_prompts_at_impossible_frames_are_refused(line, given, words, tmp_path, 
     monkeypatch.setattr(sample, "FLAGS", Flags(story=str(tmp_path / "story.txt"), num=1))
     run = run_of_text(task=Told())
     with pytest.raises(UserError, match=words):
-        sample.switches_of(run, sample.prompts(run), given, 17)
+        sample.switches_of(run, sample.lines_of(run), given, 17)
 
 
 class Pieceless(Streams):
