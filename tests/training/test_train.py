@@ -318,7 +318,10 @@ def test_nan_without_end_stops_naming_the_clips(tmp_path):
         ({"data__batch_size": 6}, "data.batch_size=6"),
         ({"mesh__data": 3}, "does not match the 8 devices"),
         ({"optim__schedule": "cosin"}, "optim.schedule='cosin'"),
-        ({"task__name": "nothing"}, "task.name='nothing': unknown; use one of ar_diffusion, mqar"),
+        (
+            {"task__name": "nothing"},
+            "task.name='nothing': unknown; use one of ar_diffusion, masked_transformer, mqar",
+        ),
         ({"task__name": "mqar"}, "task.name=mqar: config.task holds the fields of another task"),
         ({"data__name": "toys"}, "data.name='toys'"),
         ({"data__name": "mqar"}, "data.name='mqar'"),
