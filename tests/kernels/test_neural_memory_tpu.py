@@ -9,7 +9,7 @@ from jaxvid.kernels.neural_memory import Memory, neural_memory
 from jaxvid.mixers import make_mixer
 from jaxvid.training import flops
 
-MEMORY = {"v5e:2x2": 16, "v6e:2x2": 32}  # GB of a chip
+TOPOLOGY, MEMORY = "v5e:2x2", 16  # GB of a chip, the least of those that are built today
 WIDTH, HEADS, FRAMES, SIDE = 1024, 16, 128, 16  # 32,768 tokens
 
 
@@ -49,10 +49,9 @@ def test_flops_are_those_of_the_formulas():
 
 @pytest.mark.slow
 @pytest.mark.tpu_aot
-@pytest.mark.parametrize("topology", MEMORY)
-def test_the_gradient_over_32k_tokens_fits_into_a_chip(topology, tpu_devices):
+def test_the_gradient_over_32k_tokens_fits_into_a_chip(tpu_devices):
     """titans_mag at width 1024 on 128 frames of 256 tokens, in bfloat16."""
-    sharding = SingleDeviceSharding(tpu_devices(topology)[0])
+    sharding = SingleDeviceSharding(tpu_devices(TOPOLOGY)[0])
     options = {"name": "titans_mag", "local": 4}
     shared = dict(width=WIDTH, heads=HEADS, grid=(SIDE, SIDE), dtype=jnp.bfloat16)
     mixer = make_mixer(options, **shared)
@@ -69,4 +68,4 @@ def test_the_gradient_over_32k_tokens_fits_into_a_chip(topology, tpu_devices):
     gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     found = gradient.lower(params, x_BTND).compile().memory_analysis()
     sizes = (found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes)
-    assert 0 < sum(sizes) < MEMORY[topology] * 1e9
+    assert 0 < sum(sizes) < MEMORY * 1e9
