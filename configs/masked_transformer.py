@@ -4,7 +4,7 @@
     python -m jaxvid.train --config=$C:stage=tokenizer --workdir=runs/codes
     python -m jaxvid.train --config=$C --config.task.tokenizer=runs/codes
 
-Options: size=tiny|s|b|l|xl (tiny is for two CPU cores, xl has the 1.8 B parameters of Phenaki),
+Options: size=tiny|s|b|l|xl (tiny is for two CPU cores, xl has the width and depth of Phenaki),
 data=sprites|folder|array_record|tfds|latents, cond=text|class|none,
 text=bytes|words|stored (how captions are read, as in configs/ar_diffusion.py),
 decoding=maskgit|magvit|phenaki (the settings of one sampler, in task.sampler), critic=none|self|
@@ -23,6 +23,7 @@ SIZES = {
     "xl": (2048, 24, 32),
 }
 # Settings of task.sampler: steps, rounding, temperature, cooling, noise, top_k, top_p.
+# MAGVIT decodes as MaskGIT does and may cut the distribution; this top_p is our choice.
 DECODING = {
     "maskgit": (12, "floor", 1.0, False, 4.5, 0, 1.0),
     "magvit": (12, "floor", 1.0, False, 4.5, 0, 0.95),
@@ -45,7 +46,7 @@ def get_config(options=""):
     )
     tiny = chosen.size == "tiny"
     if chosen.stage == "tokenizer":
-        return _tokenizer(chosen, tiny)
+        return _tokenizer(chosen, tiny, options)
     config = common.get_config()
     config.data.name = chosen.data
     if chosen.data == "latents":
@@ -130,12 +131,15 @@ def _data(config, tiny):
     config.sample.every = 5000
 
 
-def _tokenizer(chosen, tiny):
+def _tokenizer(chosen, tiny, options):
     """The tokenizer's own experiment, on the clips of this one."""
+    for name in ("cond", "text", "decoding", "critic"):
+        if f"{name}=" in options:
+            raise ValueError(f"stage=tokenizer: has no {name}; leave {name} out")
     size = "tiny" if tiny else "b"
     config = tokenizer.get_config(f"quantizer=fsq,size={size},data={chosen.data}")
-    _data(config, tiny)
     if tiny:
+        _data(config, tiny)
         config.steps = 1800
-    config.task.quantizer.levels = (8, 5, 5, 5) if tiny else (8, 8, 8, 5, 5, 5)
+        config.task.quantizer.levels = (8, 5, 5, 5)
     return config

@@ -106,8 +106,7 @@ def fill(run, out):
             )
     if not FLAGS.first_frames:
         raise UserError(f"fill={FLAGS.fill}: of which clip? Give --first_frames too")
-    FLAGS.num_first_frames = run.config.data.frames
-    cond, fps = conditions(run, FLAGS.num, lines_of(run))
+    cond, fps = conditions(run, FLAGS.num, lines_of(run), frames=run.config.data.frames)
     cond["video"] = cond.pop("first_frames")
     checks.writable("out", out)
     with locked(out, "out"), jax.set_mesh(run.mesh), within("task"):
@@ -235,11 +234,12 @@ def embedded(run, prompt, num):
     return np.repeat(prompts.read(run.config.data, [prompt]), num, axis=0)
 
 
-def conditions(run, num, lines):
+def conditions(run, num, lines, frames=None):
     """(`cond` of `Task.sample` from the flags, frames per second of the clips).
 
-    lines: see `lines_of`; the stream begins with the first one. First frames are read at the rate
-    and stride of the run's data. Raises UserError for flags that do not suit the run.
+    lines: see `lines_of`; the stream begins with the first one. First frames, `frames` or as many
+    as the flags say, are read at the rate and stride of the run's data. Raises UserError for flags
+    that do not suit the run.
     """
     cond, fields = {"num": num}, run.config.task.condition
     source, fps = run.config.data, data.clip_rate(run.config.data)
@@ -275,7 +275,7 @@ def conditions(run, num, lines):
         clip_THWC = video.read_image(FLAGS.first_frames, source.size)
         cond["first_frames"] = np.repeat(clip_THWC[None], num, axis=0)
     elif FLAGS.first_frames:
-        frames = FLAGS.num_first_frames or run.config.task.given
+        frames = frames or FLAGS.num_first_frames or run.config.task.given
         clip_THWC, fps = video.read_clip(
             FLAGS.first_frames, frames, source.size, source.get("fps", 0.0), source.stride
         )

@@ -40,12 +40,10 @@ def main(command):
     """Runs a benchmark, prints its table and writes <workdir>/bench_<command>.json."""
     if command in RUNS:
         config, workdir = cli.config_from_flags()
-        is_masked = config.task.name == "masked_transformer" and command == "sample"
         options = {"frames": flags.FLAGS.frames} if command == "stream" else {}
-        if is_masked:
-            figures = masked.sample(config)
-        else:
-            figures = RUNS[command](config, runs.stand_in(flags.FLAGS.latents), **options)
+        is_masked = config.task.name == "masked_transformer" and command == "sample"
+        measure = masked.sample if is_masked else RUNS[command]
+        figures = measure(config, runs.stand_in(flags.FLAGS.latents), **options)
         if "by_frame" in figures:
             timing.plot_stream(figures["by_frame"], Path(workdir, f"bench_{command}.png"))
     elif command == "forcing":

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from jaxvid.bench import timing
 from jaxvid.bench.runs import random_batch
-from jaxvid.errors import within
+from jaxvid.errors import UserError, within
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.runs import make_task
 from jaxvid.tasks.base import Run
@@ -17,13 +17,16 @@ from jaxvid.tasks.streaming import Decoded
 STEPS = (12, 18, 24)
 
 
-def sample(config) -> dict:
+def sample(config, tokenizer) -> dict:
     """One clip as long as in training, by random weights, which are as fast as trained ones.
 
     by_steps: for STEPS evaluations of the network per window, of one clip, or of two under
     guidance; `windows` are filled in one after another. No time but `first_call` has compilation in
-    it. tokens_per_s is without decoding to pixels; clip_s is with it.
+    it. tokens_per_s is without decoding to pixels; clip_s is with it. Raises UserError for a
+    stand-in in the place of a tokenizer, which has no codes.
     """
+    if tokenizer:
+        raise UserError("latents: have no codes; leave it out, and set task.tokenizer")
     frames, rows = config.data.frames, {}
     for steps in STEPS:
         run = _random_run(config, {"steps": steps})

@@ -4,8 +4,8 @@ Tokens are flat, ids_BL int32. An id may be split into P digits of V values each
 predicts side by side: logits_BLPV. The first digit is the lowest.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ from jaxvid.masking import schedules
 MAX_STEPS = 4096
 
 
-class Sampler(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Sampler:
     """How masked tokens are decoded; one loop serves the dialects of MaskGIT, MAGVIT and Phenaki.
 
     steps: evaluations of the network. schedule: of `schedules.SCHEDULES`. rounding: see
@@ -24,7 +25,8 @@ class Sampler(NamedTuple):
     cooling: the temperature falls linearly to 0 at the last step (Phenaki). noise: scale of the
     Gumbel noise on the confidence, which falls linearly to 0 (MaskGIT 4.5); for a critic, of
     uniform noise. top_k: draw from that many likeliest values, 0 = all. top_p: draw from the
-    likeliest values whose probabilities first reach this sum, 1 = all.
+    likeliest values whose probabilities first reach this sum, 1 = all. Raises UserError for values
+    that cannot work.
     """
 
     steps: int = 12
@@ -36,8 +38,7 @@ class Sampler(NamedTuple):
     top_k: int = 0
     top_p: float = 1.0
 
-    def check(self):
-        """Raise UserError for values that cannot work."""
+    def __post_init__(self):
         at_least("steps", self.steps, 1, at_most=MAX_STEPS)
         choose("schedule", self.schedule, schedules.SCHEDULES)
         choose("rounding", self.rounding, schedules.ROUNDINGS)

@@ -121,7 +121,6 @@ class Task(Generator):
             require(self.guidance == 1 or kind != "none", "guidance", self.guidance, remedy)
             between("keep", self.keep, 1, max(self.window - 1, 1))
             self.sampler = schema.build(decoding.Sampler, sampler)
-            self.sampler.check()
 
     def _in_latents(self, field, value, function):
         """function(value) of the tokenizer; its UserError then names the field of this task."""

@@ -185,4 +185,4 @@ def test_guidance():
 )
 def test_bad_samplers(options, message):
     with pytest.raises(UserError, match=message):
-        Sampler(**options).check()
+        Sampler(**options)

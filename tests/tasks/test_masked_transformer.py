@@ -9,13 +9,18 @@ import pytest
 
 from configs import masked_transformer
 from jaxvid import data
+from jaxvid.bench import masked as bench
+from jaxvid.bench import timing
 from jaxvid.data.transforms import normalize, to_uint8
 from jaxvid.errors import UserError
 from jaxvid.masking import commit, draws
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.sharding import batch_sharding, shard_params
 from jaxvid.runs import make_task, open_tokenizer
+from jaxvid.tasks.base import Run
+from jaxvid.tasks.streaming import Decoded
 from jaxvid.tasks.windows import Carry
+from jaxvid.training.recorder import Recorder
 from tests.tokenizer_runs import FAST, coded, encoded, gaussian
 
 pytestmark = pytest.mark.slow
@@ -223,6 +228,52 @@ def test_a_negative_text_takes_the_place_of_no_text():
     swapped = task._contexts(params, cond_of({"text": batch["text"][::-1]}))[0]
     np.testing.assert_allclose(null_BME, swapped, atol=1e-6)
     np.testing.assert_array_equal(context_BME, task._contexts(params, cond_of(batch))[0])
+
+
+def test_a_stream_goes_on_from_what_the_disk_keeps(tmp_path):
+    config, task, params, batch = made(task__sampler__steps=2)
+    mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
+    run, cond = Run(config, task, params, task.frozen(), 2, mesh), cond_of(batch)
+
+    def opened():
+        return Decoded(run, cond, 17, jax.random.key(0), {7: {"text": batch["text"][::-1]}})
+
+    def taken(pieces, count):
+        return [next(pieces)[0] for _ in range(count)]
+
+    with jax.set_mesh(mesh):
+        whole = np.concatenate(taken(opened(), 9), axis=1)
+        for count in (2, 4, 6):  # within a window, at the switch and after it
+            pieces, recorder = opened(), Recorder(tmp_path / str(count), 8.0, {})
+            for clip_BTHWC in taken(pieces, count):
+                recorder.write(clip_BTHWC)
+            recorder.save(pieces.state())
+            recorder = Recorder(tmp_path / str(count), 8.0, {})
+            recorder.resume()
+            later = opened()
+            taken(later, 1)
+            later.restore(recorder.restored(later.state()), recorder.frames)
+            rest = np.concatenate(taken(later, 9 - count), axis=1)
+            np.testing.assert_array_equal(rest, whole[:, 2 * count - 1 :])
+
+
+def test_parallel_decoding_is_timed(monkeypatch):
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    monkeypatch.setattr(timing, "FEWEST", 1)
+    monkeypatch.setattr(bench, "STEPS", (2,))
+    figures = bench.sample(config_of(), None)
+    row = figures["by_steps"][2]
+    # 3 latents in windows of 2 that share 1; guidance evaluates twice.
+    assert (row["windows"], row["evaluations"]) == (2, 8)
+    assert row["clip_s"] > 0 and row["tokens_per_s"] > 0
+    with pytest.raises(UserError, match=r"^latents: have no codes"):
+        bench.sample(config_of(), object())
+
+
+def test_the_tokenizer_has_no_options_of_the_model():
+    assert masked_transformer.get_config("stage=tokenizer").task.name == "tokenizer"
+    with pytest.raises(ValueError, match=r"^stage=tokenizer: has no critic; leave critic out"):
+        masked_transformer.get_config("stage=tokenizer,critic=self")
 
 
 def test_given_frames_begin_the_stream():
