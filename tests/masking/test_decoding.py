@@ -157,6 +157,36 @@ def test_the_noise_of_the_confidence_ends_before_the_last_step():
     assert (run(1e5, 0) != run(1e5, 1)).any()
 
 
+@pytest.mark.parametrize("scored", [False, True])
+def test_the_noise_falls_with_the_steps(scored):
+    """After step i of 4 it has the scale noise (1 - (i + 1) / 4): Gumbel, of a critic uniform."""
+    L, scale = 400, 1.0
+    logits_LV = np.random.default_rng(4).standard_normal((L, V))
+    logits = jnp.float32(logits_LV)[None, :, None]
+    seen, start = [], jnp.zeros((1, L), jnp.int32)
+
+    def predict(_, is_masked_BL):
+        jax.debug.callback(lambda x: seen.append(np.array(x[0])), is_masked_BL)
+        return logits
+
+    sampler = Sampler(steps=4, temperature=0.0, noise=scale)
+    score = (lambda ids_BL: 0.001 * jnp.arange(L)[None]) if scored else None
+    decode(predict, start, start + MASK, start == 0, keys(1), sampler, score)
+    jax.effects_barrier()
+    assert len(seen) == 4
+    is_masked_L = np.ones(L, bool)
+    for i, found_L in enumerate(seen):
+        np.testing.assert_array_equal(found_L, is_masked_L)
+        rng = jax.random.split(jax.random.fold_in(keys(1)[0], i))[1]
+        draw = jax.random.uniform(rng, (L,)) - 0.5 if scored else jax.random.gumbel(rng, (L,))
+        log_LV = logits_LV - np.log(np.exp(logits_LV).sum(-1, keepdims=True))
+        own_L = 0.001 * np.arange(L) if scored else log_LV.max(-1)
+        confidence_L = own_L + scale * (1 - (i + 1) / 4) * np.asarray(draw, np.float64)
+        order = np.argsort(np.where(is_masked_L, confidence_L, np.inf), kind="stable")
+        left = schedules.decoding_counts("cosine", 4, L, "floor")[i, L]
+        is_masked_L = np.isin(np.arange(L), order[:left])
+
+
 def test_digits_of_large_vocabularies():
     ids = jnp.array([0, 511, 512, 2**18 - 1])
     parts = digits(ids, 2, 512)
