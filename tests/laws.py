@@ -157,7 +157,9 @@ def teacher_forcing(layer, forced, clean, noisy, reach=2, tolerance=1e-5):
 
     expected, got, by_frame = both(denoise, commit, forced, clean, noisy)
     for (path, want), have in zip(tree_leaves_with_path(expected), jax.tree.leaves(got)):
-        scale = max(1.0, np.abs(want).max())  # gradients of parameters are sums over all tokens
+        # Gradients are sums over all tokens, through the updates of a memory: three times the
+        # tolerance, so that another processor's rounding has room.
+        scale = 1.0 if path[0].idx == 0 else 3.0 * max(1.0, np.abs(want).max())
         np.testing.assert_allclose(have, want, atol=tolerance * scale, err_msg=keystr(path))
     for f in range(T):
         of_clean, of_noisy = (np.abs(part[f]).max((0, 2, 3)) for part in by_frame)

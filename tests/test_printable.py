@@ -21,9 +21,8 @@ def test_every_printer_of_names_escapes_them(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == "error: clip=\\x1b[2J error: forged.mp4: bad\n"
     entry = {"name": name, "reason": "is empty"}
     manifest = {"splits": {}, "skipped": [entry], "cut": [entry], "shape": [1], "dtype": "uint16"}
-    flags = SimpleNamespace(
-        src="", out="", size=2, frames=1, fps=1, workers=1, workdir="", flip=False, batch=1
-    )
+    flags = SimpleNamespace(src="", out="", size=2, frames=1, fps=1, workers=1, flip=False, batch=1)
+    flags.workdir, flags.text = "run", ""
     for module in (prepare, tokenize):
         monkeypatch.setattr(module, "FLAGS", flags)
         monkeypatch.setattr(module, module.__name__.split(".")[1], lambda *a, **k: manifest)

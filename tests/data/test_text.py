@@ -4,10 +4,19 @@ import unicodedata
 
 import numpy as np
 import pytest
+from absl import logging
 
 from jaxvid.data import text
 from jaxvid.errors import UserError
 from tests.videos import data_config
+
+
+@pytest.fixture
+def first_warnings(monkeypatch):
+    """Warnings that a process gives only a few times are given, whatever other tests did."""
+    monkeypatch.setattr(
+        logging, "log_first_n", lambda level, msg, n, *rest: logging.log(level, msg, *rest)
+    )
 
 
 def test_rows_are_unit_then_zero():
@@ -30,7 +39,7 @@ def test_same_everywhere_and_case_blind():
     np.testing.assert_allclose(text.embed("red", 1, 4)[0], golden, atol=1e-5)
 
 
-def test_long_captions_are_cut_with_a_warning_and_empty_ones_are_zero(caplog):
+def test_long_captions_are_cut_with_a_warning_and_empty_ones_are_zero(caplog, first_warnings):
     with caplog.at_level("WARNING", "absl"):
         assert not text.embed("", 3, 8).any()
         whole = text.embed("a b", 2, 8)
@@ -77,7 +86,7 @@ def test_bytes_are_utf_8_in_lower_case():
     np.testing.assert_array_equal(text.spell("a\0b\udcffc\0", 8), [97, 32, 98, 32, 99, 0, 0, 0])
 
 
-def test_long_bytes_are_cut_between_letters_with_a_warning(caplog):
+def test_long_bytes_are_cut_between_letters_with_a_warning(caplog, first_warnings):
     with caplog.at_level("WARNING", "absl"):
         np.testing.assert_array_equal(text.spell("aé", 3), [97, 0xC3, 0xA9])
         assert not caplog.records
