@@ -106,7 +106,7 @@ def mixer(name: str, frames) -> dict:
 
 
 def condition(config, kind: str, text: str, tiny: bool) -> dict:
-    """The section of the condition of a generator, and the fields of config.data that it reads.
+    """The section of the condition of a generator; sets fields of config.data and config.optim.
 
     kind: none, class or text. text: how captions come, bytes, words or stored.
     """
@@ -121,6 +121,11 @@ def condition(config, kind: str, text: str, tiny: bool) -> dict:
     config.data.text_tokens = 20 if text == "words" else 128 if tiny else 256
     if text == "stored":
         config.data.text_width = 768  # of the base encoder of T5
+    if tiny and text == "bytes":
+        # At the rates of the generator the encoder loses the words before they are of use.
+        config.optim.conditioner = dict(
+            name=field("adamw", "adamw or muon"), lr=field(3e-4, "peak learning rate")
+        )
     return dict(
         kind=kind_field,
         encoder=field("bytes" if text == "bytes" else "none", "of captions: bytes, or none"),

@@ -34,7 +34,11 @@ FORM = {
         **{"text?": str, "text_path?": str, "text_digest?": str},
         **{"vocabulary?": int, "pairs?": [int], "gap?": [int], schema.OPEN: None},
     },
-    "optim": {**_OPTIM, "discriminator?": {f"{name}?": form for name, form in _OPTIM.items()}},
+    "optim": {
+        **_OPTIM,
+        "discriminator?": {f"{name}?": form for name, form in _OPTIM.items()},
+        "conditioner?": {f"{name}?": form for name, form in _OPTIM.items()},
+    },
     "mesh": {"data": int, "fsdp": int, "tensor": int, "seq?": int},
     "checkpoint": {"every": int, "keep": int, "best": str},
     "log": {"every": int, "tensorboard": bool, "parameters?": int},

@@ -32,7 +32,9 @@ class ByteEncoder(nn.Module):
     """A `TextEncoder` of the UTF-8 bytes of captions, trained with its generator.
 
     Bytes need no vocabulary (ByT5, Xue et al. 2022). A convolution over CONV of them and then
-    `depth` pre-norm layers of attention among all bytes, with rotary positions, -> width E.
+    `depth` pre-norm layers of attention among all bytes, with rotary positions, -> width E. No norm
+    ends them: what all captions share grows faster than what tells them apart, which a norm would
+    then shrink to nothing.
     """
 
     width: int
@@ -51,7 +53,7 @@ class ByteEncoder(nn.Module):
         x_BMD = x_BMD + nn.gelu(nn.Conv(self.width, (CONV,), dtype=self.dtype, name="conv")(x_BMD))
         layers = _stack(_EncoderLayer, self.depth)
         x_BMD, _ = layers(self.heads, self.dtype, name="layers")(x_BMD, valid_BM)
-        return keep_BM1 * LayerNorm(name="norm")(x_BMD)
+        return keep_BM1 * x_BMD
 
 
 class TextReader(nn.Module):
@@ -59,7 +61,8 @@ class TextReader(nn.Module):
 
     Learned `queries` read the valid positions and each other, READS times (Perceiver, Jaegle et al.
     2021; that keys and values are those of text and queries together is Alayrac et al. 2022).
-    Whoever reads y needs no mask.
+    Whoever reads y needs no mask. The queries start small, as those of Perceiver, so that y begins
+    as the text.
     """
 
     queries: int
@@ -69,14 +72,14 @@ class TextReader(nn.Module):
 
     @nn.compact
     def __call__(self, x_BME, valid_BM):
+        x_BME = LayerNorm(dtype=self.dtype, name="norm")(x_BME)
         text_BMD = Linear(self.width, dtype=self.dtype, name="embed")(x_BME)
-        text_BMD = LayerNorm(dtype=self.dtype, name="norm_text")(text_BMD)
-        shape, init = (self.queries, self.width), nn.initializers.normal(1.0)
+        shape, init = (self.queries, self.width), nn.initializers.normal(0.02)
         y_BQD = jnp.broadcast_to(self.param("queries", init, shape), (len(x_BME), *shape))
         valid = jnp.concatenate([valid_BM, jnp.ones(y_BQD.shape[:2], bool)], axis=1)
         layers = _stack(_ReaderLayer, READS)
         y_BQD, _ = layers(self.heads, self.dtype, name="layers")(y_BQD, text_BMD, valid)
-        return LayerNorm(name="norm")(y_BQD)
+        return y_BQD.astype(jnp.float32)
 
 
 def _stack(layer, length):

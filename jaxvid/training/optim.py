@@ -10,7 +10,7 @@ from jaxvid.errors import within
 from jaxvid.parallel.sharding import find_rule, path_name
 
 NAMES = ("adamw", "muon")
-GROUPS = ("discriminator",)  # branches of the parameters that may have their own optimiser
+GROUPS = ("discriminator", "conditioner")  # branches that may have an optimiser of their own
 SCHEDULES = ("constant", "cosine")
 
 
