@@ -1,9 +1,9 @@
 """Train a task: `python -m jaxvid.train --config=configs/ar_diffusion.py [--workdir=DIR]`.
 
 The same command resumes where the run stopped, on any number of devices and hosts. SIGTERM and
-Ctrl-C save and exit with status 0; a second Ctrl-C stops at once. The work folder (default
-runs/<config name>) holds config.json, metrics.jsonl, ckpt/<step>/, tensorboard/ and
-samples/<step>/.
+Ctrl-C save and exit with status 0, or with --stopped_status; a second Ctrl-C stops at once. The
+work folder (default runs/<config name>) holds config.json, metrics.jsonl, ckpt/<step>/,
+tensorboard/ and samples/<step>/.
 
 On many hosts run this on each. Cloud TPU, Kubernetes, SLURM and Open MPI are detected; elsewhere
 give --coordinator=HOST:PORT --num_processes=N --process_id=I.
@@ -267,7 +267,8 @@ def main():
     config, workdir = cli.config_from_flags()
     multihost.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     with interrupt.saves():
-        train(config, workdir)
+        state = train(config, workdir)
+    return 0 if int(state.step) >= config.steps else FLAGS.stopped_status
 
 
 if __name__ == "__main__":
@@ -275,4 +276,12 @@ if __name__ == "__main__":
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if it is not detected.")
     flags.DEFINE_integer("num_processes", None, "Number of processes, if it is not detected.")
     flags.DEFINE_integer("process_id", None, "Number of this process, if it is not detected.")
+    flags.DEFINE_integer(
+        "stopped_status",
+        0,
+        "Exit status after SIGTERM or Ctrl-C and a save. Launchers that start only failed jobs "
+        "again want another than 0, such as 75.",
+        lower_bound=0,
+        upper_bound=125,
+    )
     cli.run(main)

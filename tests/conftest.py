@@ -32,3 +32,18 @@ def few_mappings():
 
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def tpu_devices(monkeypatch):
+    """A function from a topology, e.g. "v5e:2x2", to its devices. Skips without libtpu."""
+    pytest.importorskip("libtpu", reason="libtpu is not installed")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # no metadata server
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    # libtpu locks the TPU for one process. Tests only compile, in several processes.
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies  # after the flags are set
+
+    return lambda topology: (
+        topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    )

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 
@@ -13,19 +12,6 @@ def launch(monkeypatch):
     options, pallas_call = dict(interpret=True), pl.pallas_call
     monkeypatch.setattr(pl, "pallas_call", lambda *args, **own: pallas_call(*args, **own | options))
     return options
-
-
-@pytest.fixture
-def tpu_devices(monkeypatch):
-    """A function from a topology, e.g. "v5e:2x2", to its devices. Skips without libtpu."""
-    pytest.importorskip("libtpu", reason="libtpu is not installed")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # no metadata server
-    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
-    # libtpu locks the TPU for one process. Tests only compile, in several processes.
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    return lambda topology: (
-        topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    )
 
 
 @pytest.fixture

@@ -5,13 +5,16 @@ import json
 import resource
 import shutil
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import toy
 
+from jaxvid import cli
 from jaxvid import config as config_lib
+from jaxvid import train as train_module
 from jaxvid.data import video
 from jaxvid.errors import UserError
 from jaxvid.runs import open_run
@@ -290,6 +293,18 @@ def test_an_evaluation_that_a_stop_prevented_is_caught_up(tmp_path, monkeypatch,
         for path in (tmp_path / "straight" / "samples" / sample).iterdir():
             resumed = tmp_path / "cut" / "samples" / sample / path.name
             assert resumed.read_bytes() == path.read_bytes()
+
+
+def test_a_stopped_run_has_the_status_that_was_asked_for(monkeypatch):
+    """And a finished one has 0."""
+    config = toy.config(steps=8)
+    monkeypatch.setattr(cli, "config_from_flags", lambda: (config, "run"))
+    flags = dict(coordinator=None, num_processes=None, process_id=None, stopped_status=75)
+    monkeypatch.setattr(train_module, "FLAGS", SimpleNamespace(**flags))
+    for step, status in ((3, 75), (8, 0)):
+        state = SimpleNamespace(step=np.int32(step))
+        monkeypatch.setattr(train_module, "train", lambda *_, state=state: state)
+        assert train_module.main() == status
 
 
 def test_nan_for_a_while_is_skipped_and_counted(tmp_path):
