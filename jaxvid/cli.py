@@ -79,23 +79,32 @@ def default_workdir(argument: str) -> str:
     return str(Path("runs", "-".join([Path(file).stem, *choices])))
 
 
-def run(main: Callable, commands: Mapping[str, Callable] | None = None) -> None:
+def run(
+    main: Callable, commands: Mapping[str, Callable] | None = None, arguments: str = ""
+) -> None:
     """Parses the flags and exits with main(); a mistake of the user is one line and status 2.
 
     commands: {name: function that defines its flags}. The command line must then begin with a name,
-    and main gets it as its argument.
+    and main gets it as its argument. arguments: what the command line has beside flags, as in "RUN
+    OUT" or "RUN [RUN ...]"; main gets it.
     """
     commands = commands or {}
+    FLAGS.set_gnu_getopt(bool(arguments))  # flags may then follow
     for name in commands.keys() & set(sys.argv[1:2]):
         commands[name]()
     host.prepare()
     sys.unraisablehook = _unraisable
-    app.run(functools.partial(_main, main, commands), flags_parser=_parse)
+    app.run(functools.partial(_main, main, commands, arguments), flags_parser=_parse)
 
 
-def _main(main, commands, argv):
+def _main(main, commands, arguments, argv):
     try:
         given = argv[1:]
+        if arguments:
+            count, many = len(arguments.partition(" [")[0].split()), "..." in arguments
+            if len(given) < count or (len(given) > count and not many):
+                raise UserError(f"{' '.join(given) or 'arguments'}: give {arguments}")
+            return main(*given)
         choices = f"choose one of {', '.join(commands)}"
         if commands and not given:
             raise UserError(f"command=: missing; {choices}")

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxvid.data import text
+from jaxvid.encoding import t5
 from jaxvid.errors import UserError, shown
-from jaxvid.tools import t5
 
 
 def read(config, prompts: Sequence[str]) -> np.ndarray:

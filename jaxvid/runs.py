@@ -17,6 +17,7 @@ from jaxvid.models.tokenizer import FrozenTokenizer
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.sharding import path_name, shard_params
 from jaxvid.tasks.base import Run, Task
+from jaxvid.training import exported
 from jaxvid.training.restore import restore_weights
 
 WITHOUT_S = ("synchronous", "autoregressive")  # frame schedules that know when frames start
@@ -69,6 +70,8 @@ def _load_config(workdir):
         config_lib.validate(config)
     except UserError as error:
         raise UserError(f"config={path}: {error}") from error
+    if config.task.get("tokenizer") and Path(workdir, exported.TOKENIZER).is_dir():
+        config.task.tokenizer = str(Path(workdir, exported.TOKENIZER))
     return config
 
 

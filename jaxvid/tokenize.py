@@ -47,9 +47,9 @@ from jaxvid.data import clips, progress, shards, video
 from jaxvid.data.journal import JOURNAL, Journal
 from jaxvid.data.source import SPLITS
 from jaxvid.data.transforms import Window, mirror, normalize
+from jaxvid.encoding import captions
 from jaxvid.errors import UserError, printable
 from jaxvid.runs import open_tokenizer
-from jaxvid.tools import captions
 
 FLAGS = flags.FLAGS
 

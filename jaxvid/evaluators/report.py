@@ -64,18 +64,19 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def write_plot(path: Path, draw: Callable) -> None:
-    """A matplotlib Figure as draw(figure) leaves it; a line instead without matplotlib."""
+def write_plot(path: Path, draw: Callable) -> bool:
+    """A matplotlib Figure as draw(figure) leaves it; a line instead, and False, without it."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print("no plot: matplotlib is not installed; pip install 'jaxvid[plot]'")
-        return
+        return False
     figure, picture = Figure(layout="constrained"), io.BytesIO()
     draw(figure)
     figure.savefig(picture, format="png", dpi=150)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write(path, picture.getvalue())
+    return True
 
 
 def write_pictures(run: Run, folder: Path) -> None:

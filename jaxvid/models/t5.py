@@ -1,4 +1,4 @@
-"""The text encoder of T5 1.1 (Raffel et al. 2020), for published weights (`jaxvid.tools.t5`)."""
+"""The text encoder of T5 1.1 (Raffel et al. 2020), for published weights (`jaxvid.encoding.t5`)."""
 
 from typing import Any
 

@@ -17,7 +17,7 @@ from jaxvid import files
 from jaxvid.data import batch_shapes
 from jaxvid.errors import UserError
 from jaxvid.parallel.sharding import path_name, shard_params
-from jaxvid.training import digests
+from jaxvid.training import digests, exported
 from jaxvid.training.log import say
 
 # Sections and fields that may differ when a run is resumed: they do not change what is learned,
@@ -53,12 +53,14 @@ def restore_weights(workdir, config, task, mesh=None):
     """(step, weights) of the newest good checkpoint, in the form of `TrainState.weights`.
 
     On any mesh; without one, numpy arrays. Changes nothing, so the run may continue meanwhile. A
-    damaged checkpoint is passed over, with a line on stderr. Raises UserError if there is no
-    checkpoint, if none is good, and if they were made with another config, FREE and PATHS aside.
+    damaged checkpoint is passed over, with a line on stderr. A folder of `tools.export` has a file
+    of weights instead. Raises UserError if there is no checkpoint, if none is good, and if they
+    were made with another config, FREE and PATHS aside.
     """
     folder = os.path.join(os.path.abspath(workdir), "ckpt")
     steps = ocp.utils.checkpoint_steps(folder) if os.path.isdir(folder) else []
-    if not steps:
+    is_export = not steps and os.path.isfile(os.path.join(workdir, exported.FILE))
+    if not steps and not is_export:
         raise UserError(f"workdir={workdir}: there is no checkpoint yet; train first")
 
     def init(batch):
@@ -66,6 +68,8 @@ def restore_weights(workdir, config, task, mesh=None):
 
     part = "ema" if config.optim.ema else "params"
     params, extra = jax.eval_shape(init, batch_shapes(config.data, 1))
+    if is_export:
+        return exported.read(workdir, {**params, **extra}, mesh)
     shapes = {part: params, "extra": extra} if extra else {part: params}
     bad = {}
     for step in sorted(steps, reverse=True):

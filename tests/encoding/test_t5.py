@@ -10,10 +10,10 @@ from safetensors.numpy import save_file
 
 from jaxvid import data, prompts
 from jaxvid.data import captions, journal, shards, text
+from jaxvid.encoding import captions as encoding
+from jaxvid.encoding import t5
 from jaxvid.errors import UserError
 from jaxvid.models.t5 import buckets
-from jaxvid.tools import captions as encoding
-from jaxvid.tools import t5
 from tests.videos import data_config
 
 V, D, A, K, HIDDEN, DEPTH = 40, 12, 2, 5, 14, 2  # heads are not D / A wide, as in the small T5

@@ -11,9 +11,9 @@ from jaxvid.data import clips, progress, shards, text, tfds
 from jaxvid.data.captions import EMBEDDING, KEY, key_of
 from jaxvid.data.journal import JOURNAL, Journal
 from jaxvid.data.source import SPLITS, digest_of
+from jaxvid.encoding import t5
 from jaxvid.errors import UserError
 from jaxvid.schema import OPEN
-from jaxvid.tools import t5
 
 MAX_BATCH = 2**12
 
@@ -21,7 +21,7 @@ MAX_BATCH = 2**12
 def encode(folder: str, src: str, out: str, *, tokens: int = 128, batch: int = 8) -> dict:
     """Write the embeddings of the captions of `src` to `out` -> the manifest. Raises UserError.
 
-    folder: of T5 (`tools.t5`). tokens: a longer caption is cut. batch: captions encoded at once.
+    folder: of T5 (`encoding.t5`). tokens: a longer caption is cut. batch: captions encoded at once.
     The same command resumes, and the set appears at `out` only when it is complete.
     """
     checks.at_least("batch", batch, 1, at_most=MAX_BATCH)

@@ -1,0 +1,1 @@
+"""Captions as embeddings of a text encoder that is not trained here."""
