@@ -25,6 +25,9 @@ A model of sprites with captions is also asked for the captions of held-out clip
 frames. Prints in how many samples colour, shape and direction are right, beside the real clips and
 chance; --guidance=1,3,5 does so at each of these scales, all other figures have that of the run.
 
+--story=51,101,151 of such a model makes --clips streams whose caption changes at these frames.
+Prints how soon the new colour and shape are seen, and writes evaluate_story.png.
+
 A masked transformer that was trained on conditions of pixels (task.mask.commit) also completes
 held-out clips: PSNR of what it fills in, and the steps at the seams.
 
@@ -44,7 +47,17 @@ from absl import flags
 
 from jaxvid import checks, cli, data, files, weights
 from jaxvid.errors import UserError
-from jaxvid.evaluators import alignment, codec, drift, filling, fvd, recall, report, sprites
+from jaxvid.evaluators import (
+    alignment,
+    codec,
+    drift,
+    filling,
+    fvd,
+    recall,
+    report,
+    sprites,
+    stories,
+)
 from jaxvid.evaluators.held_out import mean, open_held_out, strongest
 from jaxvid.metrics import i3d
 from jaxvid.runs import open_run, with_sampler
@@ -78,6 +91,7 @@ def main():
     lengths = drift.check(run, FLAGS.frames, FLAGS.clips) if is_generator else []
     gaps = recall.check(run, FLAGS.gaps) if is_generator else []
     scales = alignment.check(run, FLAGS.guidance)
+    switches = stories.check(run, FLAGS.story)
     by_scale = {scale: with_sampler(run, {"guidance": scale}) for scale in scales}
     batches = FLAGS.batches or run.config.evaluate.batches
     with jax.set_mesh(run.mesh), open_held_out(run) as clips:
@@ -114,6 +128,12 @@ def main():
             document["alignment"] = found = alignment.measure(by_scale, clips, batches)
             print(alignment.table(found) + "\n")
             _write(path, document)
+        if switches:
+            print(f"telling stories of {stories.length(switches)} frames", file=sys.stderr)
+            document["story"], told = stories.measure(run, clips, switches, FLAGS.clips)
+            print(stories.table(document["story"]) + "\n")
+            _write(path, document)
+            stories.write_picture(told, path.with_name("evaluate_story.png"))
         if filling.suits(run):
             print("completing clips from some of their pixels", file=sys.stderr)
             document["filling"] = found = filling.measure(run, clips, batches)
@@ -187,10 +207,12 @@ if __name__ == "__main__":
     flags.DEFINE_list("frames", [], "Lengths of videos to reconstruct or to continue as streams.")
     flags.DEFINE_list("gaps", [], "Lengths of gaps, in frames, after which memory is tested.")
     flags.DEFINE_list("guidance", [], "Scales of guidance at which captions are scored.")
+    flags.DEFINE_list("story", [], "Frames at which the caption of a stream changes.")
     flags.DEFINE_integer(
         "clips",
         8,
-        "Clips that a model which generates continues, for --frames and for each of --gaps.",
+        "Clips that a model which generates continues or makes, for --frames, each of --gaps and "
+        "--story.",
         lower_bound=1,
         upper_bound=data.MAX_CLIPS,
     )

@@ -71,8 +71,8 @@ class Drawn(Pieceless):
         return normalize(np.stack(videos))
 
 
-@pytest.fixture
-def run():
+def told_run():
+    """A run on captioned sprites whose task is `Drawn`."""
     config = get_config()
     config.data.update(name="sprites", size=32, batch_size=4, text_tokens=20, max_sprites=1)
     config.data.update(sizes=1, turning=False, threads=1)
@@ -81,6 +81,11 @@ def run():
     run = base.Run(ConfigDict(fields), None, {}, {}, 0, make_mesh({}, jax.devices()[:1]))
 
     return run._replace(task=Drawn(run, 1.0))
+
+
+@pytest.fixture
+def run():
+    return told_run()
 
 
 def test_what_a_caption_tells_is_found_in_the_samples(run):
