@@ -25,13 +25,14 @@ from jaxvid.parallel import multihost
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.sharding import batch_sharding, shard_params
 from jaxvid.runs import make_task, open_weights
-from jaxvid.training import flops, interrupt, memory
+from jaxvid.training import flops, interrupt, memory, profile
 from jaxvid.training.adopt import adopt
 from jaxvid.training.checkpoint import Checkpoints
 from jaxvid.training.guard import Guard
 from jaxvid.training.lock import locked
 from jaxvid.training.log import Log, Progress, parameter_table, say
 from jaxvid.training.optim import make_optimizer
+from jaxvid.training.profile import Trace
 from jaxvid.training.state import make_init
 from jaxvid.training.step import make_step
 from jaxvid.training.writer import Writer
@@ -39,8 +40,10 @@ from jaxvid.training.writer import Writer
 FLAGS = flags.FLAGS
 
 
-def train(config, workdir):
+def train(config, workdir, traced=None):
     """Train `config` in `workdir`, from its newest checkpoint if there is one; the last TrainState.
+
+    traced: a range of steps whose trace is written to <workdir>/profile/, or None.
 
     Raises UserError, one line, for what the user can repair, before compiling if it is known then.
     """
@@ -58,13 +61,13 @@ def train(config, workdir):
             stack.enter_context(jax.set_mesh(mesh))
             stack.enter_context(_disk_errors(workdir))
             stack.enter_context(locked(workdir))
-            return _train(config, workdir, mesh, stack)
+            return _train(config, workdir, mesh, stack, traced)
     except BaseException:
         _remove_if_empty(new)
         raise
 
 
-def _train(config, workdir, mesh, stack):
+def _train(config, workdir, mesh, stack, traced):
     task = make_task(config.task)
     config.task.update(task.binding())  # a run is bound to the weights of its tokenizer
     with within("data"):
@@ -120,11 +123,14 @@ def _train(config, workdir, mesh, stack):
     if found:
         _catch_up(step, state, frozen, config, held_out, writer, log)
 
+    trace = stack.enter_context(contextlib.closing(Trace(workdir, traced)))
     while step < config.steps:
+        trace.before(step)
         rows = progress.next(clips)
         batch = multihost.to_global(rows, batch_sharding(mesh))
         state, metrics = update(state, frozen, batch)
         step += 1
+        trace.after(step, state)
         log.push(step, metrics, rows["id"])  # settles the step before, while this one runs
 
         preempted, scores = checkpoints.preempted(step), None
@@ -267,7 +273,7 @@ def main():
     config, workdir = cli.config_from_flags()
     multihost.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     with interrupt.saves():
-        state = train(config, workdir)
+        state = train(config, workdir, profile.steps_of(FLAGS.profile_steps))
     return 0 if int(state.step) >= config.steps else FLAGS.stopped_status
 
 
@@ -276,6 +282,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if it is not detected.")
     flags.DEFINE_integer("num_processes", None, "Number of processes, if it is not detected.")
     flags.DEFINE_integer("process_id", None, "Number of this process, if it is not detected.")
+    flags.DEFINE_string(
+        "profile_steps", "", "Steps to trace, first:last, as 10:15; see <workdir>/profile."
+    )
     flags.DEFINE_integer(
         "stopped_status",
         0,

@@ -19,6 +19,7 @@ from jaxvid.data import video
 from jaxvid.errors import UserError
 from jaxvid.runs import open_run
 from jaxvid.train import train
+from jaxvid.training import profile
 from jaxvid.training.checkpoint import Checkpoints
 from jaxvid.training.writer import Writer
 
@@ -300,11 +301,28 @@ def test_a_stopped_run_has_the_status_that_was_asked_for(monkeypatch):
     config = toy.config(steps=8)
     monkeypatch.setattr(cli, "config_from_flags", lambda: (config, "run"))
     flags = dict(coordinator=None, num_processes=None, process_id=None, stopped_status=75)
+    flags["profile_steps"] = ""
     monkeypatch.setattr(train_module, "FLAGS", SimpleNamespace(**flags))
     for step, status in ((3, 75), (8, 0)):
         state = SimpleNamespace(step=np.int32(step))
         monkeypatch.setattr(train_module, "train", lambda *_, state=state: state)
         assert train_module.main() == status
+
+
+@pytest.mark.parametrize("steps", ["2:4", "6:100"])
+def test_the_steps_that_were_asked_for_are_traced(tmp_path, steps):
+    """Also where the run ends first."""
+    straight = train(toy.config(), str(tmp_path / "straight"))
+    traced = train(toy.config(), str(tmp_path / "run"), profile.steps_of(steps))
+    jax.tree.map(np.testing.assert_array_equal, traced, straight)
+    assert len(list((tmp_path / "run" / profile.FOLDER).rglob("*.xplane.pb"))) == 1
+    assert not (tmp_path / "straight" / profile.FOLDER).exists()
+
+
+@pytest.mark.parametrize("text", ["5", "5:5", "9:2", "a:b", "0:2000", "-1:4"])
+def test_steps_that_cannot_be_traced_are_refused(text):
+    with pytest.raises(UserError, match=rf"^--profile_steps={text}: write first:last, such as"):
+        profile.steps_of(text)
 
 
 def test_nan_for_a_while_is_skipped_and_counted(tmp_path):
