@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import re
 
 import jax
 import numpy as np
@@ -34,6 +35,7 @@ def initialize(coordinator=None, num_processes=None, process_id=None):
         raise UserError(f"{missing[0]}: missing; give all of {', '.join(given)}, or none")
     try:
         if not missing:
+            _check(*given.values())
             jax.distributed.initialize(**given)
         else:
             _detect_or_alone()
@@ -41,6 +43,19 @@ def initialize(coordinator=None, num_processes=None, process_id=None):
         if "must be called before" not in str(error):
             raise
         logging.warning("jax was in use before jaxvid started: SIGTERM will stop without a save")
+
+
+def _check(coordinator, num_processes, process_id):
+    """Raise UserError for what jax.distributed would answer with a traceback."""
+    port = re.fullmatch(r"(?:[^\s:\[\]]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})", coordinator)
+    if not port or not 0 < int(port[1]) < 2**16:
+        raise UserError(
+            f"coordinator={coordinator[:100]}: write HOST:PORT of process 0, such as 10.0.0.1:1234"
+        )
+    if num_processes < 1:
+        raise UserError(f"num_processes={num_processes}: must be at least 1")
+    if not 0 <= process_id < num_processes:
+        raise UserError(f"process_id={process_id}: must be from 0 to {num_processes - 1}")
 
 
 def _integer(value, variable):

@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxvid.errors import UserError
 from jaxvid.parallel import multihost
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.sharding import batch_sharding
@@ -51,6 +52,26 @@ def test_initialize_after_jax_was_used_goes_on(monkeypatch, caplog):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
     multihost.initialize()
     assert "SIGTERM" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (("nonsense", 2, 0), "coordinator=nonsense: write HOST:PORT of process 0"),
+        (("host:0", 2, 0), "coordinator=host:0: write HOST:PORT"),
+        (("host:99999", 2, 0), "coordinator=host:99999: write HOST:PORT"),
+        (("a b:80", 2, 0), "coordinator=a b:80: write HOST:PORT"),
+        (("host:80", 0, 0), "num_processes=0: must be at least 1"),
+        (("host:80", 2, 2), "process_id=2: must be"),
+        (("[::1]:80", 2, -1), "process_id=-1: must be"),
+        (("host:80", 2, None), "process_id: missing; give all of coordinator"),
+    ],
+)
+def test_a_cluster_that_cannot_be_is_refused_in_one_line(monkeypatch, given, message):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("was started"))
+    with pytest.raises(UserError, match=f"^{message}"):
+        multihost.initialize(*given)
 
 
 def test_all_equal(monkeypatch):
