@@ -271,9 +271,11 @@ def _due(step, every):
 def main():
     """Entry point."""
     config, workdir = cli.config_from_flags()
-    multihost.initialize(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
-    with interrupt.saves():
-        state = train(config, workdir, profile.steps_of(FLAGS.profile_steps))
+    traced = profile.steps_of(FLAGS.profile_steps)
+    cluster = FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id
+    multihost.initialize(*cluster, FLAGS.join_seconds)
+    with multihost.failing_alone(), interrupt.saves():
+        state = train(config, workdir, traced)
     return 0 if int(state.step) >= config.steps else FLAGS.stopped_status
 
 
@@ -282,6 +284,13 @@ if __name__ == "__main__":
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if it is not detected.")
     flags.DEFINE_integer("num_processes", None, "Number of processes, if it is not detected.")
     flags.DEFINE_integer("process_id", None, "Number of this process, if it is not detected.")
+    flags.DEFINE_integer(
+        "join_seconds",
+        multihost.JOIN_SECONDS,
+        "Seconds in which all processes must have started, where --coordinator is given.",
+        lower_bound=1,
+        upper_bound=24 * 3600,
+    )
     flags.DEFINE_string(
         "profile_steps", "", "Steps to trace, first:last, as 10:15; see <workdir>/profile."
     )

@@ -1,5 +1,6 @@
 """Many processes, one program: start-up, and global arrays from each host's part."""
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -8,16 +9,22 @@ import re
 import jax
 import numpy as np
 import portpicker
+from jax._src import distributed  # the client has no public name
 from jax.experimental import multihost_utils
 
 from jaxvid.errors import UserError
+from jaxvid.parallel import peers
 
 # A single process must survive Ctrl-Z and a sleeping laptop, where it misses its heartbeat.
 _ALONE_HEARTBEAT_SECONDS = 7 * 24 * 3600
+JOIN_SECONDS = 55
 
 
-def initialize(coordinator=None, num_processes=None, process_id=None):
+def initialize(coordinator=None, num_processes=None, process_id=None, join_seconds=JOIN_SECONDS):
     """Join the other processes; call before anything touches a device. Safe to call again.
+
+    Processes that are given a coordinator end if not all of them start within join_seconds. From
+    then on they watch each other (`parallel.peers`).
 
     Without arguments and without JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID the
     cluster is detected (Cloud TPU, Kubernetes, SLURM, Open MPI); without one, this process
@@ -36,13 +43,28 @@ def initialize(coordinator=None, num_processes=None, process_id=None):
     try:
         if not missing:
             _check(*given.values())
-            jax.distributed.initialize(**given)
+            with peers.Joining(*given.values(), join_seconds):
+                jax.distributed.initialize(**given, initialization_timeout=2 * join_seconds)
         else:
             _detect_or_alone()
     except RuntimeError as error:
         if "must be called before" not in str(error):
             raise
         logging.warning("jax was in use before jaxvid started: SIGTERM will stop without a save")
+    else:
+        peers.watch(distributed.global_state.client)
+
+
+@contextlib.contextmanager
+def failing_alone():
+    """A context whose errors end this process without waiting for the others; see `peers.leave`."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:
+        peers.leave(error, 2 if isinstance(error, UserError) else 1)
+        raise
 
 
 def _check(coordinator, num_processes, process_id):

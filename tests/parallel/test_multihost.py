@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxvid.errors import UserError
-from jaxvid.parallel import multihost
+from jaxvid.parallel import multihost, peers
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.sharding import batch_sharding
 
@@ -72,6 +72,70 @@ def test_a_cluster_that_cannot_be_is_refused_in_one_line(monkeypatch, given, mes
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("was started"))
     with pytest.raises(UserError, match=f"^{message}"):
         multihost.initialize(*given)
+
+
+@pytest.mark.parametrize(
+    "error, status, line",
+    [
+        (UserError("workdir=x: full"), 2, ""),
+        (ValueError("broken"), 1, ""),
+        (ValueError("Gloo: Connection closed by peer [::1]"), None, "another process has ended"),
+    ],
+)
+def test_a_process_that_fails_alone_waits_for_nobody(monkeypatch, capsys, error, status, line):
+    ends, at_exit = [], []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(peers, "_exit", ends.append)
+    monkeypatch.setattr(peers.atexit, "register", lambda exit, status: at_exit.append(status))
+    with pytest.raises(type(error)), multihost.failing_alone():
+        raise error
+    assert line in capsys.readouterr().err and bool(ends) == bool(line)
+    assert status is None or at_exit == [status]
+
+
+def test_a_single_process_ends_as_always(monkeypatch):
+    monkeypatch.setattr(peers.atexit, "register", lambda *_: pytest.fail("was registered"))
+    with pytest.raises(ValueError, match="alone"), multihost.failing_alone():
+        raise ValueError("alone")
+
+
+def test_a_peer_is_lost_when_its_beat_stands_still(monkeypatch, capsys):
+    """And not while this process itself stood still, as a laptop that slept."""
+
+    class Table:
+        def __init__(self):
+            self.beats = {}
+
+        def key_value_set(self, key, value, allow_overwrite):
+            self.beats[key] = value
+            if clock.now < 500:
+                self.beats["jaxvid/alive/1"] = value
+
+        def key_value_dir_get(self, prefix):
+            return list(self.beats.items())
+
+    class Clock:
+        now = 0.0
+
+        def monotonic(self):
+            return self.now
+
+        def sleep(self, seconds):
+            self.now += 300 if self.now == 100 else seconds
+
+    class EndError(Exception):
+        pass
+
+    def end(status):
+        raise EndError(status)
+
+    clock = Clock()
+    monkeypatch.setattr(peers, "time", clock)
+    monkeypatch.setattr(peers, "_exit", end)
+    with pytest.raises(EndError, match=str(peers.LOST)):
+        peers._watch(Table(), 0, 2)
+    assert 500 + peers.SILENT - 2 * peers.BEAT < clock.now < 500 + peers.SILENT + 2 * peers.BEAT
+    assert "process 1 of 2 gives no sign of life for 40 s" in capsys.readouterr().err
 
 
 def test_all_equal(monkeypatch):

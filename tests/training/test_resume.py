@@ -17,6 +17,7 @@ import pytest
 import toy
 
 from jaxvid.errors import UserError
+from jaxvid.parallel import peers
 from jaxvid.train import train
 from jaxvid.training import checkpoint
 
@@ -223,6 +224,44 @@ def test_two_processes_train_save_and_resume_on_one(tmp_path):
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one.keys() == two.keys()
     np.testing.assert_allclose(list(one.values()), list(two.values()), atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_process_ends_the_others_in_one_line(tmp_path, number):
+    """Also one that hangs. The run then goes on from its last checkpoint."""
+    options = {"steps": 10**6, "mesh__data": 2}
+    with started(tmp_path, processes=2, delay=0.1, **options) as processes:
+        wait_for(lambda: logged(tmp_path, 4), processes[0])
+        processes[1].send_signal(number)
+        begin = time.monotonic()
+        _, err = processes[0].communicate(timeout=TIMEOUT)
+        assert time.monotonic() - begin < 60
+        assert processes[0].returncode == peers.LOST
+        assert err.splitlines()[-1].startswith("error: ")
+        assert "start the same command again on all hosts" in err
+
+
+def test_without_the_coordinator_the_others_end_too(tmp_path):
+    """In one line, unless jax itself is faster and aborts."""
+    options = {"steps": 10**6, "mesh__data": 2}
+    with started(tmp_path, processes=2, delay=0.1, **options) as processes:
+        wait_for(lambda: logged(tmp_path, 4), processes[0])
+        processes[0].kill()
+        begin = time.monotonic()
+        processes[1].communicate(timeout=TIMEOUT)
+        assert time.monotonic() - begin < 60
+        assert processes[1].returncode in (peers.LOST, -signal.SIGABRT)
+
+
+def test_a_process_that_never_starts_is_one_line(tmp_path):
+    port = portpicker.pick_unused_port()
+    command = [sys.executable, "-m", "jaxvid.train", f"--config={TOY.parents[2]}/configs/mqar.py"]
+    command += [f"--coordinator=localhost:{port}", "--num_processes=2", "--process_id=0"]
+    command += ["--join_seconds=3", f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == peers.LOST
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: the 2 processes did not all start within 3 s")
 
 
 @pytest.fixture

@@ -301,7 +301,7 @@ def test_a_stopped_run_has_the_status_that_was_asked_for(monkeypatch):
     config = toy.config(steps=8)
     monkeypatch.setattr(cli, "config_from_flags", lambda: (config, "run"))
     flags = dict(coordinator=None, num_processes=None, process_id=None, stopped_status=75)
-    flags["profile_steps"] = ""
+    flags |= dict(profile_steps="", join_seconds=5)
     monkeypatch.setattr(train_module, "FLAGS", SimpleNamespace(**flags))
     for step, status in ((3, 75), (8, 0)):
         state = SimpleNamespace(step=np.int32(step))

@@ -150,7 +150,7 @@ def main():
 
     workdir, changes = sys.argv[1], json.loads(sys.argv[2])
     multihost.initialize()
-    with interrupt.saves():
+    with multihost.failing_alone(), interrupt.saves():
         state = process_allgather(train(config(**changes), workdir), tiled=True)
     leaves = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
     if jax.process_index() == 0:
