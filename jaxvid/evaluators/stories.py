@@ -18,7 +18,7 @@ from jaxvid.tasks.streaming import Decoded, shown
 WINDOW = 8  # frames that the oracle reads at once
 SCORES = ("colour", "shape")  # a direction holds until the first bounce alone
 COLUMNS = (*SCORES, "old_colour", "old_shape", "one_sprite")
-PICTURED, EVERY = 4, 5  # clips of the picture; of so many frames it shows one
+PICTURED = 4  # stories in the picture
 
 
 def check(run: Run, switches: Sequence[str]) -> list[int]:
@@ -139,6 +139,6 @@ def table(found: dict) -> str:
 
 
 def write_picture(videos: Sequence[np.ndarray], path: Path) -> None:
-    """A row for each of the first stories, with every EVERY-th frame."""
-    rows = video.enlarge(np.stack([clip[::EVERY] for clip in videos[:PICTURED]]))
+    """A row for each of the first stories."""
+    rows = video.enlarge(np.stack(videos[:PICTURED]))
     files.write(path, video.contact_sheet(rows))
