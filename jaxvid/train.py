@@ -35,15 +35,17 @@ from jaxvid.training.optim import make_optimizer
 from jaxvid.training.profile import Trace
 from jaxvid.training.state import make_init
 from jaxvid.training.step import make_step
+from jaxvid.training.watchdog import SECONDS, Watchdog
 from jaxvid.training.writer import Writer
 
 FLAGS = flags.FLAGS
 
 
-def train(config, workdir, traced=None):
+def train(config, workdir, *, traced=None, hang_seconds=0):
     """Train `config` in `workdir`, from its newest checkpoint if there is one; the last TrainState.
 
-    traced: a range of steps whose trace is written to <workdir>/profile/, or None.
+    traced: a range of steps whose trace is written to <workdir>/profile/, or None. hang_seconds:
+    see `training.watchdog`.
 
     Raises UserError, one line, for what the user can repair, before compiling if it is known then.
     """
@@ -61,13 +63,13 @@ def train(config, workdir, traced=None):
             stack.enter_context(jax.set_mesh(mesh))
             stack.enter_context(_disk_errors(workdir))
             stack.enter_context(locked(workdir))
-            return _train(config, workdir, mesh, stack, traced)
+            return _train(config, workdir, mesh, stack, traced, hang_seconds)
     except BaseException:
         _remove_if_empty(new)
         raise
 
 
-def _train(config, workdir, mesh, stack, traced):
+def _train(config, workdir, mesh, stack, traced, hang_seconds):
     task = make_task(config.task)
     config.task.update(task.binding())  # a run is bound to the weights of its tokenizer
     with within("data"):
@@ -124,14 +126,17 @@ def _train(config, workdir, mesh, stack, traced):
         _catch_up(step, state, frozen, config, held_out, writer, log)
 
     trace = stack.enter_context(contextlib.closing(Trace(workdir, traced)))
+    watchdog = stack.enter_context(contextlib.closing(Watchdog(hang_seconds)))
     while step < config.steps:
         trace.before(step)
+        watchdog.step(step)
         rows = progress.next(clips)
         batch = multihost.to_global(rows, batch_sharding(mesh))
         state, metrics = update(state, frozen, batch)
         step += 1
         trace.after(step, state)
         log.push(step, metrics, rows["id"])  # settles the step before, while this one runs
+        watchdog.rest()
 
         preempted, scores = checkpoints.preempted(step), None
         last = step == config.steps
@@ -275,7 +280,7 @@ def main():
     cluster = FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id
     multihost.initialize(*cluster, FLAGS.join_seconds)
     with multihost.failing_alone(), interrupt.saves():
-        state = train(config, workdir, traced)
+        state = train(config, workdir, traced=traced, hang_seconds=FLAGS.hang_seconds)
     return 0 if int(state.step) >= config.steps else FLAGS.stopped_status
 
 
@@ -284,10 +289,17 @@ if __name__ == "__main__":
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if it is not detected.")
     flags.DEFINE_integer("num_processes", None, "Number of processes, if it is not detected.")
     flags.DEFINE_integer("process_id", None, "Number of this process, if it is not detected.")
+    flags.DEFINE_float(
+        "hang_seconds",
+        SECONDS,
+        "Seconds after which a step that has not ended ends the process; 0 = never.",
+        lower_bound=0,
+    )
     flags.DEFINE_integer(
         "join_seconds",
-        multihost.JOIN_SECONDS,
-        "Seconds in which all processes must have started, where --coordinator is given.",
+        None,
+        f"Seconds in which all processes must start. Default: {multihost.JOIN_SECONDS}, or "
+        f"{multihost.DETECTED_JOIN_SECONDS} on a detected cluster.",
         lower_bound=1,
         upper_bound=24 * 3600,
     )

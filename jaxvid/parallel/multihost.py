@@ -17,14 +17,16 @@ from jaxvid.parallel import peers
 
 # A single process must survive Ctrl-Z and a sleeping laptop, where it misses its heartbeat.
 _ALONE_HEARTBEAT_SECONDS = 7 * 24 * 3600
-JOIN_SECONDS = 55
+# Hosts of a pod may start minutes apart, where they first fetch an image.
+JOIN_SECONDS, DETECTED_JOIN_SECONDS = 55, 600
 
 
-def initialize(coordinator=None, num_processes=None, process_id=None, join_seconds=JOIN_SECONDS):
+def initialize(coordinator=None, num_processes=None, process_id=None, join_seconds=None):
     """Join the other processes; call before anything touches a device. Safe to call again.
 
-    Processes that are given a coordinator end if not all of them start within join_seconds. From
-    then on they watch each other (`parallel.peers`).
+    Processes end if not all of them start within join_seconds, by default JOIN_SECONDS with a
+    coordinator that is given, and DETECTED_JOIN_SECONDS on a detected cluster. From then on they
+    watch each other (`parallel.peers`).
 
     Without arguments and without JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID the
     cluster is detected (Cloud TPU, Kubernetes, SLURM, Open MPI); without one, this process
@@ -43,10 +45,17 @@ def initialize(coordinator=None, num_processes=None, process_id=None, join_secon
     try:
         if not missing:
             _check(*given.values())
-            with peers.Joining(*given.values(), join_seconds):
-                jax.distributed.initialize(**given, initialization_timeout=2 * join_seconds)
+            seconds = join_seconds or JOIN_SECONDS
+            who = (
+                f"the {given['num_processes']} processes (this is {given['process_id']}, and "
+                f"{given['coordinator_address']} the coordinator)"
+            )
+            with peers.joining(who, seconds):
+                jax.distributed.initialize(**given, initialization_timeout=2 * seconds)
         else:
-            _detect_or_alone()
+            seconds = join_seconds or DETECTED_JOIN_SECONDS
+            with peers.joining("the processes of the cluster", seconds):
+                _detect_or_alone(2 * seconds)
     except RuntimeError as error:
         if "must be called before" not in str(error):
             raise
@@ -89,9 +98,9 @@ def _integer(value, variable):
         raise UserError(f"{variable}={value}: must be a whole number") from error
 
 
-def _detect_or_alone():
+def _detect_or_alone(timeout):
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(initialization_timeout=timeout)
     except ValueError as error:  # what jax raises without a cluster
         if "should be defined" not in str(error):
             raise

@@ -5,6 +5,7 @@ that waits for a lost peer may never end.
 """
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import re
@@ -22,26 +23,23 @@ _REMEDY = "start the same command again on all hosts, and the run goes on from i
 _CLOSED = re.compile(r"closed by peer|reset by peer|Broken pipe|Socket closed", re.IGNORECASE)
 
 
-class Joining:
+@contextlib.contextmanager
+def joining(who: str, seconds: float):
     """A context that ends the process if it lasts longer than `seconds`: some peer never started.
 
-    jax would wait for its own time and then abort.
+    jax would wait for its own time and then abort. who: the processes that are waited for.
     """
-
-    def __init__(self, coordinator: str, count: int, index: int, seconds: float):
-        line = (
-            f"the {count} processes did not all start within {seconds:g} s (this is process {index}"
-            f" and {coordinator} the coordinator); start the same command on all hosts, with the "
-            "same --coordinator and --num_processes, or wait longer with --join_seconds"
-        )
-        self._timer = threading.Timer(seconds, _end, [line])
-        self._timer.daemon = True
-
-    def __enter__(self):
-        self._timer.start()
-
-    def __exit__(self, *error):
-        self._timer.cancel()
+    line = (
+        f"{who} did not all start within {seconds:g} s; start the same command on all hosts, or "
+        "wait longer with --join_seconds"
+    )
+    timer = threading.Timer(seconds, _end, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def watch(client) -> None:
@@ -91,15 +89,16 @@ def leave(error: BaseException, status: int) -> None:
     if _CLOSED.search(str(error)):
         _end(f"another process has ended, its connection is closed; {_REMEDY}")
     # Runs before jax's own handler, which was registered earlier, and after the error is printed.
-    atexit.register(_exit, status)
+    atexit.register(end, status)
 
 
 def _end(line):
     print(f"error: {line}", file=sys.stderr)
-    _exit(LOST)
+    end(LOST)
 
 
-def _exit(status):
+def end(status: int) -> None:
+    """End this process at once, without waiting for others, and those that load its data."""
     for process in multiprocessing.active_children():
         process.kill()
     sys.stdout.flush()

@@ -85,7 +85,7 @@ def test_a_cluster_that_cannot_be_is_refused_in_one_line(monkeypatch, given, mes
 def test_a_process_that_fails_alone_waits_for_nobody(monkeypatch, capsys, error, status, line):
     ends, at_exit = [], []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(peers, "_exit", ends.append)
+    monkeypatch.setattr(peers, "end", ends.append)
     monkeypatch.setattr(peers.atexit, "register", lambda exit, status: at_exit.append(status))
     with pytest.raises(type(error)), multihost.failing_alone():
         raise error
@@ -131,7 +131,7 @@ def test_a_peer_is_lost_when_its_beat_stands_still(monkeypatch, capsys):
 
     clock = Clock()
     monkeypatch.setattr(peers, "time", clock)
-    monkeypatch.setattr(peers, "_exit", end)
+    monkeypatch.setattr(peers, "end", end)
     with pytest.raises(EndError, match=str(peers.LOST)):
         peers._watch(Table(), 0, 2)
     assert 500 + peers.SILENT - 2 * peers.BEAT < clock.now < 500 + peers.SILENT + 2 * peers.BEAT

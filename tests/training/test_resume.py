@@ -261,7 +261,8 @@ def test_a_process_that_never_starts_is_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == peers.LOST
     line = done.stderr.splitlines()[-1]
-    assert line.startswith("error: the 2 processes did not all start within 3 s")
+    assert line.startswith("error: the 2 processes (this is 0, and localhost")
+    assert "did not all start within 3 s; start the same command on all hosts" in line
 
 
 @pytest.fixture

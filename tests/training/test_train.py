@@ -4,6 +4,7 @@ import functools
 import json
 import resource
 import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from jaxvid.data import video
 from jaxvid.errors import UserError
 from jaxvid.runs import open_run
 from jaxvid.train import train
-from jaxvid.training import profile
+from jaxvid.training import profile, watchdog
 from jaxvid.training.checkpoint import Checkpoints
 from jaxvid.training.writer import Writer
 
@@ -301,11 +302,11 @@ def test_a_stopped_run_has_the_status_that_was_asked_for(monkeypatch):
     config = toy.config(steps=8)
     monkeypatch.setattr(cli, "config_from_flags", lambda: (config, "run"))
     flags = dict(coordinator=None, num_processes=None, process_id=None, stopped_status=75)
-    flags |= dict(profile_steps="", join_seconds=5)
+    flags |= dict(profile_steps="", join_seconds=5, hang_seconds=9)
     monkeypatch.setattr(train_module, "FLAGS", SimpleNamespace(**flags))
     for step, status in ((3, 75), (8, 0)):
         state = SimpleNamespace(step=np.int32(step))
-        monkeypatch.setattr(train_module, "train", lambda *_, state=state: state)
+        monkeypatch.setattr(train_module, "train", lambda *_, state=state, **__: state)
         assert train_module.main() == status
 
 
@@ -313,7 +314,7 @@ def test_a_stopped_run_has_the_status_that_was_asked_for(monkeypatch):
 def test_the_steps_that_were_asked_for_are_traced(tmp_path, steps):
     """Also where the run ends first."""
     straight = train(toy.config(), str(tmp_path / "straight"))
-    traced = train(toy.config(), str(tmp_path / "run"), profile.steps_of(steps))
+    traced = train(toy.config(), str(tmp_path / "run"), traced=profile.steps_of(steps))
     jax.tree.map(np.testing.assert_array_equal, traced, straight)
     assert len(list((tmp_path / "run" / profile.FOLDER).rglob("*.xplane.pb"))) == 1
     assert not (tmp_path / "straight" / profile.FOLDER).exists()
@@ -323,6 +324,28 @@ def test_the_steps_that_were_asked_for_are_traced(tmp_path, steps):
 def test_steps_that_cannot_be_traced_are_refused(text):
     with pytest.raises(UserError, match=rf"^--profile_steps={text}: write first:last, such as"):
         profile.steps_of(text)
+
+
+def test_a_step_that_hangs_ends_the_process_with_all_stacks():
+    """Its status is that of a hang; the time of steps that end does not add up."""
+    code = """if True:
+        import time
+        from jaxvid.training.watchdog import Watchdog
+        watchdog = Watchdog(1.0)
+        for step in range(4):
+            watchdog.step(step)
+            time.sleep(0.4)
+            watchdog.rest()
+        time.sleep(1.5)  # an evaluation
+        print("well", flush=True)
+        watchdog.step(4)
+        time.sleep(60)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert done.stdout == "well\n" and done.returncode == watchdog.HUNG
+    first, *stacks = done.stderr.splitlines()
+    assert first.startswith("error: the step after 4 has not ended for 1 s (--hang_seconds)")
+    assert any('File "<string>", line 12' in line for line in stacks)
 
 
 def test_nan_for_a_while_is_skipped_and_counted(tmp_path):
