@@ -35,7 +35,7 @@ def launch(script, *arguments, path="", **env):
     """The finished process of a launch script. path: a folder with stand-ins for commands."""
     env = {**os.environ, "PATH": f"{path}:{os.environ['PATH']}", "XLA_FLAGS": "", **env}
     command = ["bash", str(LAUNCH / script), *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
 def stand_in(folder, name, body):

@@ -341,7 +341,7 @@ def test_a_step_that_hangs_ends_the_process_with_all_stacks():
         watchdog.step(4)
         time.sleep(60)
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "well\n" and done.returncode == watchdog.HUNG
     first, *stacks = done.stderr.splitlines()
     assert first.startswith("error: the step after 4 has not ended for 1 s (--hang_seconds)")
