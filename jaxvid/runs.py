@@ -54,6 +54,9 @@ def with_sampler(run: Run, sampler: dict) -> Run:
 def _set_sampler(config, sampler):
     fields = config.task.sampler
     schema.check("task.sampler", {**fields}, {"schedule": str, schema.OPEN: None})
+    for name, value in sampler.items():
+        if name not in fields:
+            raise UserError(f"{name}={value}: samplers of this run have none; leave it out")
     with config.ignore_type():  # s counts iterations, or parts of one for a pyramid
         fields.update(sampler)
     if "s" in sampler and fields.schedule in WITHOUT_S:

@@ -109,6 +109,7 @@ def fill(run, out):
     cond, fps = conditions(run, FLAGS.num, lines_of(run), frames=run.config.data.frames)
     cond["video"] = cond.pop("first_frames")
     checks.writable("out", out)
+    _require_no_stream(Path(out))
     with locked(out, "out"), jax.set_mesh(run.mesh), within("task"):
         rng = jax.random.key(FLAGS.seed)
         video_BTHWC = run.task.fill(run.params, rng, cond, FLAGS.fill, frozen=run.frozen)
@@ -117,6 +118,14 @@ def fill(run, out):
         recorder.save(None)
         recorder.finish(FLAGS.num)
     print(f"{FLAGS.num} clips, completed by {FLAGS.fill}: {out}")
+
+
+def _require_no_stream(folder):
+    """Raise UserError where writing would replace a stream that could go on."""
+    if (folder / STATE).exists():
+        raise UserError(
+            f"out={folder}: holds a stream; go on with --resume, or name another folder"
+        )
 
 
 def _sample(run, cond, frames, given, recorder, switches=MappingProxyType({})):
@@ -129,10 +138,8 @@ def _sample(run, cond, frames, given, recorder, switches=MappingProxyType({})):
         if recorder.frames == frames:  # all that a stop prevented
             recorder.finish(FLAGS.num)
             return
-    elif (recorder.folder / STATE).exists():
-        raise UserError(
-            f"out={recorder.folder}: holds a stream; go on with --resume, or name another folder"
-        )
+    else:
+        _require_no_stream(recorder.folder)
     with jax.set_mesh(run.mesh):
         compiling = time.perf_counter()
         print("compiling", file=sys.stderr)

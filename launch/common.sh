@@ -11,7 +11,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 STOPPED=75
 
 die() {
-  printf 'error: %s\n' "$1" >&2
+  printf 'error: %s\n' "${1//[[:cntrl:]]/ }" >&2
   exit 2
 }
 
@@ -30,7 +30,8 @@ options() {
       --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && exit ;;
       --dry-run) dry_run=true ;;
       --*=*)
-        [[ $known == *" ${name_#--} "* ]] || die "$name_: no such option; --help lists them"
+        [[ $name_ =~ ^--[a-z_]+$ && $known == *" ${name_#--} "* ]] ||
+          die "$name_: no such option; --help lists them, and those of jaxvid.train follow --"
         printf -v "${name_#--}" '%s' "${option_#*=}"
         ;;
       *) die "$option_: unexpected; write --name=value, and the options of jaxvid.train after --" ;;
@@ -42,7 +43,7 @@ options() {
 need() {
   local name_
   for name_ in "$@"; do
-    [[ -n ${!name_} ]] || die "--$name_=: missing; --help says what it is"
+    [[ -n ${!name_} ]] || die "--$name_: missing; --help says what it is"
   done
 }
 

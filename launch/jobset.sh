@@ -32,7 +32,7 @@ total=$((${topology//x/*}))
 hosts=$((total / chips))
 
 # JSON strings are YAML strings too.
-json() { python3 -c 'import json, sys; print(json.dumps(sys.argv[1]))' "$1"; }
+json() { python3 -c 'import json, sys; print(json.dumps(sys.argv[1], ensure_ascii=False))' "$1"; }
 
 labels=
 [[ -z $queue ]] || labels="

@@ -3,10 +3,10 @@
 #
 #   launch/local.sh --processes=2 -- --config=configs/ar_diffusion.py --workdir=runs/two
 #
-# --processes=2   how many processes
-# --devices=1     CPU devices of each
-# --python=python the interpreter
-# --dry-run       only print what would run
+# --processes=2    how many processes
+# --devices=1      CPU devices of each
+# --python=python  the interpreter
+# --dry-run        only print what would run
 # Every line of output begins with the number of its process. When a process fails, the others are
 # stopped, and its status is that of the script. Ctrl-C and SIGTERM reach all processes, which save.
 
@@ -18,7 +18,7 @@ need_training
 whole processes devices
 
 cd "$ROOT"
-export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
+export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$devices"
 free_port='import portpicker; print(portpicker.pick_unused_port())'
 port=PORT
 $dry_run || port=$("$python" -c "$free_port")
@@ -42,7 +42,7 @@ failed=0
 while ((${#pids[@]})); do
   status=0 ended=
   wait -n -p ended "${pids[@]}" || status=$?
-  [[ -n $ended ]] || continue # a signal: the processes save and end by themselves
+  [[ -n ${ended:-} ]] || continue # a signal: the processes save and end by themselves
   for i in "${!pids[@]}"; do
     [[ ${pids[i]} != "$ended" ]] || unset "pids[i]"
   done

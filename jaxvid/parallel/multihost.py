@@ -79,7 +79,7 @@ def failing_alone():
 def _check(coordinator, num_processes, process_id):
     """Raise UserError for what jax.distributed would answer with a traceback."""
     port = re.fullmatch(r"(?:[^\s:\[\]]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})", coordinator)
-    if not port or not 0 < int(port[1]) < 2**16:
+    if not coordinator.isascii() or not port or not 0 < int(port[1]) < 2**16:
         raise UserError(
             f"coordinator={coordinator[:100]}: write HOST:PORT of process 0, such as 10.0.0.1:1234"
         )

@@ -5,7 +5,9 @@ with the figures of the run, and, if the run has a tokenizer, that in OUT/tokeni
 `evaluate` and `task.tokenizer` take OUT as they take RUN. Nothing in it is executed.
 """
 
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -25,24 +27,42 @@ CARD = "README.md"
 def export(workdir: str, out: str) -> int:
     """Write the folder `out`, which must be new; it appears complete. Returns the bytes of weights.
 
-    Raises UserError for a folder without a trained run and for an `out` that exists.
+    Raises UserError for a folder without a trained run, for an `out` that exists or lies in the
+    run, and where it cannot be written.
     """
-    out = Path(checks.local_path("OUT", out))
+    out = Path(os.path.abspath(checks.local_path("OUT", out)))
     if out.exists():
         raise UserError(f"OUT={out}: exists; name a new folder")
+    if out.resolve().is_relative_to(Path(workdir).resolve()):
+        raise UserError(f"OUT={out}: lies in the run; name a folder elsewhere")
     run = runs.open_run(workdir)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # A name of its own: nothing that is there is touched.
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            size = _write(workdir, run, partial, out.name)
+            partial.chmod(0o755)
+            partial.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"OUT={out}: cannot be written ({error.strerror})") from error
+    return size
+
+
+def _write(workdir, run, folder, name):
+    """Write the files of an export called `name` to a folder; the bytes of weights."""
     config = ConfigDict(run.config.to_dict())
     if config.task.get("tokenizer"):
-        export(config.task.tokenizer, str(partial / exported.TOKENIZER))
+        export(config.task.tokenizer, str(folder / exported.TOKENIZER))
         config.task.tokenizer = exported.TOKENIZER
-    config_lib.save(config, partial / "config.json")
-    size = exported.write(partial, run.step, run.params)
-    files.write(partial / CARD, card(workdir, run, out.name))
-    partial.rename(out)
-    return size
+    config_lib.save(config, folder / "config.json")
+    source = Path(workdir, CARD)
+    is_export = Path(workdir, exported.FILE).is_file() and source.is_file()
+    text = source.read_bytes() if is_export else card(workdir, run, name)
+    files.write(folder / CARD, text)
+    return exported.write(folder, run.step, run.params, config.to_json())
 
 
 def card(workdir: str, run, name: str) -> str:
@@ -60,10 +80,8 @@ def card(workdir: str, run, name: str) -> str:
         "```",
         "",
     ]
-    source = Path(workdir, CARD)
-    if Path(workdir, exported.FILE).is_file() and source.is_file():  # of an export: its own figures
-        return source.read_text()
-    rows = history.read(workdir) if Path(workdir, "metrics.jsonl").is_file() else []
+    metrics = Path(workdir, "metrics.jsonl")
+    rows = history.read(workdir) if metrics.is_file() and metrics.stat().st_size else []
     if found := history.scores(rows):
         step, scores = found
         lines += [f"Held-out clips, in the evaluation at step {step:,}:", "", "| metric | value |"]
@@ -76,7 +94,7 @@ def card(workdir: str, run, name: str) -> str:
 def main(workdir, out):
     """Entry point."""
     size = export(workdir, out)
-    print(f"{out}: {size / 2**20:.1f} MiB of weights; python -m jaxvid.sample --workdir={out}")
+    print(f"{out}: {size / 2**20:.1f} MiB of weights; its {CARD} says how to use it")
 
 
 FLAGS = flags.FLAGS

@@ -44,7 +44,7 @@ def page(workdir: str) -> str:
     """The HTML of a run. Raises UserError for a folder that holds none, or a damaged one."""
     rows, config = history.read(workdir), history.settings(workdir)
     name = html.escape(Path(workdir).resolve().name)
-    step, total = rows[-1]["step"], config.get("steps", "?")
+    step, total = rows[-1]["step"], html.escape(str(config.get("steps", "?")))
     parts = [
         f"<h1>{name}</h1>",
         f"<p>{html.escape(str(config.get('task', {}).get('name', '')))} on "
@@ -113,9 +113,9 @@ def _evaluated(workdir):
         "<h2>evaluate</h2>",
         _table(("figure", "value"), [x for x in _flat(found) if len(str(x[1])) <= 80]),
     ]
-    for picture in sorted(Path(workdir).glob("evaluate*.png")):
-        source = _inline(picture.read_bytes(), "image/png")
-        parts.append(f'<figure><img class="curves" alt="{picture.stem}" src="{source}"></figure>')
+    for picture in history.pictures(Path(workdir), "evaluate*.png"):
+        source, name = _inline(picture.read_bytes(), "image/png"), html.escape(picture.stem)
+        parts.append(f'<figure><img class="curves" alt="{name}" src="{source}"></figure>')
     return parts
 
 
@@ -147,7 +147,9 @@ def main(workdir):
     out = Path(FLAGS.out or Path(workdir, "gallery.html"))
     if out.suffix != ".html":
         raise UserError(f"--out={out}: is no .html; the page is one")
-    files.write(out, page(workdir))
+    if out.is_dir():
+        raise UserError(f"--out={out}: is a folder; name a file")
+    files.write(out, page(workdir).encode(errors="backslashreplace"))
     print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB; open it in a browser")
 
 

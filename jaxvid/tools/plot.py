@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 
 from jaxvid import cli
-from jaxvid.errors import UserError
+from jaxvid.errors import UserError, printable
 from jaxvid.evaluators.report import write_plot
 from jaxvid.metrics import baselines
 from jaxvid.tools import history
@@ -56,13 +56,19 @@ def draw(figure, runs: dict[str, dict], shown: dict[str, list[str]]) -> None:
                 if name not in curves:
                     continue
                 guess = name.removeprefix(f"{metric}_")
-                label = run if name == metric else f"{run}: {guess}"
-                marker = "." if len(curves[name][0]) < 20 else ""
+                label = _text(run if name == metric else f"{run}: {guess}")
+                few = len(curves[name][0]) < 20
+                marker = "" if not few else "." if name == metric else "x"
                 panel.plot(*curves[name], style, color=f"C{number}", marker=marker, label=label)
-        panel.set_title(metric, fontsize="medium")
+        panel.set_title(_text(metric), fontsize="medium")
         panel.set_xlabel("step", fontsize="small")
         panel.grid(alpha=0.3)
         panel.legend(fontsize="x-small")
+
+
+def _text(name):
+    """A foreign name for matplotlib, which reads formulas between dollar signs."""
+    return printable(name)[:60].replace("$", r"\$")
 
 
 def read(workdirs) -> dict[str, dict]:
@@ -92,7 +98,7 @@ def main(*workdirs):
     if not shown:
         raise UserError("RUN: no metric has two points yet; wait, or name it with --metrics")
     if write_plot(out, lambda figure: draw(figure, runs, shown)):
-        print(f"{out}: {', '.join(shown)}")
+        print(printable(f"{out}: {', '.join(shown)}"))
 
 
 FLAGS = flags.FLAGS

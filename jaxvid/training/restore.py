@@ -69,7 +69,10 @@ def restore_weights(workdir, config, task, mesh=None):
     part = "ema" if config.optim.ema else "params"
     params, extra = jax.eval_shape(init, batch_shapes(config.data, 1))
     if is_export:
-        return exported.read(workdir, {**params, **extra}, mesh)
+        step, weights, saved = exported.read(workdir, {**params, **extra}, mesh)
+        if changed := _changed(saved, config):
+            raise UserError(f"workdir={workdir}: config.json differs in {changed}; export again")
+        return step, weights
     shapes = {part: params, "extra": extra} if extra else {part: params}
     bad = {}
     for step in sorted(steps, reverse=True):
@@ -115,14 +118,19 @@ def _check_config(folder, config, sums):
     saved = files.parse_json(Path(folder, "config", "metadata").read_bytes())
     if sums is not None:
         digests.check_json("config", saved, sums)
+    if changed := _changed(saved, config):
+        raise ValueError(f"config.json differs in {changed}")
+
+
+def _changed(saved, config):
+    """What differs from a saved config that must not, in words; "" if nothing does."""
     changed = [
         f"{field}: {old!r} -> {new!r}"
         for field, old, new in config_lib.differences(ConfigDict(config_lib.as_now(saved)), config)
         if not is_free(field) and field not in PATHS
         if field != "data.fps" or old is not None  # a run of an earlier version that goes on
     ]
-    if changed:
-        raise ValueError(f"config.json differs in {'; '.join(changed)[:150]}")
+    return "; ".join(changed)[:150]
 
 
 def reason(error):

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 
+from jaxvid.errors import UserError
 from jaxvid.parallel import peers
 
 HUNG = 77  # exit status
@@ -20,6 +21,8 @@ class Watchdog:
     """
 
     def __init__(self, seconds: float):
+        if not 0 <= seconds < 1e9:
+            raise UserError(f"hang_seconds={seconds}: must be a number of seconds; 0 is never")
         self._seconds, self._step, self._since = seconds, 0, None
         self._done = threading.Event()
         if seconds:

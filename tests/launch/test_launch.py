@@ -66,7 +66,7 @@ def test_dry_runs_print_exactly_what_would_run(name):
 def test_the_host_is_set_up_and_slurm_starts_as_printed():
     done = launch("setup_host.sh", "--nfs=h:/share", "--dry-run")
     assert done.stdout == (GOLDEN / "setup_host.txt").read_text()
-    done = launch("slurm.sbatch", *TRAIN[1:], DRY_RUN="1", JAXVID="/shared/jaxvid")
+    done = launch("slurm.sbatch", "--dry-run", *TRAIN, JAXVID="/shared/jaxvid")
     assert done.stdout == (GOLDEN / "slurm.txt").read_text()
 
 
@@ -94,17 +94,20 @@ def test_the_manifest_is_valid_and_runs_the_training(name):
         ("jobset.sh", [*JOBSET, "--accelerator=v6e"], "--accelerator=v6e: unknown; use one of tpu"),
         ("jobset.sh", [*JOBSET, "--name=Run_1"], "--name=Run_1: use up to 40 small letters"),
         ("jobset.sh", [*JOBSET, "--libtpu=fast"], "--libtpu=fast: unknown; use one of none, over"),
-        ("xpk.sh", XPK[1:], "--cluster=: missing; --help says what it is"),
+        ("xpk.sh", XPK[1:], "--cluster: missing; --help says what it is"),
         ("xpk.sh", [*XPK, "--restarts=0"], "--restarts=0: must be a whole number from 1 on"),
         ("xpk.sh", [*XPK, "--tpu_type=x"], "--tpu_type: no such option; --help lists them"),
         ("queued_resources.sh", [*QUEUED, "--type=v9-8"], "--type=v9-8: its runtime version is"),
         ("queued_resources.sh", [*QUEUED, "--provisioning=free"], "--provisioning=free: unknown"),
         ("local.sh", ["--processes=two"], "--processes=two: must be a whole number from 1 on"),
+        ("jobset.sh", [*JOBSET, "--name=a\nb"], "--name=a b: use up to 40 small letters"),
+        ("jobset.sh", ["--image topology=x"], "--image topology: no such option"),
+        ("slurm.sbatch", ["--config=x"], "--config=x: unexpected; the options of jaxvid.train"),
         ("local.sh", ["2"], "2: unexpected; write --name=value, and the options of jaxvid.train"),
     ],
 )
 def test_bad_options_are_one_line(script, arguments, message):
-    done = launch(script, *arguments, "--dry-run", *TRAIN)
+    done = launch(script, *arguments, *["--dry-run"] * (script != "slurm.sbatch"), *TRAIN)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
 
@@ -167,7 +170,7 @@ def test_slurm_queues_a_stopped_training_again(tmp_path, status, again):
     stand_in(tmp_path / "bin", "srun", f"exit {status}")
     stand_in(tmp_path / "bin", "scontrol", "echo $@")
     env = {"SLURM_JOB_ID": "7", "JAXVID": str(tmp_path)}
-    done = launch("slurm.sbatch", *TRAIN[1:], path=tmp_path / "bin", **env)
+    done = launch("slurm.sbatch", *TRAIN, path=tmp_path / "bin", **env)
     assert done.stdout == ("requeue 7\n" if again else "")
     assert done.returncode == (0 if again else status)
 
@@ -175,10 +178,10 @@ def test_slurm_queues_a_stopped_training_again(tmp_path, status, again):
 PYTHON = """
 [[ $1 != -c ]] || { echo 5; exit; }
 for word; do [[ $word != --process_id=* ]] || id=${word#*=}; done
-trap 'echo saved; kill $!; exit 0' TERM
+sleep 30 & trap 'echo saved; kill $!; exit 0' TERM
 echo begins
 (( id == 1 )) && { sleep 0.5; exit 3; }
-sleep 30 & wait
+wait
 """
 
 
@@ -190,6 +193,16 @@ def test_local_processes_stop_when_one_fails(tmp_path):
     begun = ["[0] begins", "[1] begins", "[2] begins"]
     assert [line for line in lines if "begins" in line] == begun
     assert {"[0] saved", "[2] saved"} <= set(lines)
+
+
+def test_local_processes_save_when_the_script_is_stopped(tmp_path):
+    stand_in(tmp_path, "python", PYTHON.replace("id == 1", "id == 9"))
+    command = ["bash", str(LAUNCH / "local.sh"), f"--python={tmp_path}/python", *TRAIN]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert {process.stdout.readline() for _ in range(2)} == {"[0] begins\n", "[1] begins\n"}
+        process.terminate()
+        assert sorted(process.stdout) == ["[0] saved\n", "[1] saved\n"]
+    assert process.returncode == 0
 
 
 @pytest.mark.slow

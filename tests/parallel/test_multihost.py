@@ -61,6 +61,7 @@ def test_initialize_after_jax_was_used_goes_on(monkeypatch, caplog):
         (("host:0", 2, 0), "coordinator=host:0: write HOST:PORT"),
         (("host:99999", 2, 0), "coordinator=host:99999: write HOST:PORT"),
         (("a b:80", 2, 0), "coordinator=a b:80: write HOST:PORT"),
+        (("\udcff:80", 2, 0), r"coordinator=\S*:80: write HOST:PORT"),
         (("host:80", 0, 0), "num_processes=0: must be at least 1"),
         (("host:80", 2, 2), "process_id=2: must be"),
         (("[::1]:80", 2, -1), "process_id=-1: must be"),

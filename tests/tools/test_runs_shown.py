@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 from types import SimpleNamespace
 
@@ -66,6 +67,8 @@ def test_history_is_what_was_written(run):
         ("", "metrics.jsonl has no line yet"),
         ("[1]\n", "metrics.jsonl is damaged"),
         ("{]\n", "metrics.jsonl is damaged"),
+        ('{"step": -1}\n', "metrics.jsonl is damaged"),
+        (json.dumps({"step": 1, **dict.fromkeys(map(str, range(300)))}) + "\n", "metrics.jsonl is"),
     ],
 )
 def test_a_folder_without_a_history_is_refused(tmp_path, text, message):
@@ -109,6 +112,35 @@ def test_the_page_holds_everything_itself(run):
     assert len(gifs) == 6 and base64.b64decode(gifs[0].partition(",")[2]) == newest
     for row in (("evaluate", "psnr", "22.5"), ("", "drift.psnr", "19.5"), ("", "steps", "40")):
         assert f"<tr><td>{row[1]}</td><td>{row[2]}</td></tr>" in page
+
+
+def test_hostile_files_of_a_run_do_no_harm(run, tmp_path):
+    """Nothing is followed out of the run, nothing is taken for mark-up or for a formula."""
+    (tmp_path / "secret").write_bytes(b"GIF8 secret")
+    (run / "samples" / "16" / "9.gif").symlink_to(tmp_path / "secret")
+    (run / "samples" / "16" / "8.gif").write_text("no picture")
+    os.mkfifo(run / "samples" / "16" / "7.gif")
+    (run / "samples" / "\u00b2").mkdir()
+    (run / "evaluate.json").write_text("{}")
+    Image.new("RGB", (4, 4)).save(run / 'evaluate"><script>.png')
+    text = (run / "config.json").read_text()
+    (run / "config.json").write_text(text.replace("40", '"<script>"'))
+    lines = [
+        {"step": s, r"$\frac{x$": s, "big": 10**400, "low": -1e308, "\ud800": s} for s in (1, 2)
+    ]
+    write_lines(run, lines)
+    page = gallery.page(str(run)).encode(errors="backslashreplace")
+    assert b"<script" not in page and base64.b64encode(b"secret")[:-2] not in page
+    assert page.count(b"image/gif") == 6
+    assert "big" not in history.curves(history.read(str(run)))
+
+
+@pytest.mark.parametrize("name", ["config.json", "evaluate.json"])
+@pytest.mark.parametrize("content", [b"[]", b"null", b"\xff", b'{"task": "x", "task": 1}'])
+def test_damaged_json_is_one_line(run, name, content):
+    (run / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"^RUN=.*: {name} is damaged"):
+        gallery.page(str(run))
 
 
 def test_a_run_that_has_not_sampled_has_a_page(run):
@@ -174,6 +206,18 @@ def test_an_existing_folder_is_left_alone(made, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_export_touches_nothing_that_is_there(made, tmp_path):
+    """Not the run, not another's folders; after a failure nothing is left."""
+    mine = tmp_path / ".out.partial"
+    mine.mkdir()
+    export(str(made[0]), str(tmp_path / "out"))
+    assert {path.name for path in tmp_path.iterdir()} == {".out.partial", "out"}
+    with pytest.raises(UserError, match=r"^OUT=.*: lies in the run; name a folder elsewhere"):
+        export(str(made[0]), str(made[0] / "ckpt" / "99"))
+    with pytest.raises(UserError, match=r"^OUT=/proc/x: cannot be written"):
+        export(str(made[0]), "/proc/x")
+
+
 def test_a_damaged_export_is_refused(made):
     path = made[1] / exported.FILE
     content = path.read_bytes()
@@ -186,12 +230,21 @@ def test_a_damaged_export_is_refused(made):
         path.write_bytes(content)
 
 
-def test_an_export_of_another_network_is_refused(made):
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ('"width": 16', '"width": 32', r"weights\.safetensors does not fit its config\.json"),
+        ('"given": 3', '"given": 3, "x": 1', "x"),
+        ('"smoothing": 0.0', '"smoothing": 0.5', "config.json differs in task.mask.smoothing"),
+    ],
+)
+def test_a_changed_config_of_an_export_is_refused(made, old, new, message):
     path = made[1] / "config.json"
     text = path.read_text()
+    assert old in text
     try:
-        path.write_text(text.replace('"width": 16', '"width": 32'))
-        with pytest.raises(UserError, match=r"weights\.safetensors does not fit its config\.json"):
+        path.write_text(text.replace(old, new))
+        with pytest.raises(UserError, match=message):
             open_run(made[1])
     finally:
         path.write_text(text)
