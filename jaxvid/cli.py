@@ -89,7 +89,6 @@ def run(
     OUT" or "RUN [RUN ...]"; main gets it.
     """
     commands = commands or {}
-    FLAGS.set_gnu_getopt(bool(arguments))  # flags may then follow
     for name in commands.keys() & set(sys.argv[1:2]):
         commands[name]()
     host.prepare()

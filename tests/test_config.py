@@ -37,11 +37,11 @@ def entry(monkeypatch, capsys):
     monkeypatch.setattr(cli.host, "prepare", lambda: None)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
 
-    def run(main, *arguments, commands=None):
+    def run(main, *arguments, commands=None, wanted=""):
         monkeypatch.setattr(sys, "argv", ["entry", *arguments])
         with flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:
             cli.define_config_flags()
-            cli.run(main, commands)
+            cli.run(main, commands, wanted)
         return stop.value.code or 0, *capsys.readouterr()
 
     return run
@@ -137,6 +137,7 @@ def test_errors_of_main(entry):
 def test_commands(entry):
     names = {"step": lambda: None, "data": lambda: None}
     assert entry(print, "data", commands=names) == (0, "data\n", "")
+    assert entry(print, "data", "--verbosity=0", commands=names) == (0, "data\n", "")
     for arguments, message in (
         ((), "command=: missing"),
         (("steps",), "command=steps: unknown"),
@@ -144,6 +145,15 @@ def test_commands(entry):
     ):
         expected = f"error: {message}; choose one of step, data\n"
         assert entry(print, *arguments, commands=names) == (2, "", expected)
+
+
+def test_arguments(entry):
+    """Flags may follow them."""
+    assert entry(print, "a", "b", wanted="RUN OUT") == (0, "a b\n", "")
+    assert entry(print, "a", "b", "--verbosity=0", wanted="RUN [RUN ...]") == (0, "a b\n", "")
+    for given, wanted in (("a", "RUN OUT"), ("a b c", "RUN OUT"), ("a b", "RUN")):
+        expected = f"error: {given}: give {wanted}\n"
+        assert entry(print, *given.split(), wanted=wanted) == (2, "", expected)
 
 
 def test_default_workdir():
