@@ -293,7 +293,7 @@ def options(monkeypatch):
 
     def set_flags(workdir, **changes):
         values = dict(workdir=str(workdir), batches=None, i3d=None, lpips=None, frames=[], gaps=[])
-        values["guidance"] = []
+        values |= dict(guidance=[], story=[])
         monkeypatch.setattr(evaluate, "FLAGS", SimpleNamespace(**(values | changes)))
 
     return set_flags
