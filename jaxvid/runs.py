@@ -73,8 +73,8 @@ def _load_config(workdir):
         config_lib.validate(config)
     except UserError as error:
         raise UserError(f"config={path}: {error}") from error
-    if config.task.get("tokenizer") and Path(workdir, exported.TOKENIZER).is_dir():
-        config.task.tokenizer = str(Path(workdir, exported.TOKENIZER))
+    if config.task.get("tokenizer") and Path(workdir, exported.FILE).is_file():
+        config.task.tokenizer = str(Path(workdir, exported.TOKENIZER))  # in an export, beside it
     return config
 
 

@@ -15,6 +15,8 @@ import time
 
 import jax
 
+from jaxvid.errors import UserError
+
 LOST = 76  # exit status where another process is lost
 BEAT, SILENT = 4.0, 40.0  # seconds between signs of life, and without one from a peer until the end
 _KEY = "jaxvid/alive/"
@@ -86,7 +88,8 @@ def leave(error: BaseException, status: int) -> None:
     """
     if jax.process_count() == 1:
         return
-    if _CLOSED.search(str(error)):
+    is_ours = isinstance(error, UserError | OSError)  # as of a closed pipe of our own output
+    if not is_ours and _CLOSED.search(str(error)):
         _end(f"another process has ended, its connection is closed; {_REMEDY}")
     # Runs before jax's own handler, which was registered earlier, and after the error is printed.
     atexit.register(end, status)

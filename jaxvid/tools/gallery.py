@@ -31,7 +31,6 @@ figcaption { color: #666 }
 table { border-collapse: collapse; margin: 0 0 1rem }
 th, td { text-align: left; padding: 2px 12px 2px 0; border-bottom: 1px solid #eee }
 td:not(:first-child) { font-variant-numeric: tabular-nums }
-pre { white-space: pre-wrap }
 @media (prefers-color-scheme: dark) {
   body { color: #ddd; background: #181818 }
   .curves { background: #fff } .clips img { border-color: #444 }
@@ -50,7 +49,7 @@ def page(workdir: str) -> str:
         f"<p>{html.escape(str(config.get('task', {}).get('name', '')))} on "
         f"{html.escape(str(config.get('data', {}).get('name', '')))}, step {step:,} of {total}</p>",
         *_samples(workdir),
-        *_curves(rows, name),
+        *_curves(rows, Path(workdir).resolve().name),
         *_scores(rows),
         *_evaluated(workdir),
         "<h2>Config</h2>",

@@ -111,7 +111,10 @@ def test_teacher_forcing_is_denoising_and_committing_frame_by_frame(name, option
         return mixer.apply(params, clean, noisy, state, method="teacher_forced")
 
     reach = REACH.get(name, mixer.window or laws.FRAMES)
-    laws.teacher_forcing(layer, Partial(forced, *layer.args), x[:, :5], x[:, 5:10], reach)
+    # Gradients through the updates of a memory enlarge another processor's rounding.
+    rounding = 3.0 if name in laws.SLOW else 1.0
+    forced = Partial(forced, *layer.args)
+    laws.teacher_forcing(layer, forced, x[:, :5], x[:, 5:10], reach, rounding=rounding)
 
 
 @pytest.mark.parametrize("name", AT_ONCE)

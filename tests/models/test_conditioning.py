@@ -1,13 +1,16 @@
 """Text as a condition: padding counts nowhere, and the null replaces what is dropped or empty."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import masked_transformer
 from jaxvid.data import text
+from jaxvid.data.sprites import COLOURS, DIRECTIONS, SHAPES
 from jaxvid.errors import UserError
 from jaxvid.models.conditioning import Conditioner
 from jaxvid.models.text import CONV, ByteEncoder
@@ -120,3 +123,21 @@ def test_text_of_another_kind_is_refused():
             jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(4, bool), text=embedded())
     with pytest.raises(UserError, match=r"^kind='text': the data has no captions"):
         module.arguments({}, 4)
+
+
+def test_captions_of_the_preset_differ_by_more_than_they_share():
+    """At the start, else a generator learns to leave them out; and they are trained slowly."""
+    config = masked_transformer.get_config()
+    assert (
+        config.optim.conditioner.name == "adamw" and config.optim.conditioner.lr < config.optim.lr
+    )
+    fields = config.task.condition.to_dict()
+    del fields["drop"]
+    told = itertools.product(COLOURS, SHAPES, DIRECTIONS)
+    ids = np.stack([text.spell(f"a large {a} {b} moves {c}", 128) for a, b, c in told])
+    module, apart = Conditioner(**fields), []
+    for rng in jax.random.split(jax.random.key(0), 3):
+        init = jax.jit(module.init_with_output)
+        context_BQE, _ = init(rng, jnp.zeros(len(ids), bool), text=ids)
+        apart.append(context_BQE.std(0).mean() / jnp.sqrt(jnp.square(context_BQE).mean()))
+    assert np.mean(apart) > 0.3

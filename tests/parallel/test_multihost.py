@@ -80,6 +80,7 @@ def test_a_cluster_that_cannot_be_is_refused_in_one_line(monkeypatch, given, mes
     [
         (UserError("workdir=x: full"), 2, ""),
         (ValueError("broken"), 1, ""),
+        (BrokenPipeError(32, "Broken pipe"), 1, ""),
         (ValueError("Gloo: Connection closed by peer [::1]"), None, "another process has ended"),
     ],
 )
