@@ -1,5 +1,6 @@
 """Benchmarks of a config on this machine, as a table and as JSON in the work folder.
 
+    python -m jaxvid.bench all --out=DIR --minutes=8                 this device, all that matters
     python -m jaxvid.bench step --config=configs/ar_diffusion.py     training step, MFU, memory
     python -m jaxvid.bench data --config=configs/ar_diffusion.py     input pipeline, waiting share
     python -m jaxvid.bench sample --config=configs/ar_diffusion.py   sampling, or parallel decoding
@@ -8,6 +9,7 @@
     python -m jaxvid.bench stream --config=configs/tokenizer.py      long videos through a tokenizer
     python -m jaxvid.bench kernels --op=linear_attention             kernels beside softmax, a plot
     python -m jaxvid.bench kernels --op=gated_delta --device=gpu     another one, on that platform
+    python -m jaxvid.bench kernels --op=attention --tune             tiles of a GPU kernel
     python -m jaxvid.bench mixers                                    mixers by length of the stream
     python -m jaxvid.bench memory                                    the neural memory by length
     python -m jaxvid.bench forcing --seeds=3                         layouts of training by quality
@@ -17,13 +19,25 @@ network can be timed at the size of a tokenizer's output without one. `--config=
 measures the config of a run.
 """
 
+import functools
 import json
 from pathlib import Path
 
 from absl import flags
 
 from jaxvid import cli, files
-from jaxvid.bench import forcing, kernels, masked, memory, mixers, runs, timing
+from jaxvid.bench import (
+    attention,
+    everything,
+    forcing,
+    kernels,
+    masked,
+    memory,
+    mixers,
+    runs,
+    timing,
+    tune,
+)
 from jaxvid.evaluators import report
 from jaxvid.layers import masks
 
@@ -49,22 +63,42 @@ def main(command):
     elif command == "forcing":
         workdir = flags.FLAGS.workdir
         figures = forcing.measure(Path(workdir), flags.FLAGS.seeds, flags.FLAGS.steps)
+    elif command == "all":
+        workdir = flags.FLAGS.out
+        _use(flags.FLAGS.device)
+        figures = everything.measure(
+            flags.FLAGS.minutes, functools.partial(_write, workdir, command)
+        )
     else:
         workdir = flags.FLAGS.workdir
-        if flags.FLAGS.device:
-            timing.use(flags.FLAGS.device)
-        if command == "kernels":
+        _use(flags.FLAGS.device)
+        if command == "kernels" and flags.FLAGS.tune:
+            figures = tune.measure(flags.FLAGS.op)
+        elif command == "kernels" and flags.FLAGS.op == "attention":
+            figures = attention.measure()
+        elif command == "kernels":
             figures = kernels.measure(flags.FLAGS.op)
         else:
             figures = {"mixers": mixers, "memory": memory}[command].measure()
         timing.plot(figures, Path(workdir, f"bench_{command}.png"))
     facts = timing.circumstances()
     print(f"bench {command} on {facts['devices']} x {facts['device']}, {facts['date']}")
-    print("\n".join(lines(figures)))
+    for part, found in figures.items() if command == "all" else [("", figures)]:
+        print("\n".join([*([f"\n{part}"] if part else []), *lines(found)]))
+    print(f"written to {_write(workdir, command, figures)}")
+
+
+def _use(platform):
+    if platform:
+        timing.use(platform)
+
+
+def _write(workdir, command, figures):
+    """Writes the figures and their circumstances; returns the path."""
     path = Path(workdir, f"bench_{command}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write(path, json.dumps({**facts, "figures": figures}, indent=2) + "\n")
-    print(f"written to {path}")
+    files.write(path, json.dumps({**timing.circumstances(), "figures": figures}, indent=2) + "\n")
+    return path
 
 
 def lines(figures: dict) -> list[str]:
@@ -120,12 +154,20 @@ def forcing_flags():
 def kernel_flags():
     """Flags of the command kernels."""
     mixer_flags("runs/kernels")
-    flags.DEFINE_enum("op", "linear_attention", list(kernels.OPS), "Operation to time.")
+    flags.DEFINE_enum("op", "linear_attention", [*kernels.OPS, "attention"], "Operation to time.")
+    flags.DEFINE_bool("tune", False, "Time the tiles of the GPU kernel beside each other.")
+
+
+def all_flags():
+    """Flags of the command all."""
+    flags.DEFINE_string("device", "", "cpu, gpu or tpu; what JAX finds first unless given.")
+    cli.define_path("out", "Folder for the figures.", default="runs/all")
+    flags.DEFINE_float("minutes", 8, "No part begins later than this.", lower_bound=0)
 
 
 if __name__ == "__main__":
     others = {
         **{"stream": stream_flags, "kernels": kernel_flags, "mixers": mixer_flags},
-        **{"forcing": forcing_flags, "memory": memory_flags},
+        **{"forcing": forcing_flags, "memory": memory_flags, "all": all_flags},
     }
     cli.run(main, dict.fromkeys(RUNS, run_flags) | others)

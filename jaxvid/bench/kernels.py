@@ -6,7 +6,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from jaxvid.bench.timing import products, take_turns
+from jaxvid.bench.timing import calls, compile_all, products, take_turns
 from jaxvid.kernels import gated_delta, linear_attention
 from jaxvid.parallel.devices import cuda_capability
 from jaxvid.training import flops
@@ -21,6 +21,7 @@ PUBLISHED = (
     (4, 64, 4096, 128),
     (4, 8, 16384, 256),
 )
+SHORT = PUBLISHED[-2:]  # those of the fewest tokens
 ROOFLINE_CHUNK = 128  # tokens between two states in the count of necessary work
 DIRECTIONS = ("forward", "backward", "both")
 # The kinds of contenders, each with its operation.
@@ -30,25 +31,28 @@ OPS = {
 }
 
 
-def measure(op):
+def measure(op, lengths=None, shapes=None):
     """Every implementation of an operation beside causal softmax attention, over lengths.
 
-    The delta rule stands beside linear attention with a decay too. Figures are named
-    <contender>_<tokens or shape>_<forward, backward or both>: the best milliseconds, TFLOP/s and
-    GB/s of the chunk algorithm, the share of the rate of a plain product, and the share of the
-    limit of this device, given the rates of a plain product and a plain copy measured in turn with
-    it; at PUBLISHED shapes also the share of the limit by the data sheet, if that is known.
-    Backward is the difference of both and forward. Softmax does other work and has its time alone;
+    lengths: in tokens, LENGTHS unless given. shapes: PUBLISHED unless given. The delta rule stands
+    beside linear attention with a decay too. Figures are named <contender>_<tokens or
+    shape>_<forward, backward or both>: the best milliseconds, TFLOP/s and GB/s of the chunk
+    algorithm, the share of the rate of a plain product, and the share of the limit of this device,
+    given the rates of a plain product and a plain copy measured in turn with it; at PUBLISHED
+    shapes also the share of the limit by the data sheet, if that is known. Backward is the
+    difference of both and forward. Softmax does other work and has its time alone;
     <contender>_<direction>_ahead_of_softmax_from is the number of tokens from which a contender is
     faster.
     """
     cpu = jax.default_backend() == "cpu"
     B, A, K, dtype = (2, 4, 64, jnp.float32) if cpu else (4, 16, 128, jnp.bfloat16)
     figures = {}
-    for L in LENGTHS:
+    lengths = LENGTHS if lengths is None else lengths
+    for L in lengths:
         figures |= _measure(op, B, A, L, K, dtype, f"{L}")
-    figures |= ahead_of_softmax(figures)
-    for shape in PUBLISHED:
+    if lengths:
+        figures |= ahead_of_softmax(figures)
+    for shape in PUBLISHED if shapes is None else shapes:
         B, A, L, K = (max(1, n // 8) for n in shape) if cpu else shape
         label = f"b{B}a{A}l{L}k{K}"
         figures |= _measure(op, B, A, L, K, dtype, label, ROOFLINE_CHUNK)
@@ -62,7 +66,7 @@ def _measure(op, B, A, L, K, dtype, label, chunk=None):
     large = jnp.ones(2**24 if jax.default_backend() == "cpu" else 2**28, dtype)
     copy = functools.partial(jax.jit(lambda x: x + 1), large)
     runs = _runs(op, B, L, A, K, dtype)
-    square_s, copy_s, *times = take_turns(square.run, copy, *runs.values())
+    square_s, copy_s, *times = take_turns(square.run, copy, *runs.values(), calls=calls())
     rate, moving = square.flops / min(square_s), 2 * large.nbytes / min(copy_s)
     limits = {"limit": (rate, moving)}
     if chunk:
@@ -72,7 +76,7 @@ def _measure(op, B, A, L, K, dtype, label, chunk=None):
     figures = {}
     for name in dict(best):
         contender, direction = name
-        if direction == "both":
+        if direction == "both" and (contender, "forward") in best:
             best[contender, "backward"] = best[name] - best[contender, "forward"]
     for (contender, direction), seconds in best.items():
         run = f"{contender}_{label}_{direction}"
@@ -139,26 +143,32 @@ def _runs(op, B, L, A, K, dtype):
     if op == "gated_delta":
         k /= jnp.linalg.norm(k, axis=-1, keepdims=True)
     g, beta = jax.random.uniform(jax.random.key(1), (2, B, L, A))
-    inputs = (q, k, v, dy, -g, beta)
-    runs = {}
+    inputs = (q, k, v, -g, beta)
+
+    def both(attend, dy, *inputs):
+        return jax.vjp(attend, *inputs)[1](dy)
+
+    programs = {}
     for name, attend in contenders(op, B, L, A, K, dtype).items():
-        gradients = jax.grad(attend, argnums=(0, 1, 2, 4, 5))
-        runs[name, "forward"] = functools.partial(jax.jit(attend), *inputs)
-        runs[name, "both"] = functools.partial(jax.jit(gradients), *inputs)
-    return runs
+        programs[name, "forward"] = jax.jit(attend), inputs
+        programs[name, "both"] = jax.jit(functools.partial(both, attend)), (dy, *inputs)
+    compiled = compile_all([run.lower(*arrays) for run, arrays in programs.values()])
+    return {
+        name: functools.partial(program, *arrays)
+        for (name, (_, arrays)), program in zip(programs.items(), compiled)
+        if program
+    }
 
 
 def contenders(op, B, L, A, K, dtype):
-    """{name: function of (q, k, v, dy, g, beta) -> a scalar} of contenders that fit in memory."""
+    """{name: function of (q, k, v, g, beta) -> y} of contenders that fit in memory."""
 
     def linear(implementation, kind):
-        def run(q, k, v, dy, g, beta):
+        def run(q, k, v, g, beta):
             if kind == "delta":
-                y = gated_delta.gated_delta(q, k, v, beta, g, implementation=implementation)
-            else:
-                g = g if kind == "decay" else None
-                y = linear_attention.linear_attention(q, k, v, g, implementation=implementation)
-            return jnp.vdot(y, dy)
+                return gated_delta.gated_delta(q, k, v, beta, g, implementation=implementation)
+            g = g if kind == "decay" else None
+            return linear_attention.linear_attention(q, k, v, g, implementation=implementation)
 
         return run
 
@@ -181,8 +191,8 @@ def flash(K, dtype):
 
 
 def _softmax(implementation):
-    def run(q, k, v, dy, g, beta):
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
-        return jnp.vdot(y, dy)
+    def run(q, k, v, g, beta):
+        del g, beta
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
 
     return run

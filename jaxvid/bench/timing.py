@@ -1,5 +1,6 @@
 """Timing for all benchmarks: runs in turns, plain products beside them, and the circumstances."""
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -8,6 +9,7 @@ import re
 import shlex
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from jaxvid.evaluators import report
 from jaxvid.parallel.devices import device_name
 
 SECONDS = 15.0  # of measuring, start-up and compilation aside
+LONG = 0.05  # seconds that need no more calls in a row
 FEWEST = 5  # repetitions, however long they take
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "grain", "av")
 
@@ -35,22 +38,60 @@ def use(platform):
         raise UserError(f"device={platform}: JAX finds no such device on this machine")
 
 
-def take_turns(*functions, fewest=None):
-    """Seconds of every call of every function, called in turn for SECONDS: one list each.
+def take_turns(*functions, fewest=None, calls=1):
+    """Seconds per call of every function, called in turn for SECONDS: one list each.
 
-    fewest: repetitions, however long they take; FEWEST unless given.
+    fewest: repetitions, however long they take; FEWEST unless given. calls: the most in a row
+    before the clock stops. Several short ones hide the time that the host takes to start a kernel.
     """
-    for function in functions:
+    counts = [calls] * len(functions)
+    for index, function in enumerate(functions):
         jax.block_until_ready(function())
+        if calls > 1:
+            begin = time.perf_counter()
+            jax.block_until_ready(function())
+            counts[index] = max(1, min(calls, int(LONG / (time.perf_counter() - begin))))
     times = [[] for _ in functions]
     deadline = time.perf_counter() + SECONDS
     fewest = FEWEST if fewest is None else fewest
     while len(times[0]) < fewest or time.perf_counter() < deadline:
-        for function, seconds in zip(functions, times):
+        for function, count, seconds in zip(functions, counts, times):
             begin = time.perf_counter()
-            jax.block_until_ready(function())
-            seconds.append(time.perf_counter() - begin)
+            for _ in range(count):
+                result = function()
+            jax.block_until_ready(result)
+            seconds.append((time.perf_counter() - begin) / count)
     return times
+
+
+def compile_all(lowered):
+    """The compiled programs, compiled side by side; None for one that does not compile."""
+
+    def compiled(program):
+        try:
+            return program.compile()
+        except jax.errors.JaxRuntimeError as error:  # more shared memory than there is, for one
+            print(str(error).splitlines()[0], file=sys.stderr)
+            return None
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(compiled, lowered))
+
+
+@contextlib.contextmanager
+def lasting(seconds):
+    """Replaces SECONDS for the time of a `with`."""
+    global SECONDS
+    before, SECONDS = SECONDS, seconds
+    try:
+        yield
+    finally:
+        SECONDS = before
+
+
+def calls():
+    """Calls of a kernel in a row, for `take_turns`. On a CPU a call ends before the next begins."""
+    return 1 if jax.default_backend() == "cpu" else 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +108,9 @@ def products(width, dtype):
     shapes = (size, size, size), (size, width, 4 * width)
 
     def make(rows, inner, columns):
-        a, b = (jnp.ones(shape, dtype) for shape in ((rows, inner), (inner, columns)))
+        keys = jax.random.split(jax.random.key(0))  # zeros or ones would be faster
+        shapes = (rows, inner), (inner, columns)
+        a, b = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes))
         product = jax.jit(jnp.matmul)
         product(a, b)
         return Product(lambda: product(a, b), 2 * rows * inner * columns)
@@ -88,11 +131,13 @@ def circumstances():
 
 
 def plot(figures, path):
-    """Milliseconds over tokens, one line for each contender; nothing without matplotlib."""
+    """Milliseconds over tokens, one line for each contender. Nothing without any, or matplotlib."""
     lines = {}
     for name, value in figures.items():
         if match := re.fullmatch(r"(.+)_(\d+)_(forward|both)_ms", name):
             lines.setdefault(f"{match[1]}, {match[3]}", []).append((int(match[2]), value))
+    if not lines:
+        return
 
     def draw(figure):
         axes = figure.add_subplot(

@@ -16,6 +16,8 @@ from jaxvid.parallel.sharding import partition_letters
 # decays here, and implementations rely on it.
 FORGET = -128.0
 
+SHORTEST = 128  # tokens of a clip for which a kernel is faster than XLA
+
 SPLIT_BY_XLA = ("chunked", "reference")  # all other implementations are opaque kernels
 
 
@@ -63,13 +65,17 @@ def run(
 
 def fastest(q_BLAK: jax.Array, implementations: Mapping[str, Callable]) -> tuple[str, ...]:
     """Names of a recurrence's implementations, fastest first. The last one always applies."""
-    device = jax.sharding.get_abstract_mesh().abstract_device  # the target, if compiled ahead
-    platform = device.platform if device else jax.default_backend()
     if q_BLAK.shape[1] == 1:
         return ("reference",)
-    if platform == "gpu" and q_BLAK.dtype == jnp.float32:
-        return ("chunked",)  # full float32 has no tensor cores; XLA uses TF32
-    return (platform, "chunked") if platform in implementations else ("chunked",)
+    # Kernels pad tokens to whole blocks, which costs most where clips have few of them.
+    kernel = platform() in implementations and q_BLAK.shape[1] >= SHORTEST
+    return (platform(), "chunked") if kernel else ("chunked",)
+
+
+def platform() -> str:
+    """The platform that programs are compiled for: cpu, gpu or tpu."""
+    device = jax.sharding.get_abstract_mesh().abstract_device  # the target, if compiled ahead
+    return device.platform if device else jax.default_backend()
 
 
 # Arguments of the recurrences

@@ -5,10 +5,18 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import AxisType, Mesh
 
+from jaxvid.kernels.attention import gpu as attention_gpu
+from jaxvid.kernels.linear_attention import gpu as linear_attention_gpu
+
 
 @pytest.fixture
 def launch(monkeypatch):
-    """Options that override those of every pallas_call; interpret=True at first."""
+    """Options that override those of every pallas_call; interpret=True at first.
+
+    A GPU runs its kernels in bfloat16 only. Interpreted, their exactness shows in float32.
+    """
+    for module in (attention_gpu, linear_attention_gpu):
+        monkeypatch.setattr(module, "DTYPES", ("bfloat16", "float32"))
     options, pallas_call = dict(interpret=True), pl.pallas_call
     monkeypatch.setattr(pl, "pallas_call", lambda *args, **own: pallas_call(*args, **own | options))
     return options

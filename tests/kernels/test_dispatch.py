@@ -32,11 +32,11 @@ def test_run():
 @pytest.mark.parametrize(
     "platform, dtype, tokens, names",
     [
-        ("gpu", jnp.bfloat16, 2, ("gpu", "chunked")),
-        ("gpu", jnp.float32, 2, ("chunked",)),
-        ("tpu", jnp.float32, 2, ("chunked",)),  # not in the table below
+        ("gpu", jnp.bfloat16, 128, ("gpu", "chunked")),
+        ("gpu", jnp.bfloat16, 127, ("chunked",)),  # kernels pad tokens to blocks
+        ("tpu", jnp.float32, 128, ("chunked",)),  # not in the table below
         ("gpu", jnp.bfloat16, 1, ("reference",)),
-        (None, jnp.bfloat16, 2, ("chunked",)),  # the CPU of the tests
+        (None, jnp.bfloat16, 128, ("chunked",)),  # the CPU of the tests
     ],
 )
 def test_fastest(platform, dtype, tokens, names):
@@ -77,7 +77,7 @@ OPERATIONS = {
         (gated_delta, dict(beta_BLA=X[..., 0, 0]), r"beta.shape=\[1, 4\]: must be \[1, 4, 2\]"),
         (gated_delta, dict(log_decay=X), "log_decay.shape=.*per channel"),
         (gated_delta, dict(chunk=0), "chunk=0"),
-        (attention, dict(implementation="flash"), "implementation='flash': .*cudnn, xla"),
+        (attention, dict(implementation="flash"), "implementation='flash': .*cudnn, gpu, xla"),
     ],
 )
 def test_refusals(op, changes, message):

@@ -14,86 +14,117 @@ from jaxvid.kernels.linear_attention import gpu, linear_attention
 from tests.kernels.harness import assert_equals_reference, cost_estimates, interpreter, make
 
 
-def test_several_blocks_in_a_chunk(launch):
+@pytest.mark.parametrize("segments", [1, 2, 4])
+def test_segments(segments, launch, monkeypatch):
+    """With a number of tokens that no number of segments divides."""
+    monkeypatch.setattr(gpu, "segments_of", lambda *_: segments)
     arrays, segment_ids = make(300, 16, 24, "token", packed=True)
     assert_equals_reference(arrays, segment_ids, implementation="gpu")
 
 
-def test_wrong_decay_gradient_fails(launch, monkeypatch):
-    gradients = gpu._gradients
+@pytest.mark.parametrize(
+    "heads, L, width, segments",
+    [
+        (96, 4096, 64, 8),
+        (32, 16384, 128, 4),
+        (128, 32768, 128, 1),
+        (96, 300, 64, 1),
+        (3, 1024, 64, 2),
+    ],
+)
+def test_few_heads_are_cut_into_segments(heads, L, width, segments):
+    assert gpu.segments_of(heads, L, width, width) == segments
 
-    def broken(*args):
-        *right, sums_BARL = gradients(*args)
-        return *right, 1.01 * sums_BARL
 
-    monkeypatch.setattr(gpu, "_gradients", broken)
-    arrays, segment_ids = make(63, 16, 16, "token", packed=True)
+@pytest.mark.parametrize("row", [gpu.NEAR, gpu.FAR])
+def test_wrong_decay_gradient_fails(row, launch, monkeypatch):
+    walk = gpu._walk
+
+    def broken(*args, **options):
+        y, last, *sums = walk(*args, **options)
+        return y, last, *(x.at[:, :, row].multiply(1.01) for x in sums)
+
+    monkeypatch.setattr(gpu, "_walk", broken)
+    arrays, segment_ids = make(130, 16, 16, "token", packed=True)
     with pytest.raises(AssertionError, match=r"dlog_decay is off by 0\.0"):
         assert_equals_reference(arrays, segment_ids, implementation="gpu")
 
 
-@pytest.mark.parametrize("K, V, tiles", [(128, 128, (1, 1)), (256, 256, (4, 4)), (256, 32, (1, 2))])
-def test_cost_estimates(K, V, tiles):
-    """Two kernels forward and two backward, with the states between chunks saved.
+def test_gradients_of_strong_decays_are_exact(launch):
+    """All decays erase, so their gradients are zero, in bfloat16 too, and not rounded sums."""
+    q, k, v, g, state = make(130, 16, 24, "token", "strong")[0]
+    q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
 
-    One fused kernel takes 2 C K + 2 C V + 4 K V FLOPs per token forward. Here a token meets only
-    C' = (C + 64) / 2 of the C tokens of its chunk, and every tile of columns recomputes the scores.
+    def loss(g):
+        y, last = linear_attention(
+            q, k, v, g, initial_state=state, return_state=True, implementation="gpu"
+        )
+        return jnp.sum(y.astype(jnp.float32)) + jnp.sum(last)
+
+    assert jnp.abs(jax.grad(loss)(g)).max() < 1e-15
+
+
+@pytest.mark.parametrize(
+    "K, V, forward, backward", [(128, 128, 2, 2), (256, 256, 8, 8), (256, 32, 1, 4), (64, 64, 1, 1)]
+)
+def test_cost_estimates(K, V, forward, backward):
+    """One kernel forward and three backward, which move each array once.
+
+    The tiles of columns of a state each compute the scores; `backward` is the tiles of dq and dk.
     """
-    B, L, A, C = 2, 1024, 4, 256
+    B, L, A, block = 2, 1024, 4, gpu.BLOCK
     shapes = [((B, L, A, width), jnp.bfloat16) for width in (K, K, V)]
     shapes += [((B, L, A), jnp.float32), ((B, A, K, V), jnp.float32)]
     arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
     y, state = arrays[2], arrays[4]
 
-    def forward(*arrays):
-        return gpu.attend(C, *arrays)
+    def run(*arrays):
+        return gpu.attend(1, *arrays)
 
     def both(arrays, cotangents):
-        values, pull = jax.vjp(forward, *arrays)
+        values, pull = jax.vjp(run, *arrays)
         return values, pull(cotangents)
 
-    (of_y, of_gradients), met = tiles, (C + 64) // 2
-    decays, states, ends = 2 * 4 * 4, 2 * K * V // C, 2 * 4 * B * A * K * V
-    tokens = B * L * A
-    flops_forward = 2 * met * (of_y * K + V) + 4 * K * V
-    flops_backward = 2 * met * (of_gradients * (K + 2 * V) + 2 * K + V) + 8 * K * V
-    bytes_forward = tokens * (2 * (3 * K + 3 * V) + 2 * states + decays) + ends
-    bytes_backward = tokens * (2 * (5 * K + 4 * V) + 3 * states + decays + 8 * of_gradients) + ends
-    flops_both, bytes_both = flops_forward + flops_backward, bytes_forward + bytes_backward
-    for run, given, flops, size in [
-        (forward, arrays, flops_forward, bytes_forward),
-        (both, (arrays, (y, state)), flops_both, bytes_both),
+    tokens, ends, decays = B * L * A, 2 * 4 * B * A * K * V, 4 * 4
+
+    def of(K, V, tiles):  # FLOPs and bytes per token and head of one kernel
+        return 2 * (block * (tiles * K + V) + 2 * K * V), 2 * (2 * K + 2 * V) + decays
+
+    own, of_keys = of(K, V, forward), of(V, K, backward)
+    # dq and dk have transposed states, read one more array and write two sums for every tile.
+    of_keys = of_keys[0], of_keys[1] + 2 * K + 4 * 2 * backward
+    all_kernels = [2 * (x + y) for x, y in zip(own, of_keys)]
+    for program, given, (flops, size), kernels in [
+        (run, arrays, own, 1),
+        (both, (arrays, (y, state)), all_kernels, 4),
     ]:
-        estimates = cost_estimates(run, *given)
+        estimates = cost_estimates(program, *given)
+        assert len(estimates) == kernels
         assert sum(estimate.flops for estimate in estimates) == tokens * flops
-        assert sum(estimate.bytes_accessed for estimate in estimates) == size
+        moved = sum(estimate.bytes_accessed for estimate in estimates)
+        assert moved == tokens * size + kernels * ends
 
 
 def test_any_order_of_programs(launch, capfd):
     """Programs in parallel and random order, memory that starts as NaN, and a check for races."""
     launch["interpret"] = interpreter(cores=2)
-    launch["compiler_params"] = pltpu.CompilerParams(dimension_semantics=("parallel",) * 3)
+    launch["compiler_params"] = pltpu.CompilerParams(dimension_semantics=("parallel",))
     arrays, segment_ids = make(130, 16, 16, packed=True, batch=1)
     assert_equals_reference(arrays, segment_ids, implementation="gpu", chunk=128)
     assert "RACE" not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "K, V, dtype, implementation, calls",
-    [
-        (64, 128, "bfloat16", "auto", (2, 4)),
-        (256, 24, "bfloat16", "auto", (2, 4)),
-        (16, 16, "float32", "gpu", (2, 4)),
-        (16, 16, "float32", "auto", (0, 0)),
-    ],
+    "K, V, dtype, calls",
+    [(64, 128, "bfloat16", (1, 4)), (256, 24, "bfloat16", (1, 4)), (16, 16, "float32", (0, 0))],
 )
-def test_lowering_without_a_gpu(K, V, dtype, implementation, calls):
+def test_lowering_without_a_gpu(K, V, dtype, calls):
     """To Triton code, forward and backward, and by "auto" where they are the fastest."""
     B, L, A = 2, 300, 2
     arrays = [jax.ShapeDtypeStruct((B, L, A, *width), dtype) for width in ((K,), (K,), (V,), ())]
 
     def loss(q, k, v, log_decay):
-        y = linear_attention(q, k, v, log_decay, implementation=implementation)
+        y = linear_attention(q, k, v, log_decay)
         return jnp.sum(y.astype(jnp.float32))
 
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=None)
@@ -108,10 +139,10 @@ def test_lowering_without_a_gpu(K, V, dtype, implementation, calls):
     "K, dtype, kind, capability, message",
     [
         (8, "float32", "channel", "9.0", "a decay per channel"),
-        (8, "float16", "head", "9.0", "q, k, v of float16"),
-        (136, "float32", "head", "9.0", "width 136 in float32"),
-        (8, "float32", "head", "7.5", "compute capability 7.5"),
-        (8, "float32", "head", "gfx942", "compute capability 0.0"),
+        (8, "float32", "head", "9.0", "q, k, v of float32"),
+        (264, "bfloat16", "head", "9.0", "width 264: at most 256"),
+        (8, "bfloat16", "head", "7.5", "compute capability 7.5"),
+        (8, "bfloat16", "head", "gfx942", "compute capability 0.0"),
     ],
 )
 def test_fallback(K, dtype, kind, capability, message, monkeypatch):

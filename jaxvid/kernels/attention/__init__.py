@@ -3,13 +3,15 @@
 from collections.abc import Callable
 
 import jax
+import numpy as np
 
 from jaxvid import memory
 from jaxvid.kernels import dispatch
-from jaxvid.kernels.attention import cudnn, reference, xla
+from jaxvid.kernels.attention import cudnn, gpu, reference, xla
 
 IMPLEMENTATIONS = {
     "cudnn": cudnn.attention,
+    "gpu": gpu.attention,
     "xla": xla.attention,
     "reference": reference.attention,
 }
@@ -32,7 +34,7 @@ def attention(
     dtype of v; softmax and sums are float32. A query without an allowed key gets zeros. Positions
     are integers: numpy arrays if known while tracing, so that masked pairs can be skipped, or
     traced arrays. `allow` broadcasts over both kinds. implementation: a name of IMPLEMENTATIONS, or
-    "auto" for the first of cudnn and xla that applies. Raises UserError for an unknown name, and
+    "auto" for the fastest one that applies. Raises UserError for an unknown name, and
     NotImplementedError if the named implementation does not apply.
     """
     L, M = q_BLAK.shape[1], k_BMAK.shape[1]
@@ -41,7 +43,7 @@ def attention(
     return dispatch.run(
         IMPLEMENTATIONS,
         implementation,
-        ("cudnn", "xla"),
+        _fastest(q_position_L, k_position_M, allow),
         q_BLAK,
         k_BMAK,
         v_BMAK,
@@ -50,3 +52,13 @@ def attention(
         allow=allow,
         scale=q_BLAK.shape[-1] ** -0.5 if scale is None else scale,
     )
+
+
+def _fastest(q_position_L, k_position_M, allow):
+    """Names of the implementations, fastest first. The last one always applies.
+
+    cuDNN computes masked pairs too, and reads a mask from memory.
+    """
+    known = isinstance(q_position_L, np.ndarray) and isinstance(k_position_M, np.ndarray)
+    whole = known and np.all(allow(np.unique(q_position_L)[:, None], np.unique(k_position_M)))
+    return ("cudnn", "gpu", "xla") if whole else ("gpu", "cudnn", "xla")

@@ -27,15 +27,21 @@ def attention(q_BLAK, k_BMAK, v_BMAK, *, q_position_L, k_position_M, allow, scal
         raise NotImplementedError("cuDNN's flash attention needs bfloat16 or float16")
     if K % 8 or K > 128 or L % 2 or M % 2:
         raise NotImplementedError("cuDNN needs head widths of 8, 16 .. 128 and even L and M")
+    known = isinstance(q_position_L, np.ndarray) and isinstance(k_position_M, np.ndarray)
+    everything = known and np.all(allow(np.unique(q_position_L)[:, None], np.unique(k_position_M)))
+    # Compared at run time: as a constant, the mask would be a large part of the program.
+    q_position_L, k_position_M = jax.lax.optimization_barrier((q_position_L, k_position_M))
     mask_LM = allow(q_position_L[:, None], k_position_M[None, :])
-    everything = isinstance(mask_LM, np.ndarray) and mask_LM.all()
-    y_BLAK = jax.nn.dot_product_attention(
-        q_BLAK,
-        k_BMAK,
-        v_BMAK,
-        mask=None if everything else jnp.broadcast_to(mask_LM, (1, 1, L, M)),
-        scale=scale,
-        implementation="cudnn",
-    )
+    try:
+        y_BLAK = jax.nn.dot_product_attention(
+            q_BLAK,
+            k_BMAK,
+            v_BMAK,
+            mask=None if everything else jnp.broadcast_to(mask_LM, (1, 1, L, M)),
+            scale=scale,
+            implementation="cudnn",
+        )
+    except RuntimeError as error:  # "cuDNN is not detected."
+        raise NotImplementedError(str(error)) from error
     seen_L111 = mask_LM.any(axis=-1)[:, None, None]
     return y_BLAK if everything else jnp.where(seen_L111, y_BLAK, 0)
