@@ -1,6 +1,7 @@
 """What the operations share: the choice of an implementation, arguments, splitting, FLOPs."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from jaxvid.parallel.sharding import partition_letters
 # decays here, and implementations rely on it.
 FORGET = -128.0
 
+SEQUENCE = "seq"  # the mesh axis that splits sequences
 SHORTEST = 128  # tokens of a clip for which a kernel is faster than XLA
 
 SPLIT_BY_XLA = ("chunked", "reference")  # all other implementations are opaque kernels
@@ -172,6 +174,29 @@ def by_head(attend, *tokens, scale, state_BAKV, chunk):
         return attend(*tokens, scale=scale, state_BAKV=state_BAKV, chunk=chunk)
 
     return run(state_BAKV, *tokens)
+
+
+def by_batch_and_head(attend, whole, *tokens):
+    """attend(*tokens, *whole) with batch and heads of the tokens split over the ambient mesh.
+
+    tokens: arrays [B, L, A, ...], as is the result. whole: arrays that every device has whole. The
+    axis that splits sequences elsewhere splits heads here, if they suffice: an all-to-all before
+    and after, in the place of keys from all devices (DeepSpeed Ulysses, Jacobs et al. 2023).
+    """
+    mesh = mesh_to_split()
+    if mesh is None:
+        return attend(*tokens, *whole)
+    batch, heads = batch_and_head_axes(tokens[0].shape)
+    parts = math.prod(mesh.shape[axis] for axis in heads) * mesh.shape.get(SEQUENCE, 1)
+    if tokens[0].shape[2] % parts == 0 and SEQUENCE in mesh.shape:
+        heads = (*heads, SEQUENCE)
+    token = PartitionSpec(batch, None, heads)
+    return jax.shard_map(
+        attend,
+        in_specs=(*(token for _ in tokens), *(PartitionSpec() for _ in whole)),
+        out_specs=token,
+        check_vma=False,  # a pallas_call does not say over which axes its outputs vary
+    )(*tokens, *whole)
 
 
 def batch_and_head_axes(shape_BLAK) -> tuple[tuple[str, ...], tuple[str, ...]]:

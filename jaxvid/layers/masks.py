@@ -6,6 +6,7 @@ frame. `EMPTY` marks unused cache slots, which follow every frame. `NOISY` plus 
 position of its noisy copy in teacher forcing.
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -18,6 +19,7 @@ NOISY = 2**30
 MAX_WINDOW = 2**20  # frames
 
 
+@functools.cache  # equal masks are one function, so that what is made for a mask is made once
 def causal(window: int | None = None, sinks: int = 0) -> Callable:
     """Frame-block causal mask: frame q sees frame k iff k <= q and k is recent or a sink.
 
@@ -34,6 +36,7 @@ def causal(window: int | None = None, sinks: int = 0) -> Callable:
     return allow
 
 
+@functools.cache
 def teacher_forced(window: int | None = None, sinks: int = 0) -> Callable:
     """`causal` for clean frames and their noisy copies; a copy sees earlier frames and itself.
 

@@ -77,7 +77,7 @@ OPERATIONS = {
         (gated_delta, dict(beta_BLA=X[..., 0, 0]), r"beta.shape=\[1, 4\]: must be \[1, 4, 2\]"),
         (gated_delta, dict(log_decay=X), "log_decay.shape=.*per channel"),
         (gated_delta, dict(chunk=0), "chunk=0"),
-        (attention, dict(implementation="flash"), "implementation='flash': .*cudnn, gpu, xla"),
+        (attention, dict(implementation="flash"), "implementation='flash': .*cudnn, gpu, tpu, xla"),
     ],
 )
 def test_refusals(op, changes, message):

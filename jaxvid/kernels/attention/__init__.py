@@ -7,11 +7,12 @@ import numpy as np
 
 from jaxvid import memory
 from jaxvid.kernels import dispatch
-from jaxvid.kernels.attention import cudnn, gpu, reference, xla
+from jaxvid.kernels.attention import cudnn, gpu, reference, tpu, xla
 
 IMPLEMENTATIONS = {
     "cudnn": cudnn.attention,
     "gpu": gpu.attention,
+    "tpu": tpu.attention,
     "xla": xla.attention,
     "reference": reference.attention,
 }
@@ -61,4 +62,4 @@ def _fastest(q_position_L, k_position_M, allow):
     """
     known = isinstance(q_position_L, np.ndarray) and isinstance(k_position_M, np.ndarray)
     whole = known and np.all(allow(np.unique(q_position_L)[:, None], np.unique(k_position_M)))
-    return ("cudnn", "gpu", "xla") if whole else ("gpu", "cudnn", "xla")
+    return ("tpu", "cudnn", "gpu", "xla") if whole else ("tpu", "gpu", "cudnn", "xla")

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.sharding import PartitionSpec
 
 from jaxvid.kernels import dispatch
 from jaxvid.kernels.dispatch import FLOPS, Flops
@@ -86,14 +85,8 @@ def attention(q_BLAK, k_BMAK, v_BMAK, *, q_position_L, k_position_M, allow, scal
         positions = [jnp.pad(x, (0, -x.size % SIDE)) for x in positions]
         return _attend(pairs, scale, q, k, v, *positions)[:, :L, :, :K]
 
-    run = jax.jit(flash_attention)
-    if dispatch.mesh_to_split() is not None:
-        batch, heads = dispatch.batch_and_head_axes(q_BLAK.shape)
-        spec, whole = PartitionSpec(batch, None, heads), PartitionSpec()
-        # A pallas_call does not say over which axes its outputs vary.
-        options = dict(in_specs=(spec, spec, spec, whole, whole), out_specs=spec, check_vma=False)
-        run = jax.shard_map(run, **options)
-    return run(q_BLAK, k_BMAK, v_BMAK, *(jnp.asarray(x) for x in (q_position_L, k_position_M)))
+    positions = [jnp.asarray(x) for x in (q_position_L, k_position_M)]
+    return dispatch.by_batch_and_head(jax.jit(flash_attention), positions, q_BLAK, k_BMAK, v_BMAK)
 
 
 def _to_whole_blocks(shape_BLAK):

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxvid.kernels import dispatch
-
-SEQUENCE = "seq"
+from jaxvid.kernels.dispatch import SEQUENCE
 
 
 def split(implementations):
