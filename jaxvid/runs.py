@@ -78,12 +78,15 @@ def _load_config(workdir):
     return config
 
 
-def make_task(fields: ConfigDict) -> Task:
+def make_task(fields: ConfigDict, tokenizer=None) -> Task:
     """The Task of `config.task`: class Task of the module jaxvid.tasks.<name>, with its tokenizer.
 
-    A work folder in the field `tokenizer` is opened. Its weights must be those that
-    `tokenizer_digest` names, unless that is empty. Raises UserError.
+    tokenizer: in the place of the one that the field names, unless it is None. A work folder in the
+    field `tokenizer` is opened. Its weights must be those that `tokenizer_digest` names, unless
+    that is empty. Raises UserError.
     """
+    if tokenizer:
+        fields = ConfigDict({**fields, "tokenizer": tokenizer})
     try:
         return _make_task(fields)
     except UserError as error:

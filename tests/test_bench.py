@@ -21,6 +21,7 @@ from jaxvid.diffusion import samplers
 from jaxvid.diffusion.frame_schedules import block_causal
 from jaxvid.diffusion.noise import make_noise_schedule
 from jaxvid.errors import UserError
+from jaxvid.models.stand_in import Latents, stand_in
 from jaxvid.runs import make_task
 from jaxvid.tasks import ar_diffusion, streaming
 
@@ -60,7 +61,7 @@ def test_memory_does_not_grow_with_the_stream(monkeypatch):
 
 @pytest.mark.slow
 def test_growing_memory_shows(monkeypatch):
-    class Hoarder(runs.Latents):
+    class Hoarder(Latents):
         def decode(self, params, z_BTNZ, grid, state=None):
             seen = z_BTNZ if state is None else jnp.concatenate([state, z_BTNZ], axis=1)
             return seen.cumsum(1)[:, -z_BTNZ.shape[1] :, ..., None], seen
@@ -117,7 +118,7 @@ def test_sample(settings, monkeypatch):
     settings.task.sampler.s = 1
     settings.task.shortcut.finest = 4
     evaluated = count_evaluations(monkeypatch)
-    figures = runs.sample(settings, runs.Latents(tokens=6, channels=4))
+    figures = runs.sample(settings, Latents(tokens=6, channels=4))
     assert figures["cached_evaluations"] == 4 * 4 + 4
     assert figures["uncached_evaluations"] == (4 + 3 * 1) * 4
     assert figures["cached_share"] == pytest.approx(figures["cached_s"] / figures["uncached_s"])
@@ -139,7 +140,7 @@ def test_sample(settings, monkeypatch):
 def test_a_sampled_stream_does_not_grow_and_growth_shows(settings, monkeypatch, tmp_path):
     """It compiles nothing once it has begun, and its parts share the clocks."""
     monkeypatch.setattr(runs, "PARTS", 4)
-    latents = runs.Latents(tokens=6, channels=4)
+    latents = Latents(tokens=6, channels=4)
     begin = time.perf_counter()
     figures = runs.stream(settings, latents, 22)
     seconds, rows = time.perf_counter() - begin, figures["by_frame"]
@@ -181,7 +182,7 @@ def count_evaluations(monkeypatch):
 
 def streamed(evaluated, config):
     """Evaluations of a stream of config.data.frames frames."""
-    run = runs._sampling(config, runs.Latents(tokens=6, channels=4))
+    run = runs._sampling(config, Latents(tokens=6, channels=4))
     jax.effects_barrier()
     evaluated.clear()
     frames = sum(clip.shape[1] for clip, *_ in runs._decoded(run, config.data.frames))
@@ -399,15 +400,15 @@ def test_functions_take_turns(settings):
 
 
 def test_latents_stand_in_for_a_tokenizer():
-    latents = runs.stand_in("32x4")
+    latents = stand_in("32x4")
     assert (latents.tokens, latents.channels, latents.grid(64)) == (32, 4, (1, 32))
     video = np.random.default_rng(0).standard_normal((2, 3, 16, 16, 3))
     z, _ = latents.encode({}, video)
     assert z.shape == (2, 3, 32, 4)
     np.testing.assert_array_equal(z[1, 2].ravel(), video[1, 2].ravel()[:128])
-    assert runs.stand_in("") is None
+    assert stand_in("") is None
     with pytest.raises(UserError, match="latents=32: write TOKENSxCHANNELS"):
-        runs.stand_in("32")
+        stand_in("32")
 
 
 def test_circumstances_can_be_repeated(monkeypatch):

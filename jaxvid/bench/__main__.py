@@ -40,6 +40,7 @@ from jaxvid.bench import (
 )
 from jaxvid.evaluators import report
 from jaxvid.layers import masks
+from jaxvid.models.stand_in import stand_in
 
 RUNS = {
     "step": runs.step,
@@ -57,7 +58,7 @@ def main(command):
         options = {"frames": flags.FLAGS.frames} if command == "stream" else {}
         is_masked = config.task.name == "masked_transformer" and command == "sample"
         measure = masked.sample if is_masked else RUNS[command]
-        figures = measure(config, runs.stand_in(flags.FLAGS.latents), **options)
+        figures = measure(config, stand_in(flags.FLAGS.latents), **options)
         if "by_frame" in figures:
             timing.plot_stream(figures["by_frame"], Path(workdir, f"bench_{command}.png"))
     elif command == "forcing":

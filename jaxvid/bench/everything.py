@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxvid import config as config_lib
 from jaxvid.bench import attention, kernels, runs, timing
 from jaxvid.errors import UserError
+from jaxvid.models.stand_in import stand_in
 from jaxvid.training import flops
 
 SECONDS = 2.0  # of measuring in one group of contenders
@@ -76,7 +77,7 @@ def _generator(size):
         return config, None
     config.data.frames = 16
     config.data.batch_size = {"b": 8, "xl": 4}[size]
-    return config, runs.stand_in("256x4")
+    return config, stand_in("256x4")
 
 
 def _tokenizer(size):

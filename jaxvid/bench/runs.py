@@ -4,12 +4,10 @@
 """
 
 import contextlib
-import dataclasses
 import functools
 import gc
 import itertools
 import math
-import re
 import statistics
 import time
 
@@ -24,7 +22,6 @@ from jaxvid.bench import timing
 from jaxvid.data.transforms import normalize
 from jaxvid.diffusion import samplers
 from jaxvid.errors import UserError, within
-from jaxvid.models.tokenizer import VideoTokenizer
 from jaxvid.parallel.devices import peak_bytes
 from jaxvid.parallel.mesh import make_mesh
 from jaxvid.parallel.multihost import to_global
@@ -133,7 +130,7 @@ def _resampled(config, tokenizer, sampler):
     fields = ConfigDict(config.task.to_dict())
     with fields.ignore_type():  # s may be whole or not
         fields.sampler.update(sampler)
-    return _task(fields, tokenizer)
+    return make_task(fields, tokenizer)
 
 
 def _s_of(sampler, steps):
@@ -393,37 +390,6 @@ def _program_bytes(compiled):
     return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
 
 
-@dataclasses.dataclass(frozen=True)
-class Latents(VideoTokenizer):
-    """A stand-in for a tokenizer with one row of tokens: latents are pixels from the frame's top.
-
-    `decode` shows latents as grey pictures.
-    """
-
-    tokens: int
-    channels: int
-
-    def grid(self, size):
-        del size
-        return (1, self.tokens)
-
-    def latents_for_frames(self, frames):
-        return frames
-
-    def frames_for_latents(self, latents):
-        return latents
-
-    def encode(self, params, video_BTHWC, state=None):
-        del params
-        B, T = video_BTHWC.shape[:2]
-        z = video_BTHWC.reshape(B, T, -1)[..., : self.tokens * self.channels]
-        return z.reshape(B, T, self.tokens, self.channels), state
-
-    def decode(self, params, z_BTNZ, grid, state=None):
-        del params, grid
-        return z_BTNZ[..., None], state
-
-
 def random_batch(config, size):
     """A batch of `size` clips of noise, of class 0 and with empty captions."""
     with within("data"):
@@ -462,15 +428,10 @@ def _own_tokenizer(config, tokenizer):
     return task.tokenizer, {**params, **extra}
 
 
-def _task(fields, tokenizer):
-    """The task of `config.task`, with `tokenizer` instead of its own unless that is None."""
-    return make_task(ConfigDict({**fields, "tokenizer": tokenizer}) if tokenizer else fields)
-
-
 def _program(config, tokenizer, batch, mesh):
     """(task, frozen weights, first state, step) of training; call inside the mesh."""
     config_lib.check_batch(config, mesh.shape["data"] * mesh.shape["fsdp"])
-    task = _task(config.task, tokenizer)
+    task = make_task(config.task, tokenizer)
     with within("optim"):
         tx, schedule = make_optimizer(config.optim, config.steps)
     with within("task"):
@@ -478,13 +439,3 @@ def _program(config, tokenizer, batch, mesh):
         init, shardings = make_init(task, tx, batch, config, mesh)
         state = init()
     return task, frozen, state, make_step(task, tx, schedule, config, mesh, shardings)
-
-
-def stand_in(latents):
-    """The Latents of --latents=TOKENSxCHANNELS, None if that is empty. Raises UserError."""
-    if not latents:
-        return None
-    match = re.fullmatch(r"(\d+)x(\d+)", latents)
-    if not match:
-        raise UserError(f"latents={latents}: write TOKENSxCHANNELS, such as 32x4")
-    return Latents(*map(int, match.groups()))

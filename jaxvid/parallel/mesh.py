@@ -3,7 +3,8 @@
 import math
 
 import jax
-from jax.sharding import AxisType
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
 
 from jaxvid.errors import UserError
 
@@ -14,8 +15,8 @@ def make_mesh(sizes, devices=None):
     """Mesh over all `devices` with axes data, fsdp, tensor and seq; a size of -1 takes the rest.
 
     sizes: {axis: size}, 1 for axes without a size. Axis types are Auto: the compiler places arrays
-    that have no annotation. Raises UserError unless the product of the sizes is the number of
-    devices.
+    that have no annotation. Slices of TPUs, which a slower network joins, are parts of `data`.
+    Raises UserError unless the product of the sizes is the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [int(sizes.get(axis, 1)) for axis in AXES]
@@ -32,4 +33,15 @@ def make_mesh(sizes, devices=None):
             f"mesh={{{named}}}: does not match the {len(devices)} devices present; "
             "the product of the sizes must equal it (use -1 for one axis to take the rest)"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    if shape[0] % slices:
+        raise UserError(
+            f"mesh.data={shape[0]}: must be a multiple of the {slices} slices, which share no fast "
+            "network; raise it, or use -1"
+        )
+    within, between = [shape[0] // slices, *shape[1:]], [slices, 1, 1, 1]
+    grid = mesh_utils.create_hybrid_device_mesh(within, between, devices)
+    return Mesh(grid, AXES, axis_types=types)

@@ -50,6 +50,8 @@ def test_masked_blocks_do_not_count(on_tpu):
     pairs = 2 * 3 * 512 * 512
     assert flops.count(run, q) == 4 * 64 * 6 * pairs
     assert flops.count(run, q, all_pairs=True) == 4 * 64 * 9 * pairs
+    backward = flops.count(jax.grad(lambda q: run(q).astype(jnp.float32).sum()), q)
+    assert backward == (2 + 7) * 2 * 64 * 6 * pairs
 
 
 def test_what_the_kernel_does_not_do(monkeypatch):

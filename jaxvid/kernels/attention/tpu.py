@@ -70,10 +70,18 @@ def attention(q_BLAK, k_BMAK, v_BMAK, *, q_position_L, k_position_M, allow, scal
 
 
 def _flops(computed):
-    return Flops(
-        all_pairs=lambda q, k, *_: 4 * q.size * k.shape[1],
-        executed=lambda q, *_: 4 * q.shape[0] * q.shape[2] * q.shape[3] * computed,
-    )
+    """Of a call that computes so many pairs: two products forward and seven backward.
+
+    Differentiation splits the call. The forward part has q, k and v, the backward part more arrays
+    like them, and what makes the mask has none.
+    """
+
+    def executed(*operands):
+        tokens = [x for x in operands if x.ndim == 4]
+        products = {0: 0, 3: 2}.get(len(tokens), 7)
+        return products and products * 2 * computed * tokens[0].size // max(tokens[0].shape[1:3])
+
+    return Flops(all_pairs=lambda q, k, *_: 4 * q.size * k.shape[1], executed=executed)
 
 
 def _whole_blocks(size):
