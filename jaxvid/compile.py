@@ -9,8 +9,7 @@ the rates of the data sheet. --topology: local, or a TPU such as v5e:16x16, v5p:
 (libtpu compiles without a TPU). --slices: so many pods of that shape. --latents=256x4 puts 256
 latent tokens of 4 channels in the place of a tokenizer. --largest_batch finds the largest batch
 that fits. --json writes the figures to a file. Where memory does not suffice, the largest buffers
-are named, and what would help. The programs go to the compile cache (--cache), where a run on such
-devices finds them if its libraries are the same.
+are named, and what would help.
 """
 
 import json
@@ -50,9 +49,6 @@ def main():
     if unknown := set(names) - set(PROGRAMS):
         raise UserError(f"programs={','.join(sorted(unknown))}: choose of {', '.join(PROGRAMS)}")
     devices = topology.devices(FLAGS.topology, FLAGS.slices)
-    if FLAGS.cache:
-        jax.config.update("jax_compilation_cache_dir", FLAGS.cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     latents = stand_in(FLAGS.latents)
     found = {
         "topology": FLAGS.topology,
@@ -145,8 +141,7 @@ def largest_batch(config, devices, latents) -> int:
 def _lower(config, mesh, latents, name):
     """(the lowered program, its FLOPs on all devices), through the functions of `train`."""
     config_lib.check_batch(config, mesh.shape["data"] * mesh.shape["fsdp"])
-    with within("task"):
-        task = make_task(config.task, latents)
+    task = make_task(config.task, latents)
     with within("data"):
         shapes = data.batch_shapes(config.data, config.data.batch_size)
     rows = batch_sharding(mesh)
@@ -275,7 +270,6 @@ def define_flags():
     flags.DEFINE_string("programs", "train,sample", "What to compile.")
     flags.DEFINE_boolean("largest_batch", False, "Search the largest batch that fits.")
     cli.define_path("json", "File for the figures.")
-    cli.define_path("cache", "Folder of the compile cache.")
 
 
 if __name__ == "__main__":
