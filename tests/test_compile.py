@@ -13,6 +13,7 @@ from jaxvid import config as config_lib
 from jaxvid.errors import UserError
 from jaxvid.models.stand_in import stand_in
 from jaxvid.parallel import topology
+from jaxvid.parallel.mesh import make_mesh
 
 ROOT = Path(__file__).parents[1]
 
@@ -90,6 +91,17 @@ def test_unknown_devices_are_refused(name, slices, message):
 def test_a_shape_that_libtpu_refuses(tpu_devices):
     with pytest.raises(UserError, match=r"^topology=v5e:3x5: [^\n]*$"):
         topology.devices("v5e:3x5")
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("name, slices", [("v5p:8x8x8", 1), ("v5e:4x4", 2)])
+def test_meshes_of_tpus(name, slices, tpu_devices):
+    """An axis may be no side of the torus; slices are parts of `data`."""
+    mesh = make_mesh({"data": -1, "fsdp": 16}, topology.devices(name, slices))
+    assert mesh.shape["fsdp"] == 16
+    of_data = [{d.slice_index for d in row.flatten()} for row in mesh.devices]
+    assert all(len(found) == 1 for found in of_data)
+    assert len(set.union(*of_data)) == slices
 
 
 @pytest.mark.slow

@@ -35,13 +35,15 @@ def make_mesh(sizes, devices=None):
         )
     types = (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", None) for device in devices})
+    # An axis may take a part of a side of a TPU's torus, such as 16 of 8 x 8 x 8 chips.
+    options = {"devices": devices, "allow_split_physical_axes": True}
     if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        return Mesh(mesh_utils.create_device_mesh(shape, **options), AXES, axis_types=types)
     if shape[0] % slices:
         raise UserError(
             f"mesh.data={shape[0]}: must be a multiple of the {slices} slices, which share no fast "
             "network; raise it, or use -1"
         )
     within, between = [shape[0] // slices, *shape[1:]], [slices, 1, 1, 1]
-    grid = mesh_utils.create_hybrid_device_mesh(within, between, devices)
+    grid = mesh_utils.create_hybrid_device_mesh(within, between, **options)
     return Mesh(grid, AXES, axis_types=types)
