@@ -34,6 +34,7 @@ def cases(monkeypatch):
 @pytest.fixture
 def interpreted(launch, monkeypatch):
     monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
+    monkeypatch.setattr(gpu, "FEWEST", 0)
 
 
 def assert_equals_reference(case, width, static, dtype=jnp.float32, value=1e-5, gradient=1e-4):
@@ -131,6 +132,7 @@ def test_lowering_without_a_gpu():
     [
         ((1, 8, 2, 64), jnp.float32, "q, k, v of float32: all must be bfloat16"),
         ((1, 8, 2, 136), jnp.bfloat16, "heads of 136 channels: at most 128"),
+        ((1, 8, 2, 64), jnp.bfloat16, "blocks are for 16384 pairs"),
     ],
 )
 def test_what_the_kernel_does_not_do(shape, dtype, message, monkeypatch):

@@ -33,6 +33,7 @@ except ImportError:  # a later jax
 
 DTYPES = ("bfloat16", "float16")
 WIDEST = 128  # channels of a head, by the registers of a program
+FEWEST = 2**14  # pairs of a query and a key, as many as a block has at most
 NARROWEST = 16  # channels of an operand of a product
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # instead of -inf, which would give NaN for a query without keys
@@ -72,8 +73,8 @@ def _tile(width):
 def attention(q_BLAK, k_BMAK, v_BMAK, *, q_position_L, k_position_M, allow, scale):
     """As `reference.attention`. Raises NotImplementedError if the kernel does not apply.
 
-    It needs bfloat16 or float16, heads of at most WIDEST channels, and a GPU since Ampere. On a
-    mesh, batch and heads are split by the sharding table.
+    It needs bfloat16 or float16, heads of at most WIDEST channels, FEWEST pairs, and a GPU since
+    Ampere. On a mesh, batch and heads are split by the sharding table.
     """
     check(q_BLAK, k_BMAK, v_BMAK)
     known = isinstance(q_position_L, np.ndarray) and isinstance(k_position_M, np.ndarray)
@@ -110,6 +111,8 @@ def check(q_BLAK, k_BMAK, v_BMAK):
         raise NotImplementedError(f"q, k, v of {', '.join(dtypes)}: all must be {DTYPES[0]}")
     if q_BLAK.shape[3] > WIDEST:
         raise NotImplementedError(f"heads of {q_BLAK.shape[3]} channels: at most {WIDEST}")
+    if q_BLAK.shape[1] * k_BMAK.shape[1] < FEWEST:
+        raise NotImplementedError(f"blocks are for {FEWEST} pairs of a query and a key or more")
 
 
 class Pairs(NamedTuple):
