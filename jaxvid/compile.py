@@ -15,6 +15,7 @@ are named, and what would help.
 import json
 import re
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,9 @@ def main():
     names = FLAGS.programs.split(",")
     if unknown := set(names) - set(PROGRAMS):
         raise UserError(f"programs={','.join(sorted(unknown))}: choose of {', '.join(PROGRAMS)}")
+    folder = Path(FLAGS.json or ".").parent
+    if not folder.is_dir():
+        raise UserError(f"json={FLAGS.json}: there is no folder {folder}; make it")
     devices = topology.devices(FLAGS.topology, FLAGS.slices)
     latents = stand_in(FLAGS.latents)
     found = {

@@ -127,6 +127,7 @@ def test_two_slices_of_tpus(tpu_devices):
             ("--topology=local", "--programs=dance"),
             "error: --programs=dance: choose of train, sample",
         ),
+        (("--topology=local", "--json=/no/f.json"), "error: --json=/no/f.json: there is no folder"),
         (("--topology=local", "--latents=32"), "error: --latents=32: write TOKENSxCHANNELS"),
     ],
 )

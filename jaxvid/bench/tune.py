@@ -47,11 +47,14 @@ ATTENTION = {
 def measure(op):
     """by_tile: the best milliseconds of every candidate for TILES, forward and with gradients.
 
-    Raises UserError without a GPU.
+    Raises UserError without a GPU, and for an operation without tiles.
     """
+    kinds = {"attention": _attention, "linear_attention": _linear}
+    if op not in kinds:
+        raise UserError(f"op={op}: has no tiles; --tune takes {' or '.join(kinds)}")
     if jax.default_backend() != "gpu":
-        raise UserError("tune: tiles are for GPUs, and JAX finds none; leave --tune out")
-    return {"by_tile": {"attention": _attention, "linear_attention": _linear}[op]()}
+        raise UserError("tune=true: tiles are for GPUs, and JAX finds none; leave --tune out")
+    return {"by_tile": kinds[op]()}
 
 
 def _linear():

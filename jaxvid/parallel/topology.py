@@ -1,5 +1,6 @@
 """Devices to compile for: those at hand, or TPUs that are not there."""
 
+import importlib.util
 import os
 import re
 
@@ -43,6 +44,8 @@ def devices(topology: str, slices: int = 1) -> list[jax.Device]:
     shape = [int(n) for n in match[2].split("x")] if match else []
     if count != len(shape) or 0 in shape:
         raise UserError(f"topology={topology}: write local, or a version and shape: {EXAMPLES}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"topology={topology}: needs the compiler for TPUs; pip install libtpu")
     # Without these, libtpu asks a metadata server, and locks the TPU for one process.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -54,9 +57,7 @@ def devices(topology: str, slices: int = 1) -> list[jax.Device]:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except (jax.errors.JaxRuntimeError, ValueError, RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"topology={topology}: {reason}; try {EXAMPLES}; it needs libtpu (pip install libtpu)"
-        ) from error
+        raise UserError(f"topology={topology}: {reason}; try {EXAMPLES}") from error
     return found.devices
 
 

@@ -301,15 +301,18 @@ def test_windows_hold_the_last_latents_of_the_one_before():
 @pytest.mark.parametrize("critic", ["self", "network"])
 def test_critics_learn_from_drawn_tokens_and_rank_them(critic):
     _, task, params, batch = made(f"critic={critic}")
-    loss, (metrics, _, _) = task.loss(
-        params, batch, jax.random.key(0), step=0, frozen=task.frozen(), extra={}
-    )
-    assert 0 < metrics["critic"] < loss
-    gradient = jax.grad(
-        lambda params: task.loss(
-            params, batch, jax.random.key(0), step=0, frozen=task.frozen(), extra={}
-        )[1][0]["critic"]
-    )(params)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def of_critic(params):
+        rng = jax.random.key(0)
+        loss, (metrics, _, _) = task.loss(
+            params, batch, rng, step=0, frozen=task.frozen(), extra={}
+        )
+        return metrics["critic"], loss
+
+    (critic_loss, loss), gradient = of_critic(params)
+    assert 0 < critic_loss < loss
     own = gradient["critic" if critic == "network" else "model"]
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(own["critic"]))
     if critic == "network":  # its gradient does not reach the generator
@@ -362,12 +365,14 @@ def test_cached_tokens_give_the_loss_of_video():
     _, task, params, batch = made(task__mask__images=0.5)
     tokens, _ = task.tokenizer.tokens(task.frozen(), normalize(batch["video"]))
     cached = {"id": batch["id"], "text": batch["text"], "tokens": np.asarray(tokens)}
+
+    @jax.jit
+    def loss(params, rows, seed):
+        rng = jax.random.key(seed)
+        return task.loss(params, rows, rng, step=0, frozen=task.frozen(), extra={})[0]
+
     for seed in range(4):
-        losses = [
-            task.loss(params, x, jax.random.key(seed), step=0, frozen=task.frozen(), extra={})[0]
-            for x in (batch, cached)
-        ]
-        np.testing.assert_allclose(*losses, rtol=1e-6)
+        np.testing.assert_allclose(*(loss(params, x, seed) for x in (batch, cached)), rtol=1e-6)
 
 
 def test_eight_devices_compute_the_loss_of_one():
