@@ -22,7 +22,7 @@ _PEAK_BFLOAT16 = {
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
-    "TPU7x": 2307e12,
+    "TPU7x": 1153.5e12,  # a chip is two devices
 }
 
 # Memory bandwidth of one device in bytes/s, from the same sheets.
@@ -30,9 +30,11 @@ _PEAK_BANDWIDTH = {
     "NVIDIA A100-SXM4-80GB": 2.039e12,
     "NVIDIA H100 80GB HBM3": 3.35e12,
     "NVIDIA H200": 4.8e12,
+    "TPU v4": 1.228e12,
     "TPU v5 lite": 0.82e12,
     "TPU v5": 2.765e12,
     "TPU v6 lite": 1.64e12,
+    "TPU7x": 3.69e12,
 }
 
 
