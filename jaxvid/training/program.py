@@ -183,8 +183,14 @@ def _parse(text) -> dict[str, list[Instruction]]:
 
 def _split(text):
     """(the type, the name of the operation) of the right side of an instruction."""
-    match = re.match(r"(\((?:[^()]|\([^()]*\))*\)|\S+) ([\w\-]+)\(", text)
-    return (match[1], match[2]) if match else (text, None)
+    depth, end = 0, len(text)
+    for place, letter in enumerate(text):  # tuples, and layouts inside them, have brackets
+        depth += (letter == "(") - (letter == ")")
+        if letter == " " and not depth:
+            end = place
+            break
+    match = re.match(r" ([\w\-]+)\(", text[end:])
+    return text[:end], match[1] if match else None
 
 
 def _bytes(shape, everywhere=False):

@@ -89,8 +89,14 @@ LOOP = """
   %step = f32[8]{0} fusion(%t), kind=kCustom, calls=%all-reduce-scatter.1
   %begin = (f32[2]{0}, f32[4]{0}) all-gather-start(%t), channel_id=9, replica_groups=[4,2]<=[8]
   %end = f32[4]{0} all-gather-done(%begin)
+  %start = ((f32[4]{0:T(8,128)(2,1)}, token[]), f32[8]{0}) call-start(%t), to_apply=%on_another_core
   %more = f32[4]{0} all-gather(%t), channel_id=9, replica_groups=[4,2]<=[8]
 }
+
+%on_another_core (u: f32[4]) -> f32[8] {
+  %u = f32[4]{0} parameter(0)
+  ROOT %apart = f32[8]{0} all-gather(%u), channel_id=11, replica_groups=[4,2]<=[8]
+}, execution_thread="sparsecore"
 
 %condition (t: (s32[], f32[16])) -> pred[] {
   %t = (s32[], f32[16]{0}) parameter(0)
@@ -106,8 +112,10 @@ ENTRY %main (x: f32[16]) -> f32[16] {
 
 
 def test_the_text_of_tpus(mesh):
-    """A scatter inside a fusion, a gather in two steps of one channel, a loop without a count."""
+    """A scatter inside a fusion, a gather in two steps of one channel and one on another core, a
+    loop without a count.
+    """
     found = {row.kind: row for row in program.collectives(LOOP, mesh)}
     assert found["reduce-scatter"] == ("reduce-scatter", ("fsdp",), 2, 6, 6 * 4 * 16)
-    assert found["all-gather"] == ("all-gather", ("fsdp",), 2, 6, 6 * 4 * 4)
+    assert found["all-gather"] == ("all-gather", ("fsdp",), 2, 12, 6 * 4 * (4 + 8))
     assert len(found) == 2
