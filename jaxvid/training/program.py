@@ -99,6 +99,8 @@ def _moved(instruction, sizes, computations):
     """Bytes that one instruction moves, `sizes` being those of its operands."""
     _, kind, written, operands, line = instruction
     read = [sizes.get(operand, 0) for operand in operands]
+    if kind.endswith("-start"):  # its type names operands and results
+        return 0 if _CALLED.search(line) else written
     if kind in _PARTIAL:
         return 2 * written
     if kind == "dynamic-update-slice":

@@ -119,3 +119,13 @@ def test_the_text_of_tpus(mesh):
     assert found["reduce-scatter"] == ("reduce-scatter", ("fsdp",), 2, 6, 6 * 4 * 16)
     assert found["all-gather"] == ("all-gather", ("fsdp",), 2, 12, 6 * 4 * (4 + 8))
     assert len(found) == 2
+
+
+def test_bytes_of_the_text_of_tpus():
+    """Each turn: what is read and written, of a gather that begins by its type alone."""
+    state = 4 + 4 * 16  # the counter and the array that the loop carries
+    scatter = 4 * 16 + 4 * 8  # inside the fusion, the array alone is read
+    begin, more, on_another_core = 4 * 2 + 4 * 4, state + 4 * 4, 4 * 4 + 4 * 8
+    condition = 1 + state + 4
+    turn = scatter + begin + more + on_another_core + condition
+    assert program.bytes_moved(LOOP) == 6 * turn
