@@ -236,9 +236,9 @@ def switches_of(run, lines, given, frames) -> dict[int, dict]:
     return found
 
 
-def embedded(run, prompt, num):
-    """[num, ...]: a prompt as the "text" of a batch of the run's data."""
-    return np.repeat(prompts.read(run.config.data, [prompt]), num, axis=0)
+def embedded(run, prompt, num, field="prompt"):
+    """[num, ...]: a prompt, of the flag `field`, as the "text" of a batch of the run's data."""
+    return np.repeat(prompts.read(run.config.data, [prompt], field), num, axis=0)
 
 
 def conditions(run, num, lines, frames=None):
@@ -268,7 +268,7 @@ def conditions(run, num, lines, frames=None):
                 f"negative_prompt={FLAGS.negative_prompt}: guidance leads away from it, and there "
                 "is none; add --guidance=3, or leave it out"
             )
-        cond["negative_text"] = embedded(run, FLAGS.negative_prompt, num)
+        cond["negative_text"] = embedded(run, FLAGS.negative_prompt, num, "negative_prompt")
     if FLAGS.num_first_frames and not FLAGS.first_frames:
         raise UserError(
             f"num_first_frames={FLAGS.num_first_frames}: of which clip? Give --first_frames too"

@@ -98,13 +98,14 @@ def run_of_text(kind="text", task=None, **sampler):
         ),
         ("text", {"story": "s.txt", "prompt": "a"}, "^prompt=a: --story has the prompts; leave"),
         ("text", {"story": "s.txt", "prompt": ""}, "^prompt=: --story has the prompts"),
+        ("guided", {"negative_prompt": "\udcff"}, r"^negative_prompt='\\udcff': is not UTF-8"),
     ],
 )
 def test_prompts_that_cannot_work_are_refused_in_one_line(kind, options, words, monkeypatch):
     monkeypatch.setattr(
         sample, "FLAGS", Flags(**({"label": 0} if kind == "class" else {}), **options)
     )
-    run = run_of_text(kind)
+    run = run_of_text("text", guidance=3.0) if kind == "guided" else run_of_text(kind)
     with pytest.raises(UserError, match=words) as caught:
         sample.conditions(run, 2, sample.lines_of(run))
     assert "\n" not in str(caught.value)

@@ -186,7 +186,7 @@ class Task(Generator):
             remedy = f"there are {levels} noise levels; use 1 to {levels - 1}"
             require(1 <= options["steps"] < levels, "steps", options["steps"], remedy)
             between("eta", options["eta"], 0, 1)
-            at_least("guidance", options["guidance"], 0)
+            at_least("guidance", options["guidance"], 0, at_most=generating.MAX_GUIDANCE)
             at_least("block", options["block"], 1)
             at_least("s", options["s"], 0)
             require(
@@ -214,7 +214,7 @@ class Task(Generator):
         options = self.sampler["history"]
         scale, level, window = (options[name] for name in ("guidance", "level", "window"))
         with within("sampler.history"):
-            at_least("guidance", scale, 0)
+            at_least("guidance", scale, 0, at_most=generating.MAX_GUIDANCE)
             between("level", level, 0, 1)
             require(window != 1, "window", window, "a frame would see itself alone; use 2 or more")
             at_least("window", window, 0, at_most=masks.MAX_WINDOW)

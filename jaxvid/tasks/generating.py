@@ -8,6 +8,7 @@ from jaxvid.data.transforms import normalize
 from jaxvid.errors import UserError, within
 from jaxvid.metrics import baselines, quality
 
+MAX_GUIDANCE = 1000.0  # a scale that leaves no digits to the predictions
 BASELINES = (*baselines.NAMES, baselines.BLEND)
 
 

@@ -115,7 +115,7 @@ class Task(Generator):
         schema.check("sampler", sampler, {"guidance": float, "keep": int, schema.OPEN: None})
         self.guidance, self.keep = sampler.pop("guidance"), sampler.pop("keep")
         with within("sampler"):
-            at_least("guidance", self.guidance, 0)
+            at_least("guidance", self.guidance, 0, at_most=generating.MAX_GUIDANCE)
             kind = self.condition["kind"]
             remedy = f"condition.kind={kind!r} leaves nothing to guide by; use 1"
             require(self.guidance == 1 or kind != "none", "guidance", self.guidance, remedy)

@@ -583,6 +583,7 @@ FEW = {
         ({"snr_clip": 0.0}, "^snr_clip=0.0"),
         ({"model__mixer__name": "lstm"}, "^model.mixer.name='lstm'"),
         ({"sampler__guidance": 2.0}, "^sampler.guidance=2.0: .* use 1"),
+        ({"sampler__guidance": 1e300}, r"^sampler\.guidance=1e\+300: must be at most 1000"),
         ({"model__mixer__mask": "full"}, "^sampler.memory='cache'"),
         ({"sampler__s": 9}, "^sampler.s=9: use 0 .* to 4"),
         ({"sampler__schedule": "sync"}, "^sampler.schedule='sync': .* use one of"),

@@ -423,6 +423,11 @@ def test_evaluation_of_cached_and_sampled_clips():
         ("", {"task__mask__commit": 0.5}, r"^task.mask.commit=0.5: pixels are known of whole"),
         ("", {"task__model__parts": 3}, r"^task.model.parts=3: the tokenizer has 16 codes"),
         ("", {"task__critic": "both"}, r"^task.critic='both': unknown; use one of none"),
+        (
+            "",
+            {"task__sampler__guidance": 1e9},
+            r"^task.sampler.guidance=1000000000.0: must be at most",
+        ),
         ("cond=none", {"task__sampler__guidance": 2.0}, r"^task.sampler.guidance=2.0: condition"),
     ],
 )
