@@ -32,7 +32,7 @@ from jaxvid.parallel.sharding import batch_sharding, shard_params
 from jaxvid.runs import make_task
 from jaxvid.training import flops, program
 from jaxvid.training.optim import make_optimizer
-from jaxvid.training.state import make_init
+from jaxvid.training.state import make_init, placed
 from jaxvid.training.step import make_step
 
 FLAGS = flags.FLAGS
@@ -157,8 +157,8 @@ def _lower(config, mesh, latents, name):
     with within("task"):
         init, shardings = make_init(task, tx, batch, config, mesh)
         frozen = task.frozen()
-        state = _placed(jax.eval_shape(init), shardings)
-        frozen = _placed(frozen, shard_params(frozen, mesh))
+        state = placed(jax.eval_shape(init), shardings)
+        frozen = placed(frozen, shard_params(frozen, mesh))
         if name == "sample":
             return _sampling(config, task, state, frozen, batch)
         update = make_step(task, tx, schedule, config, mesh, shardings)
@@ -192,12 +192,6 @@ def _whole(tree):
         x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if x.sharding.is_fully_replicated
     )
     return sum(size for size in sizes if size >= 2**20)
-
-
-def _placed(shapes, shardings):
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings
-    )
 
 
 def _model(device, work, moved, rows):

@@ -33,7 +33,7 @@ from jaxvid.training.lock import locked
 from jaxvid.training.log import Log, Progress, parameter_table, say
 from jaxvid.training.optim import make_optimizer
 from jaxvid.training.profile import Trace
-from jaxvid.training.state import make_init
+from jaxvid.training.state import make_init, placed
 from jaxvid.training.step import make_step
 from jaxvid.training.watchdog import SECONDS, Watchdog
 from jaxvid.training.writer import Writer
@@ -91,7 +91,7 @@ def _train(config, workdir, mesh, stack, traced, hang_seconds):
     shapes = _batch_of(row, config, mesh)
     with within("task"):
         init, shardings = make_init(task, tx, shapes, config, mesh)
-        target = _placed(jax.eval_shape(init), shardings)
+        target = placed(jax.eval_shape(init), shardings)
         frozen = task.frozen()
     memory.check_step(task, config, target, frozen, shapes, mesh)
 
@@ -260,13 +260,6 @@ def _batch_of(row, config, mesh):
         name: jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=place)
         for name, x in row.items()
     }
-
-
-def _placed(shapes, shardings):
-    """Shapes with shardings, which restoring needs."""
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings
-    )
 
 
 def _due(step, every):

@@ -80,6 +80,11 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
+def are_known(*arrays) -> bool:
+    """Whether all of the arrays are numpy's, whose values are known while tracing."""
+    return all(isinstance(x, np.ndarray) for x in arrays)
+
+
 # Arguments of the recurrences
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.extend.core import jaxprs_in_params
 
 from jaxvid.kernels import dispatch
+from jaxvid.parallel.topology import look_up
 
 # Dense matrix FLOP/s of one device in bfloat16, by `device_kind`, from data sheets.
 _PEAK_BFLOAT16 = {
@@ -69,7 +70,7 @@ def peak(device: jax.Device, dtype) -> float | None:
 
     For float32, NVIDIA states half the rate of bfloat16 (TF32), and Google states none.
     """
-    promised = _look_up(_PEAK_BFLOAT16, device)
+    promised = look_up(_PEAK_BFLOAT16, device)
     if promised is None or jnp.dtype(dtype) == jnp.bfloat16:
         return promised
     return promised / 2 if device.platform == "gpu" else None
@@ -77,13 +78,7 @@ def peak(device: jax.Device, dtype) -> float | None:
 
 def bandwidth(device: jax.Device) -> float | None:
     """Memory bandwidth of the device in bytes/s, from its data sheet; None if unknown."""
-    return _look_up(_PEAK_BANDWIDTH, device)
-
-
-def _look_up(table, device):
-    """The first entry whose key the device's kind starts with; None if there is none."""
-    kinds = (kind for kind in table if device.device_kind.startswith(kind))
-    return table.get(next(kinds, None))
+    return look_up(_PEAK_BANDWIDTH, device)
 
 
 def machine(devices: Sequence[jax.Device]) -> float | None:

@@ -56,3 +56,10 @@ def make_init(task, tx, batch, config, mesh):
 
     shardings = shard_params(jax.eval_shape(create), mesh)
     return jax.jit(create, out_shardings=shardings), shardings
+
+
+def placed(shapes, shardings):
+    """The shapes with shardings, as restoring and compiling without arrays need them."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings
+    )

@@ -131,7 +131,7 @@ def test_lowering_without_a_gpu():
     "shape, dtype, message",
     [
         ((1, 8, 2, 64), jnp.float32, "q, k, v of float32: all must be bfloat16"),
-        ((1, 8, 2, 136), jnp.bfloat16, "heads of 136 channels: at most 128"),
+        ((1, 8, 2, 136), jnp.bfloat16, "width 136: at most 128"),
         ((1, 8, 2, 64), jnp.bfloat16, "blocks are for 16384 pairs"),
     ],
 )

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvid.kernels.dispatch import FLOPS, Flops
+from jaxvid.kernels.dispatch import FLOPS, Flops, are_known
 from jaxvid.parallel.devices import cuda_capability
 
 
@@ -18,6 +18,12 @@ for _name in ("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper"):
     FLOPS[_name] = Flops(all_pairs=_flops, executed=_flops)
 
 
+def sees_everything(q_position_L, k_position_M, allow) -> bool:
+    """Whether it is known while tracing that every query sees every key."""
+    known = are_known(q_position_L, k_position_M)
+    return known and bool(np.all(allow(np.unique(q_position_L)[:, None], np.unique(k_position_M))))
+
+
 def attention(q_BLAK, k_BMAK, v_BMAK, *, q_position_L, k_position_M, allow, scale):
     """As `reference.attention`. Raises NotImplementedError if cuDNN does not support it."""
     L, M, K = q_BLAK.shape[1], k_BMAK.shape[1], q_BLAK.shape[3]
@@ -27,8 +33,7 @@ def attention(q_BLAK, k_BMAK, v_BMAK, *, q_position_L, k_position_M, allow, scal
         raise NotImplementedError("cuDNN's flash attention needs bfloat16 or float16")
     if K % 8 or K > 128 or L % 2 or M % 2:
         raise NotImplementedError("cuDNN needs head widths of 8, 16 .. 128 and even L and M")
-    known = isinstance(q_position_L, np.ndarray) and isinstance(k_position_M, np.ndarray)
-    everything = known and np.all(allow(np.unique(q_position_L)[:, None], np.unique(k_position_M)))
+    everything = sees_everything(q_position_L, k_position_M, allow)
     # Compared at run time: as a constant, the mask would be a large part of the program.
     q_position_L, k_position_M = jax.lax.optimization_barrier((q_position_L, k_position_M))
     mask_LM = allow(q_position_L[:, None], k_position_M[None, :])

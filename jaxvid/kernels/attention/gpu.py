@@ -24,12 +24,7 @@ from jax.experimental import pallas as pl
 
 from jaxvid.kernels import dispatch
 from jaxvid.kernels.dispatch import FLOPS, Flops
-from jaxvid.parallel.devices import cuda_capability
-
-try:
-    from jax.experimental.pallas import triton
-except ImportError:  # a later jax
-    triton = None
+from jaxvid.kernels.pallas_gpu import check, dot, triton
 
 DTYPES = ("bfloat16", "float16")
 WIDEST = 128  # channels of a head, by the registers of a program
@@ -76,8 +71,12 @@ def attention(q_BLAK, k_BMAK, v_BMAK, *, q_position_L, k_position_M, allow, scal
     It needs bfloat16 or float16, heads of at most WIDEST channels, FEWEST pairs, and a GPU since
     Ampere. On a mesh, batch and heads are split by the sharding table.
     """
-    check(q_BLAK, k_BMAK, v_BMAK)
-    known = isinstance(q_position_L, np.ndarray) and isinstance(k_position_M, np.ndarray)
+    if dispatch.platform() != "gpu":
+        raise NotImplementedError("the kernel needs an NVIDIA GPU")
+    check((q_BLAK, k_BMAK, v_BMAK), DTYPES, WIDEST)
+    if q_BLAK.shape[1] * k_BMAK.shape[1] < FEWEST:
+        raise NotImplementedError(f"blocks are for {FEWEST} pairs of a query and a key or more")
+    known = dispatch.are_known(q_position_L, k_position_M)
     pairs = Pairs(allow, k_BMAK.shape[1], *((q_position_L, k_position_M) if known else ()))
 
     def flash_attention(q, k, v, *positions):  # a call with a name, the key in FLOPS
@@ -97,22 +96,6 @@ def _to_whole_blocks(shape_BLAK):
 FLOPS["flash_attention"] = Flops(
     all_pairs=lambda q_BLAK, k_BMAK, *_: 4 * q_BLAK.size * k_BMAK.shape[1]
 )
-
-
-def check(q_BLAK, k_BMAK, v_BMAK):
-    """Raise NotImplementedError if `attention` does not apply."""
-    if triton is None:
-        raise NotImplementedError(f"jax {jax.__version__} does not lower Pallas to Triton")
-    capability = cuda_capability()
-    if dispatch.platform() != "gpu" or (capability is not None and capability < 8):
-        raise NotImplementedError("the kernel needs an NVIDIA GPU of Ampere or later")
-    dtypes = sorted({str(x.dtype) for x in (q_BLAK, k_BMAK, v_BMAK)})
-    if len(dtypes) > 1 or dtypes[0] not in DTYPES:
-        raise NotImplementedError(f"q, k, v of {', '.join(dtypes)}: all must be {DTYPES[0]}")
-    if q_BLAK.shape[3] > WIDEST:
-        raise NotImplementedError(f"heads of {q_BLAK.shape[3]} channels: at most {WIDEST}")
-    if q_BLAK.shape[1] * k_BMAK.shape[1] < FEWEST:
-        raise NotImplementedError(f"blocks are for {FEWEST} pairs of a query and a key or more")
 
 
 class Pairs(NamedTuple):
@@ -278,7 +261,7 @@ def _forward_kernel(pairs, scale, own, others, order_ref, counts_ref, y_ref, log
         peak_G, sum_G, *ys = carry
         start = size * order_ref[index]
         keys = pl.ds(start, size)
-        score_GH = sum(_dot(q, k_ref[keys, part], "GK,HK->GH") for q, part in zip(qs, parts))
+        score_GH = sum(dot(q, k_ref[keys, part], "GK,HK->GH") for q, part in zip(qs, parts))
         score_GH *= scale * LOG2E
         if not whole:
             mask_GH = pairs.allow(q_position_G[:, None], k_position_ref[keys][None, :])
@@ -290,7 +273,7 @@ def _forward_kernel(pairs, scale, own, others, order_ref, counts_ref, y_ref, log
         sum_G = sum_G * keep_G + p_GH.sum(axis=1)
         p_GH = p_GH.astype(v_ref.dtype)
         ys = [
-            y * keep_G[:, None] + _dot(p_GH, v_ref[keys, part], "GH,HK->GK")
+            y * keep_G[:, None] + dot(p_GH, v_ref[keys, part], "GH,HK->GK")
             for y, part in zip(ys, parts)
         ]
         return peak_next_G, sum_G, *ys
@@ -317,15 +300,15 @@ def _queries_kernel(pairs, scale, own, others, order_ref, counts_ref, dq_ref):
         start = size * order_ref[index]
         keys = pl.ds(start, size)
         ks = [k_ref[keys, part] for part in parts]
-        score_GH = sum(_dot(q, k, "GK,HK->GH") for q, k in zip(qs, ks)) * (scale * LOG2E)
+        score_GH = sum(dot(q, k, "GK,HK->GH") for q, k in zip(qs, ks)) * (scale * LOG2E)
         p_GH = jnp.exp2(score_GH - log_sum_G1)
         if not whole:
             mask_GH = pairs.allow(q_position_G[:, None], k_position_ref[keys][None, :])
             exists_H = start + jax.lax.iota(jnp.int32, size) < pairs.M
             p_GH = jnp.where(mask_GH & exists_H[None, :], p_GH, 0)
-        dp_GH = sum(_dot(dy, v_ref[keys, part], "GK,HK->GH") for dy, part in zip(dys, parts))
+        dp_GH = sum(dot(dy, v_ref[keys, part], "GK,HK->GH") for dy, part in zip(dys, parts))
         ds_GH = (p_GH * (dp_GH - inner_G1)).astype(k_ref.dtype)
-        return [dq + _dot(ds_GH, k, "GH,HK->GK") for dq, k in zip(dqs, ks)]
+        return [dq + dot(ds_GH, k, "GH,HK->GK") for dq, k in zip(dqs, ks)]
 
     dqs = _walk(step, counts_ref, [jnp.zeros(q.shape, jnp.float32) for q in qs])
     for dq, part in zip(dqs, parts):
@@ -346,16 +329,16 @@ def _keys_kernel(pairs, scale, own, others, order_ref, counts_ref, dk_ref, dv_re
         dks, dvs = carry
         queries = pl.ds(size * order_ref[index], size)
         qs, dys = ([ref[queries, part] for part in parts] for ref in (q_ref, dy_ref))
-        score_HG = sum(_dot(k, q, "HK,GK->HG") for k, q in zip(ks, qs)) * (scale * LOG2E)
+        score_HG = sum(dot(k, q, "HK,GK->HG") for k, q in zip(ks, qs)) * (scale * LOG2E)
         p_HG = jnp.exp2(score_HG - log_sum_ref[queries][None, :])
         if not whole:
             mask_HG = pairs.allow(q_position_ref[queries][None, :], k_position_H[:, None])
             p_HG = jnp.where(mask_HG & exists_H[:, None], p_HG, 0)
-        dp_HG = sum(_dot(v, dy, "HK,GK->HG") for v, dy in zip(vs, dys))
+        dp_HG = sum(dot(v, dy, "HK,GK->HG") for v, dy in zip(vs, dys))
         ds_HG = (p_HG * (dp_HG - inner_ref[queries][None, :])).astype(q_ref.dtype)
         p_HG = p_HG.astype(q_ref.dtype)
-        dks = [dk + _dot(ds_HG, q, "HG,GK->HK") for dk, q in zip(dks, qs)]
-        dvs = [dv + _dot(p_HG, dy, "HG,GK->HK") for dv, dy in zip(dvs, dys)]
+        dks = [dk + dot(ds_HG, q, "HG,GK->HK") for dk, q in zip(dks, qs)]
+        dvs = [dv + dot(p_HG, dy, "HG,GK->HK") for dv, dy in zip(dvs, dys)]
         return dks, dvs
 
     zeros = [jnp.zeros(k.shape, jnp.float32) for k in ks]
@@ -374,9 +357,3 @@ def _walk(step, counts_ref, carry):
 def _size(ref, order_ref):
     """Tokens of a block of what a program walks along."""
     return ref.shape[0] // order_ref.shape[0]
-
-
-def _dot(a, b, letters):
-    """An einsum of two matrices that adds up in float32; float32 operands are not rounded."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(letters, a, b, precision=precision, preferred_element_type=jnp.float32)

@@ -37,7 +37,7 @@ def attention(q_BLAK, k_BMAK, v_BMAK, *, q_position_L, k_position_M, allow, scal
         raise NotImplementedError(f"jax {jax.__version__} has no splash attention")
     if dispatch.platform() != "tpu":
         raise NotImplementedError("splash attention needs a TPU")
-    if not isinstance(q_position_L, np.ndarray) or not isinstance(k_position_M, np.ndarray):
+    if not dispatch.are_known(q_position_L, k_position_M):
         raise NotImplementedError("splash attention needs positions known while tracing")
     if L * M < FEWEST or K > WIDEST:
         raise NotImplementedError(f"splash attention is for {FEWEST} pairs and {WIDEST} channels")

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvid.kernels.dispatch import FLOPS, Flops
+from jaxvid.kernels.dispatch import FLOPS, Flops, are_known
 
 _MIN_QUERIES = 128  # per chunk; fewer would waste fewer pairs, but slow the products down
 _MAX_CHUNKS = 16  # each chunk is traced separately
@@ -43,7 +43,7 @@ class Chunk(NamedTuple):
 
 def attention(q_BLAK, k_BMAK, v_BMAK, *, q_position_L, k_position_M, allow, scale):
     """As `reference.attention`. Numpy positions are static; traced positions give a traced mask."""
-    if isinstance(q_position_L, np.ndarray) and isinstance(k_position_M, np.ndarray):
+    if are_known(q_position_L, k_position_M):
         chunks, mask_LM = query_chunks(q_position_L, k_position_M, allow), None
     else:
         mask_LM = allow(q_position_L[:, None], k_position_M[None, :])

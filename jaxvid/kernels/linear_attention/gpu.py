@@ -26,12 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxvid.kernels.chunks import GRAIN
-from jaxvid.parallel.devices import cuda_capability
-
-try:
-    from jax.experimental.pallas import triton
-except ImportError:  # a later jax
-    triton = None
+from jaxvid.kernels.pallas_gpu import check, dot, triton
 
 CHUNK = BLOCK = 64  # tokens that a program computes at once
 NARROWEST = 16  # width of an operand of a product
@@ -75,7 +70,10 @@ def linear_attention(q_BLAK, k_BLAK, v_BLAV, log_decay, *, scale, state_BAKV, ch
     """
     B, L, A, K = q_BLAK.shape
     V = v_BLAV.shape[3]
-    check(q_BLAK, k_BLAK, v_BLAV, log_decay)
+    del chunk  # the blocks are as long as the registers allow
+    if log_decay is not None and log_decay.ndim == 4:
+        raise NotImplementedError("a decay per channel has no GPU kernel")
+    check((q_BLAK, k_BLAK, v_BLAV), DTYPES, WIDEST)
     g_BLA = jnp.zeros((B, L, A)) if log_decay is None else log_decay
     segments = segments_of(B * A, L, padded(K), padded(V))
 
@@ -91,23 +89,6 @@ def linear_attention(q_BLAK, k_BLAK, v_BLAV, log_decay, *, scale, state_BAKV, ch
     widths = [(0, 0), (0, 0), (0, padded(K) - K), (0, padded(V) - V)]
     y_BLAV, state_BAKV = attend(segments, q, k, v, g, jnp.pad(state_BAKV, widths))
     return y_BLAV[:, :L, :, :V], state_BAKV[:, :, :K, :V]
-
-
-def check(q_BLAK, k_BLAK, v_BLAV, log_decay):
-    """Raise NotImplementedError if `linear_attention` does not apply."""
-    if triton is None:
-        raise NotImplementedError(f"jax {jax.__version__} does not lower Pallas to Triton")
-    capability = cuda_capability()
-    if capability is not None and capability < 8:
-        raise NotImplementedError(f"compute capability {capability}: 8.0 or more is needed")
-    if log_decay is not None and log_decay.ndim == 4:
-        raise NotImplementedError("a decay per channel has no GPU kernel")
-    dtypes = sorted({str(x.dtype) for x in (q_BLAK, k_BLAK, v_BLAV)})
-    if len(dtypes) > 1 or dtypes[0] not in DTYPES:
-        raise NotImplementedError(f"q, k, v of {', '.join(dtypes)}: all must be {DTYPES[0]}")
-    for x in (k_BLAK, v_BLAV):
-        if x.shape[3] > WIDEST:
-            raise NotImplementedError(f"width {x.shape[3]}: at most {WIDEST}")
 
 
 def padded(width):
@@ -342,7 +323,7 @@ def _add_kernel(reverse, k_ref, v_ref, decays_ref, added_ref):
         tokens = pl.ds(start, BLOCK)
         v_GV = _times(v_ref[tokens, :], decays_ref[write, tokens][:, None])
         keep = decays_ref[SINCE, start + BLOCK - 1]
-        return keep * state_KV + _dot(k_ref[tokens, :], v_GV, "GK,GV->KV")
+        return keep * state_KV + dot(k_ref[tokens, :], v_GV, "GK,GV->KV")
 
     zero_KV = jnp.zeros(added_ref.shape, jnp.float32)
     added_ref[...] = jax.lax.fori_loop(0, blocks, step, zero_KV)
@@ -363,14 +344,14 @@ def _walk_kernel(reverse, has_times, q_ref, k_ref, v_ref, decays_ref, first_ref,
         start = BLOCK * (blocks - 1 - count if reverse else count)
         tokens = pl.ds(start, BLOCK)
         q_GK, k_GK, v_GV = q_ref[tokens, :], k_ref[tokens, :], v_ref[tokens, :]
-        score_GH = _dot(q_GK, k_GK, "GK,HK->GH")
+        score_GH = dot(q_GK, k_GK, "GK,HK->GH")
         coarse_G, fine_G = decays_ref[COARSE, tokens], decays_ref[FINE, tokens]
         between_GH = (coarse_G[:, None] - coarse_G[None, :]) + (fine_G[:, None] - fine_G[None, :])
         between_GH = jnp.minimum(-between_GH if reverse else between_GH, 0)
         factor_GH = jnp.where(seen_GH, jnp.exp(between_GH), 0)
         p_GH = (score_GH * factor_GH).astype(v_GV.dtype)
-        far_GV = _dot(q_GK, state_KV.astype(q_GK.dtype), "GK,KV->GV")
-        near_GV = _dot(p_GH, v_GV, "GH,HV->GV")
+        far_GV = dot(q_GK, state_KV.astype(q_GK.dtype), "GK,KV->GV")
+        near_GV = dot(p_GH, v_GV, "GH,HV->GV")
         far_GV = decays_ref[read, tokens][:, None] * far_GV
         y_GV = near_GV + far_GV
         if has_times:
@@ -381,7 +362,7 @@ def _walk_kernel(reverse, has_times, q_ref, k_ref, v_ref, decays_ref, first_ref,
             y_GV += own_G[:, None] * v_GV
         y_ref[tokens, :] = y_GV.astype(y_ref.dtype)
         # The narrower operand takes the decay.
-        added_KV = _dot(k_GK, _times(v_GV, decays_ref[write, tokens][:, None]), "GK,GV->KV")
+        added_KV = dot(k_GK, _times(v_GV, decays_ref[write, tokens][:, None]), "GK,GV->KV")
         return decays_ref[SINCE, start + BLOCK - 1] * state_KV + added_KV
 
     last_ref[...] = jax.lax.fori_loop(0, blocks, step, first_ref[...])
@@ -390,9 +371,3 @@ def _walk_kernel(reverse, has_times, q_ref, k_ref, v_ref, decays_ref, first_ref,
 def _times(x_GK, factor_G1):
     """A vector of every token times its decay, in its own dtype."""
     return (x_GK * factor_G1).astype(x_GK.dtype)
-
-
-def _dot(a, b, letters):
-    """An einsum of two matrices that adds up in float32; float32 operands are not rounded."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(letters, a, b, precision=precision, preferred_element_type=jnp.float32)
