@@ -20,6 +20,7 @@ BLOCKS = {
         np.concatenate([frames(0, 4, 70), masks.NOISY + frames(0, 4, 70)]),
         masks.teacher_forced(window=2, sinks=1),
     ),
+    "blocks without keys": (frames(0, 4, 100), frames(2, 2, 100), masks.causal()),
     "long past": (frames(9, 1, 50), after(7, frames(0, 10, 50)), masks.causal(window=2)),
 }
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=None)

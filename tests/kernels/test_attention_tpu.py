@@ -27,6 +27,7 @@ def on_tpu(monkeypatch):
 )
 def test_equals_reference(case, on_tpu, launch, monkeypatch):
     monkeypatch.setitem(CASES, case, (CASES | BLOCKS)[case])
+    monkeypatch.setattr(tpu, "BLOCK", 128)
     arrays, arguments = inputs(case)
     exact = value_and_grads("reference", arrays, arguments)
     got = value_and_grads("tpu", arrays, arguments)

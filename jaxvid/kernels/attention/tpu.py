@@ -93,8 +93,8 @@ def _whole_blocks(size):
 class FrameMask(splash_mask.Mask if splash else object):
     """The mask of static positions, computed block by block, for lengths padded to `size`.
 
-    A query without a key, and one of padding, sees the first key, for a softmax over nothing is not
-    a number. seen_L: whether a query has a key.
+    Padding sees nothing and is not seen. seen_L: whether a query has a key; what the kernel makes of
+    one without is finite, but means nothing.
     """
 
     def __init__(self, allow, q_position_L, k_position_M, size):
@@ -119,9 +119,6 @@ class FrameMask(splash_mask.Mask if splash else object):
             for position, part, keep in zip(self.positions, (rows, columns), inside)
         )
         mask[np.ix_(*inside)] = self.allow(q[:, None], k[None, :])
-        blind = np.ones(rows.size, bool)
-        blind[inside[0]] = ~self.seen_L[rows[inside[0]]]
-        mask[blind] = columns == 0
         return mask
 
     def blocks(self, rows, columns):
