@@ -93,8 +93,8 @@ def _whole_blocks(size):
 class FrameMask(splash_mask.Mask if splash else object):
     """The mask of static positions, computed block by block, for lengths padded to `size`.
 
-    Padding sees nothing and is not seen. seen_L: whether a query has a key; what the kernel makes of
-    one without is finite, but means nothing.
+    Padding sees nothing and is not seen. seen_L: whether a query has a key; what the kernel makes
+    of one without is finite, but means nothing.
     """
 
     def __init__(self, allow, q_position_L, k_position_M, size):
